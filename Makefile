@@ -1,0 +1,36 @@
+.PHONY: help install test test-fast test-gpu lint format bench wheel ci clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: ## editable install with the development tools
+	python -m pip install -e '.[dev]'
+
+test: ## every test that this machine can run
+	python -m pytest
+
+test-fast: ## without the tests that train
+	python -m pytest -m 'not slow'
+
+test-gpu: ## the tests that need a CUDA device, in one process
+	python -m pytest -n 0 -m gpu
+
+lint: ## ruff: rules and format, changing nothing
+	ruff check .
+	ruff format --check .
+
+format: ## ruff: apply the fixes and the format
+	ruff check --fix .
+	ruff format .
+
+bench: ## run each bench/bench_*.py
+	@set -e; for file in bench/bench_*.py; do echo "== $$file"; python "$$file"; done
+
+wheel: ## sdist and wheel into dist/
+	python -m build
+
+ci: ## what CI runs, on the last commit
+	bash .ci/run
+
+clean: ## remove what builds and tests leave
+	rm -rf build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,183 @@
+"""What every environment says about itself, and how answers are read and guessed.
+
+An environment is a `gymnasium.Env` with pictures, [H, W, 3] uint8. Beside step and reset it says
+how it is asked (prompt), how an answer is read, what an expert would write, whether a thought is
+right and what the best possible score is. Left out: models, tokens, training.
+
+An answer is one JSON object with every required key. Nothing is repaired: an answer that is not
+such an object, or whose action is not exactly one of the actions, is illegal, and `Answer.error`
+says why.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+MAX_ANSWER_CHARS = 8_000
+FENCE = "```"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Text shown after the picture: fixed + state. `fixed` never changes within an episode."""
+
+    fixed: str
+    state: str
+
+    @property
+    def text(self) -> str:
+        return self.fixed + self.state
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer as read. `action` is None when the answer is illegal, and `error` says why."""
+
+    text: str
+    action: str | None
+    fields: dict
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a thought is right. None: this environment, or this thought, does not say."""
+
+    perception: bool | None  # it reads the picture correctly
+    aim: bool | None  # what it aims at is correct
+    follows: bool | None  # the action is what the thought aims at
+
+    @property
+    def right(self) -> bool:
+        parts = [part for part in (self.perception, self.aim, self.follows) if part is not None]
+        return bool(parts) and all(parts)
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The best possible play: success rate, undiscounted return, and how they are known."""
+
+    success_rate: float
+    episode_return: float | None
+    source: str
+
+
+class VisualEnv(Protocol):
+    """The interface. `step` and friends return (obs, reward, terminated, truncated, info).
+
+    The observation is the same ndarray object while the picture is unchanged, so that vision
+    features can be reused by identity; it must not be written to. With the constructor's option
+    fresh_pictures=True it is a new array at every call. `info["success"]` is a bool.
+    """
+
+    actions: tuple[str, ...]
+    early_truncation: bool  # the first reward of -1 ends the episode
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple: ...
+
+    def step(self, action: int) -> tuple: ...
+
+    def step_illegal(self) -> tuple:
+        """An illegal answer: nothing is executed, the attempt is counted and penalised."""
+
+    def prompt(self, style: str) -> Prompt:
+        """`style` is "short" (tiny model) or "full" (large models)."""
+
+    def read_answer(self, text: str) -> Answer: ...
+
+    def expert_answer(self, rng: np.random.Generator) -> str | None:
+        """The answer an expert writes in this state; None where there is nothing to show."""
+
+    def guess_answer(self, written: str, previous: str | None) -> str:
+        """A full answer that starts with `written`, or `written` where nothing can be guessed."""
+
+    def judge(self, answer: Answer) -> Verdict: ...
+
+    def optimum(self) -> Optimum: ...
+
+    def deal_key(self) -> tuple:
+        """What identifies the deal, for splits into seen and unseen."""
+
+
+def check_style(style: str) -> None:
+    """ValueError on a prompt style that does not exist."""
+    if style not in ("short", "full"):
+        raise ValueError(f"prompt style {style!r} is unknown: use 'short' or 'full'")
+
+
+def read_json_answer(text: str, keys: Sequence[str], actions: Sequence[str]) -> Answer:
+    """Read an answer strictly; `keys` must all be there, extra keys are allowed. Never raises."""
+    if len(text) > MAX_ANSWER_CHARS:
+        return Answer(text, None, {}, f"{len(text)} characters, more than {MAX_ANSWER_CHARS}")
+    body = text.strip()
+    if body.startswith(FENCE) and body.endswith(FENCE) and len(body) >= 2 * len(FENCE):
+        body = body[len(FENCE) : -len(FENCE)].removeprefix("json")
+    try:
+        fields = json.loads(body, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        return Answer(text, None, {}, f"not one JSON object: {str(error)[:120]}")
+    if not isinstance(fields, dict):
+        return Answer(text, None, {}, f"JSON {type(fields).__name__} where an object is wanted")
+    missing = [key for key in keys if key not in fields]
+    if missing:
+        return Answer(text, None, fields, f"missing keys: {', '.join(missing)}")
+    action = fields["action"]
+    if type(action) is int:
+        action = str(action)
+    if not isinstance(action, str):
+        return Answer(text, None, fields, f"action is a {type(action).__name__}, not a string")
+    action = action.strip()
+    if action not in actions:
+        return Answer(text, None, fields, f"action {action[:40]!r} is not in the list")
+    return Answer(text, action, fields, None)
+
+
+def _unique_keys(pairs: list[tuple]) -> dict:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key is there twice")
+    return fields
+
+
+Guess = Callable[[list[str], str], str | None]
+
+
+def continue_answer(written: str, parts: Sequence[tuple[str, Guess]], closing: str = '"}') -> str:
+    """Guess the rest of an answer of which `written` is there.
+
+    An answer is lead + value + lead + value + ... + closing. Each part is (lead, guess), and
+    guess(values before, part of the value written) returns the value, which must start with what is
+    written, or None where it cannot be known. Values written otherwise than guessed are kept and
+    the skeleton goes on after them; what does not fit the skeleton is returned as it is.
+    """
+    text, values = "", []
+    for lead, guess in parts:
+        if not _agrees(written[len(text) :], lead):
+            return written
+        text += lead
+        rest = written[len(text) :]
+        quote = rest.find('"')
+        value = rest[:quote] if quote >= 0 else guess(values, rest)
+        if value is None:
+            return text + rest
+        values.append(value)
+        text += value
+    return text + closing if closing.startswith(written[len(text) :]) else written
+
+
+def _agrees(rest: str, lead: str) -> bool:
+    return rest.startswith(lead) if len(rest) >= len(lead) else lead.startswith(rest)
+
+
+def fixed_value(value: str) -> Guess:
+    """A guess that is known from the state: `value`, or what is written where it differs."""
+    return lambda values, rest: value if value.startswith(rest) else rest
+
+
+def word_after(text: str, mark: str) -> str | None:
+    """The last word after the last `mark` in `text`, None without one."""
+    at = text.rfind(mark)
+    return text[at + len(mark) :].strip() or None if at >= 0 else None

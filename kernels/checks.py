@@ -1,0 +1,167 @@
+"""Validation of the merge kernels' arguments: ValueError naming argument, expected and got.
+
+Left out: anything the operation itself would reject with a clear message.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """float64 if any of the tensors is, else float32."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def check_streaming(weighting: str, alpha: float) -> None:
+    """A weighting that can be kept as running sums, and its alpha."""
+    if weighting not in ("sma", "ema"):
+        raise ValueError(f"weighting: expected 'sma' or 'ema' to stream, got {weighting!r}")
+    check_alpha(alpha)
+
+
+def check_alpha(alpha: float) -> None:
+    """The share of the newest checkpoint: in (0, 1]."""
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha: expected a number in (0, 1], got {alpha}")
+
+
+def check_density(density: float) -> None:
+    """The share of entries that trimming keeps: in [0, 1]."""
+    if not 0 <= density <= 1:
+        raise ValueError(f"density: expected a number in [0, 1], got {density}")
+
+
+def check_same(name: str, got: object, other: str, expected: object) -> None:
+    """`name` agrees with the same property of `other`."""
+    if got != expected:
+        raise ValueError(f"{name}: expected {expected} like the {other}, got {got}")
+
+
+def check_placed(name: str, tensor: Tensor, held: Tensor) -> None:
+    """A tensor that meets running sums has their shape and device."""
+    got, expected = (tuple(tensor.shape), tensor.device), (tuple(held.shape), held.device)
+    check_same(name, got, "running sums", expected)
+
+
+def find_sums(sums: dict[str, Tensor], name: str) -> Tensor:
+    """The running sums pushed under a name."""
+    if name not in sums:
+        raise ValueError(f"name: nothing was pushed under {name!r}; known: {sorted(sums)}")
+    return sums[name]
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """A tensor of floating point numbers."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise ValueError(f"{name}: expected a floating point tensor, got {_describe(tensor)}")
+
+
+def _describe(value: object) -> str:
+    return f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_length(name: str, values: Sequence, expected: int) -> None:
+    """One value per checkpoint."""
+    if len(values) != expected:
+        raise ValueError(f"{name}: expected {expected} (one per checkpoint), got {len(values)}")
+
+
+def check_weights(weights: Sequence[float], expected: int) -> list[float]:
+    """One finite weight >= 0 per checkpoint, not all 0; returns them as floats."""
+    weights = [float(weight) for weight in weights]
+    check_length("weights", weights, expected)
+    if not all(0 <= weight < float("inf") for weight in weights) or sum(weights) == 0:
+        raise ValueError(f"weights: expected finite, >= 0 and not all 0, got {weights}")
+    return weights
+
+
+def check_thresholds(thresholds: Sequence[Tensor | float], expected: int) -> list[float]:
+    """One number >= 0 per checkpoint; returns them as floats."""
+    thresholds = [float(threshold) for threshold in thresholds]
+    check_length("thresholds", thresholds, expected)
+    if not all(threshold >= 0 for threshold in thresholds):  # also catches NaN
+        raise ValueError(f"thresholds: expected numbers >= 0, got {thresholds}")
+    return thresholds
+
+
+def check_factors(
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scales: Sequence[float],
+    shape: tuple[int, int] | None = None,
+) -> list[float]:
+    """Every pair multiplies to `shape` [out, in] and is finite; returns the scales as floats."""
+    check_length("lora_b", lora_b, len(lora_a))
+    check_length("scales", scales, len(lora_a))
+    for i, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
+        for name, factor in ((f"lora_a[{i}]", a), (f"lora_b[{i}]", b)):
+            check_floating(name, factor)
+            if factor.dim() != 2:
+                raise ValueError(f"{name}: expected 2 dimensions, got {tuple(factor.shape)}")
+        check_same(f"lora_b[{i}] dtype, device", (b.dtype, b.device), "lora_a", (a.dtype, a.device))
+        shape = (b.shape[0], a.shape[1]) if shape is None else shape
+        if (b.shape[0], a.shape[1]) != tuple(shape) or a.shape[0] != b.shape[1]:
+            raise ValueError(
+                f"lora_a[{i}], lora_b[{i}]: expected [r, {shape[1]}] and [{shape[0]}, r], "
+                f"got {tuple(a.shape)} and {tuple(b.shape)}"
+            )
+        if 0 in (*a.shape, *b.shape):
+            raise ValueError(f"lora_a[{i}], lora_b[{i}]: expected no dimension of size 0")
+    check_finite({f"lora_a[{i}]": a for i, a in enumerate(lora_a)})
+    check_finite({f"lora_b[{i}]": b for i, b in enumerate(lora_b)})
+    scales = [float(scale) for scale in scales]
+    if not all(abs(scale) < float("inf") for scale in scales):
+        raise ValueError(f"scales: expected finite numbers, got {scales}")
+    return scales
+
+
+def check_finite(tensors: dict[str, Tensor]) -> None:
+    """No NaN or infinity in any tensor; one transfer from the device for all of them."""
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+    for name, good in zip(tensors, finite, strict=True):
+        if not good:
+            raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+
+
+def check_lora_merge(
+    base: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scales: Sequence[float],
+    weights: Sequence[float],
+) -> tuple[list[float], list[float]]:
+    """All arguments of a merge from factors; returns scales and weights as floats."""
+    check_floating("base", base)
+    if base.dim() != 2:
+        raise ValueError(f"base: expected [out, in], got {tuple(base.shape)}")
+    if len(lora_a) == 0:
+        raise ValueError("lora_a: expected at least one checkpoint, got an empty history")
+    scales = check_factors(lora_a, lora_b, scales, tuple(base.shape))
+    for i, factor in enumerate(lora_a):
+        check_same(f"lora_a[{i}] device", factor.device, "base", base.device)
+    return scales, check_weights(weights, len(lora_a))
+
+
+def check_task_vectors(task_vectors: Sequence[Tensor], base: Tensor) -> None:
+    """At least one finite task vector, each of the shape and device of `base`."""
+    check_floating("base", base)
+    if len(task_vectors) == 0:
+        raise ValueError("task_vectors: expected at least one checkpoint, got an empty history")
+    for i, task_vector in enumerate(task_vectors):
+        name = f"task_vectors[{i}]"
+        check_floating(name, task_vector)
+        got = (tuple(task_vector.shape), task_vector.device)
+        check_same(name, got, "base", (tuple(base.shape), base.device))
+        check_finite({name: task_vector})
+
+
+def check_out(out: Tensor | None, base: Tensor) -> Tensor:
+    """Where to write: `out`, which must be like `base`, or a new tensor like it."""
+    if out is None:
+        return torch.empty_like(base)
+    got = (tuple(out.shape), out.dtype, out.device)
+    check_same("out", got, "base", (tuple(base.shape), base.dtype, base.device))
+    return out

@@ -1,0 +1,290 @@
+"""All settings of a training run: one flat dataclass, its presets, and what makes a setting impossible.
+
+The defaults are those of the built-in tiny model, measured in docs/LOG.md; `PRESETS["paper"]` holds the hyper-parameters of
+the paper's code (arXiv 2512.13043). The comment under a field is its help text.
+
+Left out: reading the command line (`turbo.train`).
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+import tyro
+
+Game = Literal["points24", "ezpoints", "numberline", "blackjack"]
+
+
+@dataclass
+class TrainConfig:
+    """Train a policy with PPO, guided by a teacher merged from its own past checkpoints."""
+
+    env: tyro.conf.Positional[Game] = "points24"
+    """which environment to play"""
+    model: str = "tiny"
+    """`tiny` for the built-in warm start of the environment, or a folder written by `turbo.sft`"""
+    out: str = ""
+    """run directory; empty makes runs/<env>-<date>-<time>"""
+    resume: str = ""
+    """run directory to continue; all its settings are taken from it"""
+    overwrite: bool = False
+    """replace the run directory if it exists"""
+    seed: int = 0
+    """seed of everything: deals, sampling, initial factors, minibatch order"""
+    updates: int = 100
+    """policy updates; each one is a rollout, its PPO epochs, and a new checkpoint in the history"""
+    minutes: float = 0.0
+    """stop after so many minutes even if updates are left (0: no limit)"""
+
+    # Playing
+    envs: int = 512
+    """environments that play at once, over all workers"""
+    steps_per_update: int = 2048
+    """least environment steps of an update; episodes are always played to their end"""
+    group_size: int = 8
+    """environments that play the same deal (with --advantage group: the baseline's size)"""
+    temperature: float = 1.0
+    """sampling temperature of training; the scored distribution is the same one"""
+    max_new_tokens: int = 96
+    """longest answer in tokens"""
+    hands: int = 0
+    """Points24: restrict training to a fixed pool of so many multisets (0: the environment's own distribution)"""
+    early_truncation: bool = True
+    """card games: end the episode at its first reward of -1"""
+    format_valid: float = 0.0
+    """reward of a well-formed answer, in the same stream as the environment's"""
+    format_invalid: float = 0.0
+    """reward of an unreadable or illegal answer, beside the environment's penalty"""
+
+    # Objective
+    advantage: Literal["group", "gae"] = "group"
+    """group: return minus the mean of the other environments of the deal; gae: the paper's critic"""
+    baseline: Literal["loo", "mean"] = "loo"
+    """group baseline: the mean of the others (leave one out), or of all"""
+    gamma: float = 0.9
+    """discount of gae"""
+    gae_lambda: float = 0.95
+    """lambda of gae"""
+    thought_coef: float = 0.5
+    """weight of the thought tokens in the log-probability of a step"""
+    clip: float = 0.2
+    """PPO clip range of the step's ratio"""
+    value_coef: float = 0.5
+    """weight of the critic's loss (gae)"""
+    epochs: int = 1
+    """passes over each rollout"""
+    minibatch: int = 256
+    """environment steps per optimiser step"""
+    target_kl: float = 0.0
+    """end an update's epochs when the approximate KL to the rollout policy exceeds this (0: never)"""
+    skip_certain: float = 0.02
+    """leave out steps whose answer had a negative log-likelihood below this: their gradient is nearly zero"""
+
+    # Optimiser
+    learning_rate: float = 8e-4
+    """peak learning rate of AdamW"""
+    final_learning_rate: float = 8e-5
+    """learning rate at the end of the cosine"""
+    grad_clip: float = 0.5
+    """bound on the gradient's norm"""
+    adam_eps: float = 1e-8
+    """epsilon of AdamW"""
+    lora_rank: int = 16
+    """rank of the LoRA factors on every linear layer of the text model"""
+    lora_alpha: float = 32.0
+    """LoRA scale is alpha / rank"""
+
+    # Teacher and guidance
+    guidance: Literal["kl", "none"] = "kl"
+    """kl: reverse KL of the thoughts to the merged teacher; none: plain PPO (RL4VLM)"""
+    guidance_range: Literal["thought", "all"] = "thought"
+    """which tokens are guided"""
+    kl_placement: Literal["loss", "reward", "advantage"] = "loss"
+    """where the KL enters: as a loss with a true gradient, in the reward, or in the advantage"""
+    kl_estimator: Literal["full", "forward", "clip", "abs", "k1", "k3"] = "full"
+    """full and forward: exact over the vocabulary; the others from the sampled token"""
+    kl_coef: str = "0.5"
+    """strength of the guidance, or `auto`: steered so that it is --kl-share of the return's spread"""
+    kl_share: float = 0.1
+    """with --kl-coef auto: guidance as a share of the return's spread"""
+    merge: Literal["ties", "linear"] = "ties"
+    """how checkpoints are merged into the teacher"""
+    weighting: Literal["sma", "ema", "score"] = "ema"
+    """weights of the checkpoints: equal, decaying with age, or by success rate"""
+    ema_alpha: float = 0.5
+    """share of the newest checkpoint with --weighting ema"""
+    density: float = 0.8
+    """share of the largest task-vector entries that TIES keeps"""
+    merge_every: int = 1
+    """rebuild the teacher every so many updates"""
+    history_max: int = 0
+    """checkpoints that are merged at most (0: all)"""
+
+    # Machine, evaluation, files
+    workers: int = 0
+    """threads that play and train (0: one a core, at most 4)"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """dtype of the matrix products; auto is bfloat16 where the processor has it (AMX)"""
+    eval_episodes: int = 500
+    """episodes of the evaluations before and after training (0: none)"""
+    eval_temperature: float = 0.2
+    """sampling temperature of evaluation (the paper's)"""
+    eval_every: int = 0
+    """evaluate every so many updates as well (0: only at both ends)"""
+    save_every: int = 10
+    """checkpoint every so many updates, and at the end"""
+    keep: int = 2
+    """checkpoints kept in the run directory"""
+    tensorboard: bool = False
+    """also write TensorBoard files into the run directory"""
+
+
+# Card games smaller than Points24 learn within a few updates.
+GAME_DEFAULTS: dict[str, dict] = {
+    "points24": {},
+    "ezpoints": dict(updates=40, steps_per_update=1024),
+    "numberline": dict(updates=40, steps_per_update=1024),
+    "blackjack": dict(updates=40, steps_per_update=1024, group_size=16),
+}
+
+PRESETS: dict[str, dict] = {
+    "tiny": {},
+    "paper": dict(
+        updates=30,
+        envs=64,
+        steps_per_update=1024,
+        group_size=1,
+        temperature=0.2,
+        max_new_tokens=256,
+        advantage="gae",
+        epochs=4,
+        minibatch=128,
+        clip=0.1,
+        skip_certain=0.0,
+        format_valid=3.0,
+        format_invalid=-2.0,
+        learning_rate=1e-5,
+        final_learning_rate=1e-9,
+        grad_clip=0.01,
+        adam_eps=1e-7,
+        lora_rank=128,
+        lora_alpha=256.0,
+        kl_placement="advantage",
+        kl_estimator="clip",
+        kl_coef="1.0",
+        weighting="sma",
+        history_max=0,
+    ),
+}
+
+
+def defaults(env: str, preset: str) -> TrainConfig:
+    """The settings of a preset for one environment."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is unknown: use {' or '.join(PRESETS)}")
+    return TrainConfig(**{"env": env, **GAME_DEFAULTS.get(env, {}), **PRESETS[preset]})
+
+
+def check(c: TrainConfig) -> None:
+    """Refuse settings that cannot work, naming the flag, its value and the remedy."""
+
+    def need(ok: bool, flag: str, rule: str) -> None:
+        if not ok:
+            value = getattr(c, flag)
+            raise ValueError(f"--{flag.replace('_', '-')} must be {rule}, got {value!r}")
+
+    for f in fields(c):
+        value = getattr(c, f.name)
+        if isinstance(value, float):
+            need(math.isfinite(value), f.name, "a finite number")
+            if f.name != "format_invalid":
+                need(value >= 0, f.name, "zero or more")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            need(value >= 0, f.name, "zero or more")
+    for flag in (
+        "updates envs steps_per_update group_size max_new_tokens epochs minibatch "
+        "lora_rank merge_every save_every keep"
+    ).split():
+        need(getattr(c, flag) >= 1, flag, "at least 1")
+    for flag in ("temperature", "eval_temperature", "learning_rate", "grad_clip", "lora_alpha"):
+        need(getattr(c, flag) > 0, flag, "more than 0")
+    for flag in ("density", "ema_alpha", "gamma", "gae_lambda", "clip"):
+        need(getattr(c, flag) <= 1, flag, "at most 1")
+    need(c.ema_alpha > 0, "ema_alpha", "more than 0")
+    if c.advantage == "group":
+        need(c.group_size >= 2, "group_size", "at least 2 with --advantage group (or use gae)")
+    need(c.hands == 0 or c.env == "points24", "hands", "0 except with points24")
+    if c.kl_coef != "auto":
+        try:
+            coefficient = float(c.kl_coef)
+        except ValueError:
+            coefficient = math.nan
+        need(coefficient >= 0 and math.isfinite(coefficient), "kl_coef", "auto or a number >= 0")
+
+
+def changed(old: dict, new: TrainConfig) -> list[str]:
+    """Names of the settings in which a resumed run would differ from the saved one."""
+    free = {"resume", "out", "overwrite", "updates", "minutes", "keep", "save_every", "tensorboard"}
+    now = asdict(new)
+    return [k for k in now if k not in free and k in old and old[k] != now[k]]
+
+
+@dataclass
+class SftConfig:
+    """Make a warm start of the tiny model from expert traces, from scratch."""
+
+    env: tyro.conf.Positional[Game] = "points24"
+    """which environment to learn"""
+    out: str = "warm-start"
+    """folder for the model, the tokenizer and the record of how they were made"""
+    overwrite: bool = False
+    """write into a folder that is not empty"""
+    seed: int = 0
+    """seed of everything"""
+    size: Literal["", "small", "medium", "nano"] = ""
+    """size of the model (empty: the one of the environment)"""
+    steps: int = 1200
+    """optimiser steps of the language model"""
+    deals: int = 48
+    """deals per step"""
+    states: int = 4
+    """states per deal: the first, and others at random (0: all)"""
+    solutions: int = 8
+    """card games: the expert begins with one of so many solutions"""
+    read_out_steps: int = 120
+    """steps of the read-out that teaches the vision tower to see"""
+    learning_rate: float = 2e-3
+    """peak learning rate"""
+    eval_episodes: int = 500
+    """episodes of each evaluation at the end"""
+    workers: int = 0
+    """processes (0: one a core, at most 4)"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """dtype of the matrix products"""
+
+
+# Measured in docs/LOG.md: enough to begin reinforcement learning, far from the optimum.
+SFT_DEFAULTS: dict[str, dict] = {
+    "points24": {},
+    "ezpoints": dict(steps=150, deals=32),
+    "numberline": dict(steps=100, deals=32),
+    "blackjack": dict(steps=100, deals=32),
+}
+
+
+def sft_defaults(env: str) -> SftConfig:
+    """The settings of the warm start of one environment."""
+    if env not in SFT_DEFAULTS:
+        raise ValueError(f"environment {env!r} is unknown: use {', '.join(SFT_DEFAULTS)}")
+    return SftConfig(**{"env": env, **SFT_DEFAULTS[env]})
+
+
+def check_sft(c: SftConfig) -> None:
+    """Refuse settings that cannot work."""
+    for flag in ("steps", "deals", "solutions", "read_out_steps", "learning_rate", "eval_episodes"):
+        if not getattr(c, flag) > 0:
+            name = "--" + flag.replace("_", "-")
+            raise ValueError(f"{name} must be more than 0, got {getattr(c, flag)}")
+    for flag in ("seed", "states", "workers"):
+        if getattr(c, flag) < 0:
+            raise ValueError(f"--{flag} must be zero or more, got {getattr(c, flag)}")

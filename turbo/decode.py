@@ -1,0 +1,239 @@
+"""Sampling answers in a batch, exactly and speculatively.
+
+Most tokens of an answer can be guessed: the JSON skeleton, the cards read a step ago, a plan once it is made. A guess is
+verified, not believed. With p the model's own distribution (temperature only, specials banned) and d the guessed token,
+
+    accept d with probability p(d), otherwise draw from p without d, renormalised
+
+which yields exactly a draw from p, whatever the guess (Leviathan et al. 2023, with a one-point proposal). A whole guess is
+verified in one forward pass, so a step costs two or three passes in place of forty, and the recorded log-probs are those
+of p. Guesses come from the environment (`guess_answer`); a bad guess costs time, never correctness.
+
+Rows do not wait for each other: every environment has a slot in the cache and is at its own place in its answer, and one
+pass serves rows that read a prompt with a long guess beside rows that take one token (in groups of similar length).
+
+Left out: top-k, top-p, penalties (they would make the scored policy another one); static caches and graphs for GPUs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from turbo.batch import micro_batches
+from turbo.model import PrefixKV, TextWeights, VisionLanguageModel, causal_mask
+
+
+@dataclass
+class Request:
+    """One answer to sample: the suffix tokens of its prompt, and the guesser of its answer."""
+
+    suffix: list[int]
+    guess: Callable[[str], str]
+
+
+@dataclass
+class Sample:
+    """A sampled answer."""
+
+    tokens: list[int]  # the end token included, where it was sampled
+    logprobs: list[float]  # log p of each token under the sampled distribution
+    hidden: Tensor  # [D] normed hidden state at the last prompt token, float32
+
+
+@dataclass
+class _Row:
+    slot: int
+    request: Request
+    pending: list[int]  # tokens that are not in the cache yet
+    position: int = 0  # tokens in the cache, behind the prefix
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
+    hidden: Tensor | None = None
+
+
+SHORT = 8  # inputs of at most so many tokens run together, apart from longer ones
+
+
+class Decoder:
+    """Samples with fixed weights for `slots` environments; the additive `bias` bans specials, as the scorer does."""
+
+    def __init__(
+        self,
+        vlm: VisionLanguageModel,
+        weights: TextWeights,
+        slots: int,
+        temperature: float,
+        max_new_tokens: int,
+        generator: torch.Generator,
+    ):
+        if temperature <= 0:
+            raise ValueError(
+                f"temperature must be more than 0, got {temperature}; for near-greedy use 0.01"
+            )
+        self.vlm, self.weights, self.temperature = vlm, weights, temperature
+        self.max_new, self.generator = max_new_tokens, generator
+        self.bias = ban_bias(vlm)
+        self.cache = _Cache(vlm, slots)
+        self.rows: dict[int, _Row] = {}
+        self.passes = self.guessed = self.accepted = 0
+
+    def show(self, slot: int, prefix: PrefixKV, number: int) -> None:
+        """Put prefix `number` into a slot; it stays for all requests until another is shown."""
+        self.cache.put_prefix(slot, prefix, number)
+
+    def ask(self, slot: int, request: Request) -> None:
+        """Begin an answer in a slot that has none under way."""
+        self.rows[slot] = _Row(slot, request, list(request.suffix))
+        self.cache.reserve(len(request.suffix) + self.max_new)
+
+    @torch.no_grad()
+    def advance(self) -> list[tuple[int, Sample]]:
+        """One forward pass for every row; the slots whose answers are complete, and the answers."""
+        rows = list(self.rows.values())
+        for row in rows:
+            row.draft = self._draft(row)
+        short = [r for r in rows if len(r.pending) + len(r.draft) <= SHORT]
+        long = [r for r in rows if len(r.pending) + len(r.draft) > SHORT]
+        for group in (short, *_similar(long)):
+            if group:
+                self._verify(group, *self._forward(group))
+                self.passes += 1
+        done = []
+        for row in rows:
+            if row.tokens[-1] == self.vlm.end or len(row.tokens) >= self.max_new:
+                del self.rows[row.slot]
+                done.append((row.slot, Sample(row.tokens, row.logprobs, row.hidden)))
+        return done
+
+    def _draft(self, row: _Row) -> list[int]:
+        """Guessed tokens behind those already sampled; the end token is left to the model."""
+        room = self.max_new - len(row.tokens) - 1
+        written = self.vlm.decode(row.tokens) if row.tokens else ""
+        guess = row.request.guess(written)
+        if room <= 0 or len(guess) <= len(written):
+            return []
+        ids = self.vlm.encode(guess)
+        n = len(row.tokens)
+        if ids[:n] != row.tokens:  # the model splits the text otherwise than the tokenizer would
+            ids, n = self.vlm.encode(guess[len(written) :]), 0
+        return ids[n : n + room]
+
+    def _forward(self, rows: list[_Row]) -> tuple[Tensor, list[int]]:
+        """Run pending and draft tokens; normed hidden states [N, D] where a token is predicted, and counts per row."""
+        inputs = [r.pending + r.draft for r in rows]
+        length = max(map(len, inputs))
+        ids = torch.tensor([t + [self.vlm.pad] * (length - len(t)) for t in inputs])
+        hidden = self.cache.run(self.weights, ids, rows)
+        counts = [len(r.draft) + 1 for r in rows]
+        select = [
+            i * length + j
+            for i, r in enumerate(rows)
+            for j in range(len(r.pending) - 1, len(r.pending) + len(r.draft))
+        ]
+        hidden = hidden.flatten(0, 1).index_select(0, torch.tensor(select))
+        return self.vlm.text.final_norm(self.weights, hidden), counts
+
+    def _verify(self, rows: list[_Row], hidden: Tensor, counts: list[int]) -> None:
+        """Accept or replace the guesses of every row; append what was sampled."""
+        logits = F.linear(hidden, self.weights.head, self.bias).float()  # [N, V]
+        logits = logits.div_(self.temperature)
+        norm = torch.logsumexp(logits, -1)
+        n = torch.tensor(counts)
+        end = n.cumsum(0) - 1  # where each row predicts the token behind its draft
+        drafts = torch.tensor([t for r in rows for t in [*r.draft, 0]])
+        logp = logits.gather(1, drafts[:, None])[:, 0] - norm
+        refused = torch.rand(len(drafts), generator=self.generator) >= logp.exp()
+        refused[end] = True  # nothing was guessed there
+        place = torch.where(refused, torch.arange(len(drafts)), len(drafts))
+        row_of = torch.repeat_interleave(torch.arange(len(rows)), n)
+        first = torch.full((len(rows),), len(drafts)).scatter_reduce(0, row_of, place, "amin")
+        logits, norm = logits.index_select(0, first), norm[first]  # [R, V], the first refusals
+        others = logits.clone()
+        inside = (first != end).nonzero()[:, 0]
+        others[inside, drafts[first[inside]]] = -1e30
+        noise = torch.empty_like(others).exponential_(generator=self.generator)
+        new = (torch.softmax(others, -1) / noise).argmax(-1)
+        new_logp = (logits.gather(1, new[:, None])[:, 0] - norm).tolist()
+        taken = (first - (end + 1 - n)).tolist()  # accepted guesses of each row
+        logp, new, offset = logp.tolist(), new.tolist(), 0
+        for i, row in enumerate(rows):
+            k = taken[i]
+            if row.hidden is None:
+                row.hidden = hidden[offset].float()
+            row.tokens += [*row.draft[:k], new[i]]
+            row.logprobs += [*logp[offset : offset + k], new_logp[i]]
+            row.position += len(row.pending) + k
+            row.pending = [new[i]]
+            self.guessed += len(row.draft)
+            self.accepted += k
+            offset += counts[i]
+
+
+def _similar(rows: list[_Row]) -> list[list[_Row]]:
+    """Rows in groups of cache-sized work and similar length."""
+    lengths = [len(r.pending) + len(r.draft) for r in rows]
+    return [[rows[i] for i in group] for group in micro_batches(lengths, 64)]
+
+
+class _Cache:
+    """Keys and values per slot: the prefix and what follows it, per layer [slots, Hkv, P + room, hd]."""
+
+    def __init__(self, vlm: VisionLanguageModel, slots: int):
+        self.vlm, self.slots, self.room = vlm, slots, 0
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.past = self.next_position = 0
+
+    def put_prefix(self, slot: int, prefix: PrefixKV, number: int) -> None:
+        """Copy one prompt prefix into a slot."""
+        if not self.keys:
+            self.past, self.next_position = prefix.length, prefix.next_position
+            _, heads, length, hd = prefix.keys[0].shape
+            empty = prefix.keys[0].new_zeros(self.slots, heads, length + self.room, hd)
+            self.keys = [empty.clone() for _ in prefix.keys]
+            self.values = [empty.clone() for _ in prefix.keys]
+        for own, new in zip(self.keys, prefix.keys, strict=True):
+            own[slot, :, : self.past] = new[number]
+        for own, new in zip(self.values, prefix.values, strict=True):
+            own[slot, :, : self.past] = new[number]
+
+    def reserve(self, room: int) -> None:
+        """Make place for `room` tokens behind the prefix of every slot."""
+        if room > self.room:
+            more = room + 16 - self.room
+            self.keys = [F.pad(k, (0, 0, 0, more)) for k in self.keys]
+            self.values = [F.pad(v, (0, 0, 0, more)) for v in self.values]
+            self.room += more
+
+    def run(self, weights: TextWeights, ids: Tensor, rows: list[_Row]) -> Tensor:
+        """Hidden states [R, L, D] of ids [R, L] behind what each row has in the cache; they are cached too."""
+        text, length = self.vlm.text, ids.shape[1]
+        slot = torch.tensor([row.slot for row in rows])
+        start = torch.tensor([row.position for row in rows])
+        at = start[:, None] + torch.arange(length)  # [R, L] place behind the prefix
+        rope = text.text_rope(at + self.next_position)
+        used = min(self.past + int(start.max()) + length, self.past + self.room)
+        if int(start.max()) == 0:
+            mask = causal_mask(length, self.past, text.dtype)
+        else:
+            blocked = torch.arange(used) > (at + self.past)[..., None]  # [R, L, S]
+            mask = torch.zeros(blocked.shape, dtype=text.dtype).masked_fill_(blocked, -1e30)
+            mask = mask[:, None, None]
+        # Padding may point past the cache; it lands in the last place, which no token ever uses.
+        place = (at + self.past).clamp(max=self.past + self.room - 1)
+
+        def attend(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            self.keys[i][slot[:, None], :, place] = k.transpose(1, 2)
+            self.values[i][slot[:, None], :, place] = v.transpose(1, 2)
+            return self.keys[i][slot, :, :used], self.values[i][slot, :, :used]
+
+        return text.forward(weights, F.embedding(ids, weights.embed).float(), rope, mask, attend)
+
+
+def ban_bias(vlm: VisionLanguageModel) -> Tensor:
+    """Additive logits [V] in the compute dtype: -1e30 on banned tokens, 0 elsewhere."""
+    return torch.zeros(vlm.text.vocabulary, dtype=vlm.text.dtype).masked_fill_(vlm.banned, -1e30)

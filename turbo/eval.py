@@ -1,0 +1,153 @@
+"""Evaluation on fresh deals: `python -m turbo.eval RUN_OR_MODEL --env points24`.
+
+RUN_OR_MODEL is a run directory of `turbo.train`, a model folder of `turbo.sft`, or `tiny` for the built-in warm start.
+Success comes with its 95 % interval (Wilson), and says which deals it is on: all, those whose multiset the warm start saw,
+those it did not, or the pool that a run was restricted to.
+
+Left out: evaluation during training (`turbo.scribe`), plots.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from turbo import checkpoint
+from turbo.config import Game, TrainConfig, defaults
+from turbo.measure import evaluate
+from turbo.model import load, new_lora, pick_dtype
+from turbo.parallel import Crew, cores, run_crew
+from turbo.run import env_maker, model_folder, model_sha256
+from turbo.teacher import Teacher
+
+JSON_KEYS = (
+    "success_rate success_low success_high success_solvable episode_return legal_rate card_rate "
+    "reasoning_score episodes seed temperature split"
+).split()
+
+
+@dataclass
+class EvalConfig:
+    """Play fresh deals with a trained policy, its merged teacher, or a warm start, and report what comes of it."""
+
+    source: tyro.conf.Positional[str]
+    """run directory, model folder, or `tiny`"""
+    env: Game = "points24"
+    """which environment to play"""
+    episodes: int = 500
+    """episodes, one deal each"""
+    seed: int = 0
+    """seed of the deals and of sampling; never one that training draws"""
+    teacher: bool = False
+    """evaluate the run's merged teacher instead of its policy"""
+    temperature: float = 0.2
+    """sampling temperature"""
+    split: Literal["all", "seen", "unseen", "pool"] = "all"
+    """Points24: all hands; those the warm start saw; those it did not; the pool of a run with --hands"""
+    max_new_tokens: int = 96
+    """longest answer in tokens"""
+    json: bool = False
+    """print one line of JSON and nothing else"""
+    workers: int = 0
+    """processes (0: one a core, at most 4)"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """dtype of the matrix products"""
+
+
+def check(c: EvalConfig) -> TrainConfig:
+    """Refuse what cannot be evaluated; the settings of the run, or the defaults for a model."""
+    for flag in ("episodes", "temperature", "max_new_tokens"):
+        if not 0 < getattr(c, flag) < math.inf:
+            name = "--" + flag.replace("_", "-")
+            raise ValueError(f"{name} must be more than 0, got {getattr(c, flag)}")
+    if c.seed < 0:
+        raise ValueError(f"--seed must be zero or more, got {c.seed}")
+    if c.split != "all" and c.env != "points24":
+        raise ValueError(f"--split {c.split} is for points24 alone: leave it out with {c.env}")
+    path = Path(c.source)
+    if c.source != "tiny" and not path.is_dir():
+        raise ValueError(
+            f"{c.source!r} is neither a folder nor `tiny`: give a run, a model, or tiny"
+        )
+    if (path / "checkpoints").is_dir():
+        saved = checkpoint.read_run(path)
+        run = TrainConfig(**saved["config"])
+        if run.env != c.env:
+            raise ValueError(f"{c.source} was trained on {run.env}: use --env {run.env}")
+        if saved["model_sha256"] != model_sha256(run):
+            raise ValueError(f"{c.source} was trained from another model than {run.model!r} is now")
+        checkpoint.load(path)
+    else:
+        run = replace(defaults(c.env, "tiny"), model=c.source)
+        if c.teacher:
+            raise ValueError(f"--teacher needs a run directory; {c.source!r} is a model")
+        model_sha256(run)
+    if c.split == "pool" and not run.hands:
+        raise ValueError("--split pool needs a run that was trained with --hands")
+    return run
+
+
+def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
+    """Load, play, and gather the figures; what every worker runs."""
+    vlm = load(model_folder(run), pick_dtype(c.dtype))
+    lora = None
+    if (Path(c.source) / "checkpoints").is_dir():
+        adapter, state, meta = checkpoint.load(Path(c.source))
+        lora = new_lora(vlm.matrices, run.lora_rank, run.lora_alpha, 0)
+        lora.load_state_dict(adapter)
+    with torch.no_grad():
+        weights = vlm.weights(lora)
+    if c.teacher:
+        teacher = Teacher(vlm, lora, run)
+        tensors = {k[len("teacher/") :]: v for k, v in state.items() if k.startswith("teacher/")}
+        teacher.load_state_dict(tensors, meta["teacher"])
+        if teacher.weights is None:
+            raise ValueError(f"{c.source} has no teacher: it was trained with --guidance none")
+        weights = teacher.weights
+    if c.split == "pool":
+        make_env = env_maker(run)
+    else:
+        make_env = env_maker(replace(run, hands=0), c.split)
+    figures = evaluate(
+        vlm,
+        weights,
+        make_env,
+        episodes=c.episodes,
+        seed=c.seed,
+        temperature=c.temperature,
+        max_new_tokens=c.max_new_tokens,
+        crew=crew,
+    )
+    return {**figures, "seed": c.seed, "temperature": c.temperature, "split": c.split}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    c = tyro.cli(EvalConfig, args=argv, prog="turbo.eval")
+    try:
+        run = check(c)
+        workers = min(c.workers or cores(), max(1, c.episodes // 16))
+        figures = run_crew(workers, play, c, run)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if c.json:
+        values = {k: figures[k] for k in JSON_KEYS}
+        clean = {k: None if v != v else v for k, v in values.items()}  # NaN: does not apply
+        print(json.dumps(clean))
+        return 0
+    who = "merged teacher" if c.teacher else "policy"
+    print(f"{c.source} ({who}) on {c.env}, {c.split} deals, T {c.temperature}, seed {c.seed}")
+    for key in JSON_KEYS[:9]:
+        print(f"  {key:18} {figures[key]:.4g}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The policy's own past: LoRA factors of its checkpoints, with what merging them needs.
+
+A checkpoint enters with its trim thresholds (one per matrix, they depend on it alone) and leaves
+when more than `history_max` are held. Merge weights over the entries 1 (oldest) .. K (newest):
+
+    sma    w_i = 1 / K
+    ema    w_1 = (1 - alpha)^(K-1),  w_i = alpha (1 - alpha)^(K-i)     sums to 1, and is the
+           recursion  merged_k = alpha * theta_k + (1 - alpha) * merged_{k-1}
+    score  w_i = score_i / sum of scores,  equal weights if every score is 0
+
+Left out: merging itself (merge.py), and files (checkpoint.py writes the state dict).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turbo.kernels.checks import check_alpha, check_density
+from turbo.kernels.ties import trim_threshold
+
+Factors = dict[str, tuple[Tensor, Tensor]]  # module name -> (A [r, in], B [out, r])
+
+
+@dataclass
+class Snapshot:
+    """One checkpoint: the policy's LoRA factors after `update`, theta = base + scale * B A."""
+
+    update: int
+    factors: Factors
+    scale: float
+    score: float
+    thresholds: dict[str, Tensor]  # module name -> [], empty when the history does not trim
+
+
+class History:
+    """The checkpoints a teacher is merged from, oldest first.
+
+    `density` is the fraction each matrix keeps in the trim; None computes no thresholds, for
+    linear merging. `history_max` drops the oldest beyond that many; 0 keeps all.
+    """
+
+    def __init__(self, density: float | None = 0.8, history_max: int = 0):
+        if density is not None:
+            check_density(density)
+        if history_max < 0:
+            raise ValueError(f"history_max: expected >= 0 (0 keeps all), got {history_max}")
+        self.density, self.history_max = density, history_max
+        self.entries: list[Snapshot] = []
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def push(self, update: int, factors: Factors, scale: float, score: float = 0.0) -> Snapshot:
+        """Keep a CPU copy of the factors; thresholds are computed where the factors are."""
+        self._check_names(factors)
+        snapshot = Snapshot(
+            update=update,
+            factors={name: (_cpu_copy(a), _cpu_copy(b)) for name, (a, b) in factors.items()},
+            scale=float(scale),
+            score=float(score),
+            thresholds=compute_thresholds(factors, scale, self.density),
+        )
+        self.entries.append(snapshot)
+        if self.history_max:
+            del self.entries[: -self.history_max]
+        return snapshot
+
+    def weights(self, mode: str = "sma", alpha: float = 0.5) -> list[float]:
+        """Merge weights of the entries, oldest first, summing to 1."""
+        count = len(self.entries)
+        if count == 0:
+            raise ValueError("history: expected at least one checkpoint, got an empty history")
+        if mode == "sma":
+            return [1 / count] * count
+        if mode == "ema":
+            return ema_weights(count, alpha)
+        if mode == "score":
+            return score_weights([entry.score for entry in self.entries])
+        raise ValueError(f"mode: expected 'sma', 'ema' or 'score', got {mode!r}")
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Flat tensors for a safetensors file, and metadata that json can write."""
+        tensors: dict[str, Tensor] = {}
+        entries = []
+        for i, entry in enumerate(self.entries):
+            for name, (a, b) in entry.factors.items():
+                tensors[f"{i}.{name}.lora_a"] = a
+                tensors[f"{i}.{name}.lora_b"] = b
+            for name, threshold in entry.thresholds.items():
+                tensors[f"{i}.{name}.threshold"] = threshold
+            plain = {"update": entry.update, "scale": entry.scale, "score": entry.score}
+            entries.append(plain | {"names": list(entry.factors)})
+        settings = {"density": self.density, "history_max": self.history_max}
+        return tensors, settings | {"entries": entries}
+
+    def load_state_dict(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Replace the entries; the settings must be those that the state was saved with."""
+        for name, own in (("density", self.density), ("history_max", self.history_max)):
+            if metadata[name] != own:
+                raise ValueError(f"{name}: expected {own} like this history, got {metadata[name]}")
+        self.entries = [
+            _load_snapshot(i, plain, tensors) for i, plain in enumerate(metadata["entries"])
+        ]
+
+    def _check_names(self, factors: Factors) -> None:
+        if not factors:
+            raise ValueError("factors: expected at least one matrix, got none")
+        if self.entries and factors.keys() != self.entries[-1].factors.keys():
+            changed = sorted(factors.keys() ^ self.entries[-1].factors.keys())
+            raise ValueError(
+                f"factors: expected the matrices of the last push, differ in {changed}"
+            )
+
+
+def compute_thresholds(factors: Factors, scale: float, density: float | None) -> dict[str, Tensor]:
+    """Trim thresholds of one checkpoint on the CPU, none if density is None."""
+    if density is None:
+        return {}
+    return {
+        name: trim_threshold(a.detach(), b.detach(), scale, density).cpu()
+        for name, (a, b) in factors.items()
+    }
+
+
+def ema_weights(count: int, alpha: float) -> list[float]:
+    """The closed form of the EMA recursion, oldest first; the first checkpoint starts it."""
+    check_alpha(alpha)
+    newer = [alpha * (1 - alpha) ** (count - i) for i in range(2, count + 1)]
+    return [(1 - alpha) ** (count - 1), *newer]
+
+
+def score_weights(scores: list[float]) -> list[float]:
+    """Shares of the total score; nothing to tell checkpoints apart means equal shares."""
+    if not all(0 <= score < math.inf for score in scores):
+        raise ValueError(f"score: expected finite numbers >= 0 to weight by, got {scores}")
+    total = sum(scores)
+    return [score / total for score in scores] if total > 0 else [1 / len(scores)] * len(scores)
+
+
+def _cpu_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _load_snapshot(i: int, plain: dict[str, Any], tensors: dict[str, Tensor]) -> Snapshot:
+    def factor(name: str, side: str) -> Tensor:
+        key = f"{i}.{name}.{side}"
+        if key not in tensors:
+            raise ValueError(f"tensors: expected an entry {key!r} that the metadata names")
+        return _cpu_copy(tensors[key])
+
+    names = plain["names"]
+    trims = [name for name in names if f"{i}.{name}.threshold" in tensors]
+    return Snapshot(
+        update=plain["update"],
+        factors={name: (factor(name, "lora_a"), factor(name, "lora_b")) for name in names},
+        scale=plain["scale"],
+        score=plain["score"],
+        thresholds={name: factor(name, "threshold") for name in trims},
+    )

@@ -1,0 +1,235 @@
+"""What a run records: the one list of metrics, and where they are written.
+
+Every number that the program logs is defined in METRICS, once, with its meaning and its unit. A
+name that is not there is refused, so a plot of last year still means what it says. The file of JSON
+lines is the record of a run; TensorBoard, trackio and Weights & Biases are optional copies of it.
+
+Left out: the console table (train.py) and reading a run back into figures (view.py).
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The definition of one logged number."""
+
+    meaning: str
+    unit: str
+
+
+METRICS: dict[str, Metric] = {
+    # Where the run stands
+    "update": Metric(
+        "optimisation phases finished, each one rollout and its PPO epochs", "updates"
+    ),
+    "env_steps": Metric("environment steps played since the start of the run", "steps"),
+    "episodes": Metric("episodes that ended in this update's rollout", "episodes"),
+    "elapsed": Metric("wall-clock time since the start of the run, resumed parts included", "s"),
+    # What the agent achieves
+    "episode_return": Metric("mean undiscounted sum of the environment's rewards", "reward"),
+    "success_rate": Metric("share of the episodes that reached the goal", "0..1"),
+    "success_solvable": Metric("success rate among the episodes that can be solved at all", "0..1"),
+    "legal_rate": Metric("share of the steps whose answer parsed into a legal action", "0..1"),
+    "card_rate": Metric("share of the steps that named what the image shows correctly", "0..1"),
+    "reasoning_score": Metric(
+        "share of the steps, on deals that can be won, whose thought the exact solver finds right",
+        "0..1",
+    ),
+    "episode_length": Metric("mean number of environment steps of an episode", "steps"),
+    # Signs of thought collapse
+    "thought_length": Metric("mean number of thought tokens of a step", "tokens"),
+    "thought_entropy": Metric("mean entropy of the policy at thought tokens", "nats"),
+    "action_entropy": Metric("mean entropy of the policy at action tokens", "nats"),
+    "distinct_thoughts": Metric("different thoughts divided by thoughts in the rollout", "0..1"),
+    # The optimisation
+    "policy_loss": Metric("clipped PPO objective, mean over the steps trained on", "1"),
+    "value_loss": Metric("half the squared error of the critic, mean over the steps", "reward^2"),
+    "explained_variance": Metric("1 - Var(returns - values) / Var(returns)", "<= 1"),
+    "approx_kl": Metric("k3 estimate of KL(rollout policy || current policy) of a step", "nats"),
+    "clip_fraction": Metric("share of the steps whose ratio lies outside the clip range", "0..1"),
+    "grad_norm": Metric("norm of the gradient before clipping, mean over optimiser steps", "1"),
+    "learning_rate": Metric("learning rate of the update's last optimiser step", "1"),
+    "trained_rows": Metric("environment steps that entered the PPO epochs", "steps"),
+    "dropped_rows": Metric(
+        "environment steps left out, such as answers without an action", "steps"
+    ),
+    # Evaluation on fresh deals, where it was run
+    **{
+        f"eval_{who}{name}": Metric(f"{meaning}, of the {label} in evaluation", unit)
+        for who, label in (("", "policy"), ("teacher_", "merged teacher"))
+        for name, meaning, unit in (
+            ("success_rate", "success rate", "0..1"),
+            ("success_low", "lower end of the success rate's 95 % interval", "0..1"),
+            ("success_high", "upper end of the success rate's 95 % interval", "0..1"),
+            ("episode_return", "mean return", "reward"),
+            ("reasoning_score", "share of thoughts that are right", "0..1"),
+        )
+    },
+    # The guidance
+    "teacher_kl": Metric("mean KL estimate between policy and teacher at thought tokens", "nats"),
+    "teacher_kl_coef": Metric("coefficient beta with which the teacher's KL was applied", "1"),
+    # Speed
+    "tokens_per_second": Metric("tokens sampled per second of rollout", "tokens/s"),
+    "steps_per_second": Metric("environment steps per second of the whole update", "steps/s"),
+    "seconds_rollout": Metric("time spent playing", "s"),
+    "seconds_score": Metric("time spent scoring the rollout under policy and teacher", "s"),
+    "seconds_train": Metric("time spent in PPO epochs", "s"),
+    "seconds_merge": Metric("time spent merging checkpoints and rebuilding weights", "s"),
+    "seconds_other": Metric("the rest of the update: logging, checkpoints", "s"),
+    "draft_accept_rate": Metric("share of the drafted tokens that decoding accepted", "0..1"),
+}
+
+
+class Sink(Protocol):
+    """Somewhere else to copy a record to."""
+
+    def write(self, update: int, record: Mapping[str, int | float]) -> None:
+        """Copy the numbers of one update."""
+
+    def close(self) -> None:
+        """Flush, and release what the sink holds."""
+
+
+class JsonlLogger:
+    """Append records to a file of JSON lines, flushed line by line, and copy them to the sinks.
+
+    Opening an existing file goes on at its end; a last line that a crash left unfinished is
+    removed.
+    """
+
+    def __init__(self, path: str | Path, sinks: Sequence[Sink] = ()) -> None:
+        self.path = Path(path)
+        self.sinks = tuple(sinks)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_unfinished_line(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Record one update: numbers, or tensors of one element; NaN and inf become null."""
+        check_names(metrics)
+        record = {name: _plain_number(name, value) for name, value in metrics.items()}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        numbers = {name: value for name, value in record.items() if value is not None}
+        for sink in self.sinks:
+            sink.write(int(numbers.get("update", 0)), numbers)
+
+    def close(self) -> None:
+        """Close the file and the sinks."""
+        self._file.close()
+        for sink in self.sinks:
+            sink.close()
+
+    def __enter__(self) -> "JsonlLogger":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, int | float | None]]:
+    """The records of a run, oldest first; a line still being written is left out."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def check_names(metrics: Mapping[str, Any]) -> None:
+    """Refuse names that METRICS does not define."""
+    for name in metrics:
+        if name not in METRICS:
+            close = difflib.get_close_matches(name, METRICS, n=1)
+            hint = f"did you mean {close[0]!r}? Otherwise " if close else ""
+            raise ValueError(f"unknown metric {name!r}: {hint}define it in METRICS (turbo/log.py)")
+
+
+class TensorboardSink:
+    """Event files for `tensorboard --logdir`."""
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(_install_hint("tensorboard")) from error
+        self._writer = SummaryWriter(log_dir=str(folder))
+
+    def write(self, update: int, record: Mapping[str, int | float]) -> None:
+        """Add one scalar for each metric."""
+        for name, value in record.items():
+            self._writer.add_scalar(name, value, update)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class WandbSink:
+    """A run in Weights & Biases."""
+
+    def __init__(self, project: str, name: str | None = None, config: dict | None = None) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError(_install_hint("wandb")) from error
+        self._run = wandb.init(project=project, name=name, config=config)
+
+    def write(self, update: int, record: Mapping[str, int | float]) -> None:
+        """Log one step of the run."""
+        self._run.log(dict(record), step=update)
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()
+
+
+class TrackioSink:
+    """A run in trackio, the local dashboard of Hugging Face."""
+
+    def __init__(self, project: str, name: str | None = None, config: dict | None = None) -> None:
+        try:
+            import trackio
+        except ImportError as error:
+            raise ImportError(_install_hint("trackio")) from error
+        self._trackio = trackio
+        trackio.init(project=project, name=name, config=config)
+
+    def write(self, update: int, record: Mapping[str, int | float]) -> None:
+        """Log one step of the run."""
+        self._trackio.log(dict(record), step=update)
+
+    def close(self) -> None:
+        """End the run."""
+        self._trackio.finish()
+
+
+def _install_hint(package: str) -> str:
+    return f"the {package} log needs {package}: pip install {package}, or 'gtr-turbo[loggers]'"
+
+
+def _plain_number(name: str, value: Any) -> int | float | None:
+    """An int as it is, anything else as a float; None, NaN and inf as None."""
+    if value is None or type(value) is int:
+        return value
+    try:
+        number = float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"metric {name!r} is a {type(value).__name__}: log a number or a tensor of one element"
+        ) from error
+    return number if math.isfinite(number) else None
+
+
+def _drop_unfinished_line(path: Path) -> None:
+    """Cut the file after its last newline, so that the next record starts a line of its own."""
+    if path.exists():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            path.write_bytes(content[: content.rfind(b"\n") + 1])

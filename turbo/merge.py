@@ -1,0 +1,130 @@
+"""The teacher's weights, merged from the policy's own checkpoints.
+
+    teacher = base + lam * merge(s_1 B_1 A_1, ..., s_K B_K A_K)     per weight matrix
+
+The merge is on the products in weight space (TIES or the weighted mean), never on A and B apart.
+Two ways to the same weights:
+
+    merge_teacher      from a History: any weighting, any history_max; time grows with K
+    StreamingTeacher   from running sums: history_max = 0 with sma or ema; time does not grow with
+                       K, memory is four fp32 numbers per weight (one for linear)
+
+Left out: putting the weights into a model (model.py), and scoring with them (teacher.py).
+"""
+
+from torch import Tensor
+
+from turbo.history import Factors, History, compute_thresholds
+from turbo.kernels.checks import check_density
+from turbo.kernels.ties import (
+    StreamingLinear,
+    StreamingTies,
+    linear_merge_lora,
+    ties_merge_lora,
+)
+
+METHODS = ("ties", "linear")
+
+
+def merge_teacher(
+    base: dict[str, Tensor],  # module name -> pristine weight [out, in]
+    history: History,
+    *,
+    method: str = "ties",
+    weighting: str = "sma",
+    alpha: float = 0.5,
+    lam: float = 1.0,
+    out: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The merged dense weight of every module, on base's devices and in its dtypes.
+
+    `out` gives buffers to write into, so that a refresh allocates nothing of the base's size.
+    """
+    _check_method(method)
+    weights = history.weights(weighting, alpha)
+    entries = history.entries
+    _check_names(base, entries[-1].factors)
+    if method == "ties" and history.density is None:
+        raise ValueError("history: expected a density to trim at for method='ties', got None")
+    merged = {}
+    for name, matrix in base.items():
+        lora_a = [entry.factors[name][0].to(matrix.device) for entry in entries]
+        lora_b = [entry.factors[name][1].to(matrix.device) for entry in entries]
+        scales = [entry.scale for entry in entries]
+        buffer = None if out is None else out[name]
+        if method == "linear":
+            merged[name] = linear_merge_lora(
+                matrix, lora_a, lora_b, scales, weights, lam=lam, out=buffer
+            )
+        else:
+            thresholds = [entry.thresholds[name] for entry in entries]
+            merged[name] = ties_merge_lora(
+                matrix, lora_a, lora_b, scales, weights, thresholds, lam=lam, out=buffer
+            )
+    return merged
+
+
+class StreamingTeacher:
+    """A teacher over all checkpoints so far that stores none of them.
+
+    Equal to `merge_teacher` on a history with history_max = 0, to rounding.
+    """
+
+    def __init__(
+        self,
+        base: dict[str, Tensor],
+        *,
+        method: str = "ties",
+        weighting: str = "sma",
+        alpha: float = 0.5,
+        density: float = 0.8,
+        lam: float = 1.0,
+    ):
+        _check_method(method)
+        check_density(density)
+        self.base, self.density, self.lam = base, density, lam
+        accumulator = StreamingTies if method == "ties" else StreamingLinear
+        self.sums = accumulator(weighting, alpha)
+
+    def push(
+        self, factors: Factors, scale: float, thresholds: dict[str, Tensor] | None = None
+    ) -> None:
+        """Add a checkpoint; thresholds are computed here unless a Snapshot brings them."""
+        _check_names(self.base, factors)
+        if isinstance(self.sums, StreamingLinear):
+            for name, (a, b) in factors.items():
+                self.sums.push_lora(name, a.detach(), b.detach(), scale)
+            return
+        if thresholds is None:
+            thresholds = compute_thresholds(factors, scale, self.density)
+        for name, (a, b) in factors.items():
+            self.sums.push_lora(name, a.detach(), b.detach(), scale, thresholds[name])
+
+    def weights(self, out: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The merged dense weight of every module; raises ValueError before the first push."""
+        return {
+            name: self.sums.merge(
+                name, matrix, lam=self.lam, out=None if out is None else out[name]
+            )
+            for name, matrix in self.base.items()
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The running sums (not the base), enough for a resume with the same bits."""
+        return self.sums.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.sums.load_state_dict(state)
+
+
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+
+
+def _check_names(base: dict[str, Tensor], factors: Factors) -> None:
+    if base.keys() != factors.keys():
+        missing, extra = sorted(factors.keys() - base.keys()), sorted(base.keys() - factors.keys())
+        raise ValueError(
+            f"base: expected the matrices that have factors, got {missing} missing, {extra} extra"
+        )

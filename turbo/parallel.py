@@ -1,0 +1,145 @@
+"""Both cores busy: a crew of processes that run the same program on their own share of the data.
+
+Every worker plays its own deals and computes the gradient of its own steps; sums over the crew are taken in shared memory, in
+the order of the ranks, so all workers hold the same bits and take the same optimiser steps. Worker 0 is the process that
+was started; it alone talks, logs and writes. (Threads were tried first: two of them were 1.1 to 1.4 times as fast as
+one, since the interpreter lock changes hands at every small operation. See docs/LOG.md.)
+
+Left out: several machines, GPUs.
+"""
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from threading import BrokenBarrierError
+
+import torch
+from torch import Tensor
+
+PATIENCE = 1800.0  # seconds that a worker waits for the others
+
+
+class Crew:
+    """What one worker knows of the others: its `rank`, their number `size`, and sums over all."""
+
+    def __init__(self, rank: int = 0, size: int = 1, barrier=None, board=None, queues=()):
+        self.rank, self.size = rank, size
+        self._barrier, self._board, self._queues = barrier, board, queues
+        self._failed = None
+        torch.set_num_threads(1)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the worker that logs and writes."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Return when every worker has come here."""
+        if self.size > 1:
+            try:
+                self._barrier.wait(PATIENCE)
+            except BrokenBarrierError:
+                raise RuntimeError("another worker failed; its error is printed above") from None
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace float32 tensors by their sums over the crew, in place."""
+        if self.size == 1:
+            return
+        flat = torch.cat([t.detach().reshape(-1).float() for t in tensors])
+        for start in range(0, len(flat), self._board.shape[1]):
+            piece = flat[start : start + self._board.shape[1]]
+            self._board[self.rank, : len(piece)] = piece
+            self.wait()
+            piece.copy_(self._board[:, : len(piece)].sum(0))
+            self.wait()
+        at = 0
+        for t in tensors:
+            t.detach().copy_(flat[at : at + t.numel()].view_as(t))
+            at += t.numel()
+
+    def total(self, *numbers: float) -> list[float]:
+        """Sums of plain numbers over the crew, in double precision."""
+        return [sum(column) for column in zip(*self.share(list(numbers)), strict=True)]
+
+    def share(self, item) -> list:
+        """Every worker's `item`, in the order of the ranks, on every worker."""
+        if self.size == 1:
+            return [item]
+        for rank in range(self.size):
+            if rank != self.rank:
+                self._queues[rank].put((self.rank, item))
+        out = [None] * self.size
+        out[self.rank] = item
+        for _ in range(self.size - 1):
+            rank, other = self._queues[self.rank].get(timeout=PATIENCE)
+            out[rank] = other
+        self.wait()
+        return out
+
+    def collect(self, item) -> list | None:
+        """Every worker's `item` on worker 0, None on the others."""
+        if self.size == 1:
+            return [item]
+        if not self.leads:
+            self._queues[0].put((self.rank, item))
+            self.wait()
+            return None
+        out = [item] + [None] * (self.size - 1)
+        for _ in range(self.size - 1):
+            rank, other = self._queues[0].get(timeout=PATIENCE)
+            out[rank] = other
+        self.wait()
+        return out
+
+
+def cores() -> int:
+    """Workers to use when none are asked for: one a core, at most 4."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(4, available or 1))
+
+
+def run_crew(size: int, program: Callable, *arguments, board: int = 1 << 20):
+    """Run `program(crew, *arguments)` on `size` workers; what it returns on worker 0.
+
+    `board` is the number of float32 that are summed at once.
+    """
+    if size == 1:
+        return program(Crew(), *arguments)
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(size)
+    shared = torch.zeros(size, board).share_memory_()
+    queues = [context.Queue() for _ in range(size)]
+    others = [
+        context.Process(
+            target=_work,
+            args=(program, arguments, rank, size, barrier, shared, queues),
+            daemon=True,
+        )
+        for rank in range(1, size)
+    ]
+    for process in others:
+        process.start()
+    try:
+        return program(Crew(0, size, barrier, shared, queues), *arguments)
+    except BaseException:
+        barrier.abort()
+        raise
+    finally:
+        for process in others:
+            process.join(5)
+            if process.is_alive():
+                process.terminate()
+
+
+def _work(program, arguments, rank, size, barrier, board, queues) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # worker 0 decides when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        program(Crew(rank, size, barrier, board, queues), *arguments)
+    except BaseException:
+        if not barrier.broken:
+            traceback.print_exc()
+        barrier.abort()
+        raise SystemExit(1) from None

@@ -1,0 +1,37 @@
+"""Prompts as text: the Qwen chat frame around a picture, the fixed part and the state of an environment.
+
+    <|im_start|>user\\n <|vision_start|> <|image_pad|>*n <|vision_end|> FIXED STATE <|im_end|>\\n <|im_start|>assistant\\n
+    |------------------------ prefix -------------------------------| |------------- suffix ------------------|
+
+The prefix does not change within an episode: its keys and values are computed once and shared by all steps (and by all
+environments that play the same deal). The suffix carries the state. Each part is encoded by itself, so that the token
+boundary between them is always in the same place.
+
+Left out: tokenizers and models (`turbo.tiny`, `turbo.model`); chat templates of other families.
+"""
+
+PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+SPECIAL_TOKENS = (PAD, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
+
+ACTION_KEY = '"action":'  # everything before it is thought
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def prefix_text(fixed: str, image_tokens: int) -> str:
+    """The unchanging part of a prompt: user turn, picture, rules."""
+    picture = VISION_START + IMAGE_PAD * image_tokens + VISION_END
+    return f"{IM_START}user\n{picture}{fixed}"
+
+
+def suffix_text(state: str) -> str:
+    """The part that changes with every step: the state, and the opening of the answer's turn."""
+    return f"{state}{IM_END}\n{IM_START}assistant\n"

@@ -1,0 +1,154 @@
+"""A training run: what it holds, how it is saved and restored, and what its settings mean for model and environments.
+
+Left out: the order of training (`turbo.train`), console and log files (`turbo.scribe`).
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from turbo import checkpoint
+from turbo.config import TrainConfig
+from turbo.envs.make import make, tiny_kwargs
+from turbo.log import read_jsonl
+from turbo.measure import evaluate
+from turbo.model import Lora, ValueHead, VisionLanguageModel, load, new_lora, pick_dtype
+from turbo.parallel import Crew
+from turbo.rollout import RolloutOptions, Table, mix
+from turbo.teacher import Teacher
+from turbo.tiny import builtin_path
+from turbo.update import Learner
+
+
+class Run:
+    """Everything a training run holds: model, LoRA, critic, optimizer, teacher, environments, counters."""
+
+    def __init__(self, config: TrainConfig, path: Path, crew: Crew):
+        self.config, self.path, self.crew = config, path, crew
+        self.vlm: VisionLanguageModel = load(model_folder(config), pick_dtype(config.dtype))
+        seed = mix(config.seed, 0) % 2**31
+        self.lora: Lora = new_lora(self.vlm.matrices, config.lora_rank, config.lora_alpha, seed)
+        torch.manual_seed(seed)
+        critic = config.advantage == "gae"
+        self.value_head = ValueHead(self.vlm.text.dim) if critic else None
+        self.learner = Learner(self.vlm, self.lora, self.value_head, crew, config)
+        self.optimizer = torch.optim.AdamW(
+            self.learner.parameters(),
+            lr=config.learning_rate,
+            eps=config.adam_eps,
+            weight_decay=0.0,
+        )
+        self.teacher = Teacher(self.vlm, self.lora, config)
+        self.table = Table(self.vlm, env_maker(config), rollout_options(config), crew)
+        self.beta = 1.0 if config.kl_coef == "auto" else float(config.kl_coef)
+        self.update, self.env_steps, self.elapsed = 0, 0, 0.0
+
+    def save(self) -> None:
+        """Write a checkpoint from which `restore` continues bit for bit."""
+        if not self.crew.leads:
+            return
+        teacher, teacher_data = self.teacher.state_dict()
+        state = {f"teacher/{k}": v for k, v in teacher.items()}
+        state |= checkpoint.optimizer_tensors(self.optimizer)
+        if self.value_head is not None:
+            state |= {f"value_head/{k}": v for k, v in self.value_head.state_dict().items()}
+        meta = {
+            "update": self.update,
+            "env_steps": self.env_steps,
+            "elapsed": self.elapsed,
+            "beta": self.beta,
+            "teacher": teacher_data,
+        }
+        adapter = self.lora.state_dict()
+        checkpoint.save(self.path, self.update, adapter, state, meta, self.config.keep)
+
+    def restore(self) -> None:
+        """Continue from the run's newest checkpoint; metrics written after it are dropped."""
+        adapter, state, meta = checkpoint.load(self.path)
+
+        def part(name: str) -> dict:
+            return {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}
+
+        self.lora.load_state_dict(adapter)
+        checkpoint.load_optimizer(self.optimizer, state)
+        if self.value_head is not None:
+            self.value_head.load_state_dict(part("value_head/"))
+        self.teacher.load_state_dict(part("teacher/"), meta["teacher"])
+        self.update, self.env_steps = meta["update"], meta["env_steps"]
+        self.elapsed, self.beta = meta["elapsed"], meta["beta"]
+        for name in (checkpoint.METRICS, checkpoint.EPISODES) if self.crew.leads else ():
+            file = self.path / name
+            if file.exists():
+                rows = [json.dumps(r) for r in read_jsonl(file) if r["update"] <= self.update]
+                file.write_text("".join(r + "\n" for r in rows), encoding="utf-8")
+
+    def evaluate(self, teacher: bool = False) -> dict[str, float]:
+        """Figures of the policy, or of the merged teacher, on fresh deals of the environment's own distribution."""
+        c = self.config
+        with torch.no_grad():
+            weights = self.teacher.weights if teacher else self.vlm.weights(self.lora)
+        return evaluate(
+            self.vlm,
+            weights,
+            env_maker(dataclasses.replace(c, hands=0)),
+            episodes=c.eval_episodes,
+            seed=c.seed,
+            temperature=c.eval_temperature,
+            max_new_tokens=c.max_new_tokens,
+            crew=self.crew,
+        )
+
+
+def env_maker(c: TrainConfig, split: str = "all"):
+    """A function that makes one environment as the settings want it."""
+    options = tiny_kwargs(c.env)
+    if c.env == "points24":
+        options["split"] = split
+        if c.hands:
+            options["hands"] = pool(c.hands, c.seed)
+    if c.env != "numberline":
+        options["early_truncation"] = c.early_truncation
+    return lambda: make(c.env, **options)
+
+
+def pool(size: int, seed: int) -> list[tuple[int, ...]]:
+    """A fixed random pool of `size` multisets of four values, drawn as hands are dealt."""
+    if not 1 <= size <= 715:
+        raise ValueError(f"--hands must be between 1 and 715 multisets (0: all hands), got {size}")
+    rng = np.random.default_rng([seed, 24])
+    chosen: dict[tuple[int, ...], None] = {}
+    while len(chosen) < size:
+        ranks = np.minimum(rng.integers(1, 14, size=4), 10)
+        chosen[tuple(sorted(int(r) for r in ranks))] = None
+    return list(chosen)
+
+
+def rollout_options(c: TrainConfig) -> RolloutOptions:
+    """The part of the settings that playing needs."""
+    return RolloutOptions(
+        envs=c.envs,
+        group=c.group_size,
+        temperature=c.temperature,
+        max_new_tokens=c.max_new_tokens,
+        format_valid=c.format_valid,
+        format_invalid=c.format_invalid,
+    )
+
+
+def model_folder(c: TrainConfig) -> Path:
+    """Where the model's files are; `tiny` is the warm start shipped for the environment."""
+    return builtin_path(c.env) if c.model == "tiny" else Path(c.model)
+
+
+def model_sha256(c: TrainConfig) -> str:
+    """Hash of the model's weights, so that a run is never resumed on others."""
+    file = model_folder(c) / "model.safetensors"
+    if not file.is_file():
+        raise ValueError(
+            f"model {c.model!r}: {file} is missing; make it with `python -m turbo.sft`"
+        )
+    return hashlib.sha256(file.read_bytes()).hexdigest()

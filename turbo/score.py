@@ -1,0 +1,93 @@
+"""Scoring a rollout again under given weights: the teacher's KL on the thoughts, values of final observations.
+
+One teacher forward pass over the very tokens that were sampled, with the picture and the prompt of that step; nothing is
+decoded and nothing is encoded again. Rows run in micro-batches of similar length, and only answer tokens reach the head.
+
+Left out: gradients (`turbo.backprop`); what the scores are used for (`turbo.train`).
+"""
+
+import torch
+from torch import Tensor
+
+from turbo.batch import TokenBatch, micro_batches, pad_rows
+from turbo.kernels.policy_head import policy_head
+from turbo.kl import kl_estimate, mean_over
+from turbo.model import PrefixKV, TextWeights, VisionLanguageModel
+from turbo.rollout import Rollout, Step
+
+
+def guided_tokens(steps: list[Step], token_range: str) -> Tensor:
+    """[N] bool: which answer tokens are guided, all steps' answers end to end."""
+    if token_range == "all":
+        return torch.ones(sum(len(s.tokens) for s in steps), dtype=torch.bool)
+    lengths = torch.tensor([n for s in steps for n in (s.thought, len(s.tokens) - s.thought)])
+    return torch.repeat_interleave(torch.tensor([True, False]).repeat(len(steps)), lengths)
+
+
+def local_pictures(steps: list[Step]) -> tuple[list[int], list[int]]:
+    """The pictures that `steps` use, and the place of each step's picture among them."""
+    pictures = sorted({s.picture for s in steps})
+    place = {p: i for i, p in enumerate(pictures)}
+    return pictures, [place[s.picture] for s in steps]
+
+
+def answer_hidden(
+    vlm: VisionLanguageModel, w: TextWeights, prefix: PrefixKV, owner: list[int], batch: TokenBatch
+) -> Tensor:
+    """Normed hidden states [N, D] at the places that predict answer tokens."""
+    hidden = vlm.suffix(w, batch.ids, prefix.select(torch.tensor(owner)))
+    return vlm.text.final_norm(w, hidden.flatten(0, 1).index_select(0, batch.select))
+
+
+@torch.no_grad()
+def teacher_kl(
+    vlm: VisionLanguageModel,
+    policy: TextWeights,
+    teacher: TextWeights,
+    rollout: Rollout,
+    *,
+    estimator: str,
+    token_range: str,
+    temperature: float,
+) -> Tensor:
+    """[steps] mean KL estimate of each step's guided tokens between policy and teacher, in nats."""
+    steps = rollout.steps
+
+    def work(rows: list[int]) -> Tensor:
+        mine = [steps[i] for i in rows]
+        pictures, owner = local_pictures(mine)
+        features = rollout.features[pictures]
+        batch = pad_rows([s.suffix for s in mine], [s.tokens for s in mine], vlm.pad)
+        shared = dict(temperature=temperature, banned=vlm.banned)
+        prefix = vlm.prefix(teacher, features, rollout.fixed, rollout.grid)
+        hidden = answer_hidden(vlm, teacher, prefix, owner, batch)
+        if estimator in ("full", "forward"):
+            want = {"full": "reverse_kl", "forward": "forward_kl"}[estimator]
+            prefix = vlm.prefix(policy, features, rollout.fixed, rollout.grid)
+            own = answer_hidden(vlm, policy, prefix, owner, batch)
+            pair = dict(teacher_hidden=hidden, teacher_weight=teacher.head)
+            out = policy_head(own, policy.head, batch.targets, want=(want,), **pair, **shared)
+            tokens = getattr(out, want)
+        else:
+            out = policy_head(hidden, teacher.head, batch.targets, want=("logprob",), **shared)
+            sampled = torch.tensor([p for s in mine for p in s.logprobs])
+            tokens = kl_estimate(sampled, out.logprob, estimator)
+        return mean_over(tokens, guided_tokens(mine, token_range), batch.row, len(mine))
+
+    out = torch.empty(len(steps))
+    for rows in micro_batches([len(s.suffix) + len(s.tokens) for s in steps], 64):
+        out[torch.tensor(rows)] = work(rows)
+    return out
+
+
+@torch.no_grad()
+def final_hidden(vlm: VisionLanguageModel, w: TextWeights, rollout: Rollout) -> dict[int, Tensor]:
+    """Hidden state [D] at the last prompt token of each truncated episode's final observation, by episode number."""
+    ended = {i: e.final for i, e in enumerate(rollout.episodes) if e.final is not None}
+    out = {}
+    for i, (picture, suffix) in ended.items():
+        features = rollout.features[picture : picture + 1]
+        prefix = vlm.prefix(w, features, rollout.fixed, rollout.grid)
+        hidden = vlm.suffix(w, torch.tensor([suffix]), prefix)
+        out[i] = vlm.text.final_norm(w, hidden[0, -1:])[0].float()
+    return out

@@ -1,0 +1,159 @@
+"""What a run tells: the console, the progress bar, metrics.jsonl and episodes.jsonl, evaluations; and being interrupted.
+
+Left out: what the metrics mean (`turbo.log`), how figures are measured (`turbo.measure`).
+"""
+
+import dataclasses
+import json
+import signal
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from turbo import checkpoint
+from turbo.log import JsonlLogger, TensorboardSink
+from turbo.measure import interval, thought
+from turbo.rollout import Episode
+from turbo.run import Run
+
+EVAL_KEYS = (
+    "success_rate",
+    "success_low",
+    "success_high",
+    "episode_return",
+    "reasoning_score",
+)
+
+
+class Scribe:
+    """Console, progress bar and log files; silent on all workers but the first."""
+
+    def __init__(self, run: Run):
+        self.run, self.leads = run, run.crew.leads
+        self.console = Console(highlight=False, quiet=not self.leads, soft_wrap=True)
+        self.interrupt = Interrupt() if self.leads else None
+        self.interrupted = False
+
+    def __enter__(self) -> "Scribe":
+        run, c = self.run, self.run.config
+        if self.leads:
+            sinks = [TensorboardSink(run.path / "tensorboard")] if c.tensorboard else []
+            self.logger = JsonlLogger(run.path / checkpoint.METRICS, sinks)
+        columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(
+            *columns,
+            TextColumn("{task.fields[text]}"),
+            console=self.console,
+            disable=not (self.leads and self.console.is_terminal),
+        )
+        self.task = self.bar.add_task("", total=c.updates, completed=run.update, text="")
+        self.bar.start()
+        self.say(f"{c.env}: {c.updates} updates on {run.crew.size} workers, into {run.path}")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+        if self.leads:
+            self.logger.close()
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text)
+
+    def write(self, metrics: dict) -> None:
+        """Append a record to the log."""
+        if self.leads:
+            self.logger.write(metrics)
+
+    def must_stop(self) -> bool:
+        """Whether the user or the time limit ends the run; the same answer on every worker."""
+        limit = 60 * self.run.config.minutes
+        late = 0 < limit <= self.run.elapsed
+        asked = self.leads and self.interrupt.asked
+        asked, late = self.run.crew.total(asked, self.leads and late)
+        self.interrupted = asked > 0
+        return asked > 0 or late > 0
+
+    def tell(self, metrics: dict, episodes: list[Episode]) -> None:
+        """Show an update, and append a few of its episodes to episodes.jsonl."""
+        if not self.leads:
+            return
+        run = self.run
+        self.bar.update(self.task, completed=run.update, text=summary(metrics))
+        if not self.console.is_terminal:
+            self.say(f"{run.update}/{run.config.updates} {summary(metrics)}")
+        step = max(1, len(episodes) // 4)
+        with (run.path / checkpoint.EPISODES).open("a", encoding="utf-8") as file:
+            for number in range(0, len(episodes), step)[:4]:
+                record = episode_record(run.update, episodes[number], number)
+                file.write(json.dumps(record) + "\n")
+
+    def report(self, when: str, metrics: dict | None = None) -> None:
+        """Evaluate policy and teacher, print and log it."""
+        run = self.run
+        place = {"update": run.update, "env_steps": run.env_steps, "elapsed": run.elapsed}
+        record = dict(metrics or place)
+        for who in ("policy", "teacher") if run.config.eval_episodes else ():
+            if who == "teacher" and run.teacher.weights is None:
+                continue
+            e = run.evaluate(who == "teacher")
+            self.say(
+                f"{who} {when}: success {e['success_rate']:.1%} "
+                f"[{e['success_low']:.1%}, {e['success_high']:.1%}], "
+                f"return {e['episode_return']:.2f}, legal {e['legal_rate']:.1%}, "
+                f"thoughts right {e['reasoning_score']:.1%} "
+                f"({e['episodes']} fresh episodes at T {run.config.eval_temperature})"
+            )
+            prefix = "eval_" if who == "policy" else "eval_teacher_"
+            record |= {prefix + k: e[k] for k in EVAL_KEYS}
+        self.write(record)
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM: the first asks to finish the update and save, the second ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nfinishing this update, then saving (once more to stop at once)", file=sys.stderr)
+
+
+def episode_record(update: int, episode, number: int) -> dict:
+    """One sampled episode for episodes.jsonl."""
+    verdict = dataclasses.asdict
+    return {
+        "update": update,
+        "episode": number,
+        "deal": [str(v) for v in episode.deal],
+        "success": episode.success,
+        "return": episode.episode_return,
+        "steps": [
+            {
+                "answer": s.answer.text,
+                "thought": thought(s),
+                "action": s.answer.action,
+                "error": s.answer.error,
+                "reward": s.reward,
+                "verdict": verdict(s.verdict),
+            }
+            for s in episode.steps
+        ],
+    }
+
+
+def summary(m: dict) -> str:
+    """The figures that matter, in one line."""
+    wins = round(m["success_rate"] * m["episodes"])
+    low, high = interval(wins, m["episodes"])
+    return (
+        f"success {m['success_rate']:.1%} [{low:.0%}-{high:.0%}] return {m['episode_return']:.2f} "
+        f"thoughts right {m['reasoning_score']:.1%} KL {m.get('teacher_kl', 0.0):.4f} "
+        f"{m['steps_per_second']:.0f} steps/s"
+    )

@@ -1,0 +1,280 @@
+"""Warm start: supervised fine-tuning of the tiny model on expert traces, from scratch, in minutes.
+
+    loss = - mean over answer tokens of log p(token | picture, prompt, answer so far)
+
+First a linear read-out of the cards is trained on the vision tower alone (without it the cards stay unread for
+hundreds of steps), then the whole model on all states of expert episodes. Hands are split by multiset: the warm start
+sees only `seen` hands, so that memory and generalisation can be told apart. Run as `python -m turbo.sft points24 --out DIR`.
+
+Left out: reinforcement learning (`turbo.train`).
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+from turbo import tiny
+from turbo.backprop import backward_rows, backward_weights, cut
+from turbo.checkpoint import versions, write_json
+from turbo.config import SftConfig, check_sft, sft_defaults
+from turbo.envs.make import make
+from turbo.measure import evaluate
+from turbo.model import TextWeights, VisionLanguageModel, pick_dtype
+from turbo.parallel import Crew, cores, run_crew
+from turbo.prompts import suffix_text
+
+
+@dataclass
+class Demonstration:
+    """One expert episode: its picture and, for each state, the suffix of the prompt and the answer (token ids)."""
+
+    picture: np.ndarray  # [H, W, 3] uint8
+    fixed: str
+    suffixes: list[list[int]]
+    answers: list[list[int]]
+    labels: list[str]
+
+
+def perception_labels(fields: dict) -> list[str]:
+    """What the picture shows, as the expert's answer names it: every field before the thoughts but the formula."""
+    labels = []
+    for key, value in fields.items():
+        if key == "thoughts":
+            break
+        if key != "formula":
+            labels += value if isinstance(value, list) else [value]
+    return [str(v) for v in labels]
+
+
+def demonstrate(env, vlm: VisionLanguageModel, seed: int, states: int = 0) -> Demonstration:
+    """Play one deal as the expert does; deals without a demonstration are skipped.
+
+    `states` keeps so many states of the episode, the first among them (0: all).
+    """
+    rng = np.random.default_rng(seed)
+    while True:
+        picture, _ = env.reset(seed=int(rng.integers(2**31)))
+        suffixes, answers, labels, done = [], [], [], False
+        fixed = env.prompt("short").fixed
+        while not done:
+            text = env.expert_answer(rng)
+            if text is None:
+                break
+            suffixes.append(vlm.encode(suffix_text(env.prompt("short").state)))
+            answers.append([*vlm.encode(text), vlm.end])
+            answer = env.read_answer(text)
+            labels = labels or perception_labels(answer.fields)
+            _, _, terminated, truncated, _ = env.step(env.actions.index(answer.action))
+            done = terminated or truncated
+        if answers:
+            keep = range(len(answers))
+            if states and len(answers) > states:
+                later = 1 + rng.choice(len(answers) - 1, states - 1, replace=False)
+                keep = [0, *sorted(later.tolist())]
+            chosen = [[rows[i] for i in keep] for rows in (suffixes, answers)]
+            return Demonstration(picture, fixed, *chosen, labels)
+
+
+def backward_demos(
+    vlm, weights: TextWeights, demos: list[Demonstration]
+) -> tuple[list, float, int]:
+    """Accumulate the summed cross-entropy's gradient in the leaves `weights`.
+
+    Returns the gradients of the vision tower's parameters, the summed loss and the number of answer tokens.
+    """
+    vision = [p for p in vlm.module.model.visual.parameters()]
+    features, grid = vlm.see([d.picture for d in demos])
+    seen = features.detach().requires_grad_()
+    total = 0.0
+    count = 0
+
+    def loss(w, hidden, batch, rows):
+        nonlocal total, count
+        h = vlm.text.final_norm(w, hidden.flatten(0, 1).index_select(0, batch.select))
+        value = F.cross_entropy(F.linear(h, w.head).float(), batch.targets, reduction="sum")
+        total += value.item()
+        count += len(batch.targets)
+        return value
+
+    backward_rows(
+        vlm,
+        weights,
+        vlm.prefix(weights, seen, demos[0].fixed, grid),
+        [i for i, d in enumerate(demos) for _ in d.answers],
+        [s for d in demos for s in d.suffixes],
+        [a for d in demos for a in d.answers],
+        loss,
+    )
+    return list(torch.autograd.grad(features, vision, seen.grad)), total, count
+
+
+def train_read_out(
+    vlm: VisionLanguageModel, env, crew: Crew, *, steps: int, seed: int, pictures: int = 64
+) -> float:
+    """Train the vision tower to name what is in the picture through a linear read-out; the last accuracy."""
+    rng = np.random.default_rng([seed, 1, crew.rank])
+    first = [demonstrate(env, vlm, i) for i in range(64)]
+    names = {label: i for i, label in enumerate(sorted({n for d in first for n in d.labels}))}
+    slots, classes = len(first[0].labels), 24
+    if slots == 0:
+        return math.nan
+    size = vlm.see([first[0].picture])[0].numel()
+    torch.manual_seed(seed)
+    head = nn.Linear(size, slots * classes)
+    parameters = [*vlm.module.model.visual.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    accuracy = 0.0
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
+        demos = [
+            demonstrate(env, vlm, int(s), states=1)
+            for s in rng.integers(2**31, size=pictures // crew.size)
+        ]
+        target = torch.tensor([[names.setdefault(n, len(names)) for n in d.labels] for d in demos])
+        features = vlm.see([d.picture for d in demos])[0]
+        logits = head(features.flatten(1)).view(-1, slots, classes)
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        crew.sum_([p.grad for p in parameters])
+        optimizer.step()  # Adam does not mind the scale
+        right = (logits.argmax(-1) == target).float().mean().item()
+        accuracy = 0.9 * accuracy + 0.1 * right
+    return accuracy
+
+
+def warm_start(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> dict | None:
+    """The whole of it: read-out, language model, evaluation, files. Figures on worker 0."""
+    started = time.perf_counter()
+    tokenizer = tiny.train_tokenizer()
+    module = tiny.new_model(c.size or tiny.SIZE_OF_GAME[c.env], tokenizer, c.seed)
+    vlm = VisionLanguageModel(module, tokenizer, tiny.image_processor(), pick_dtype(c.dtype), "new")
+    make_env = env_maker(c)
+    env = make_env("seen")
+    read = train_read_out(vlm, env, crew, steps=c.read_out_steps, seed=c.seed)
+    if crew.leads:
+        say(f"{parameter_count(module):,} parameters; read-out of the picture {read:.1%}")
+    losses = train_language(vlm, env, crew, c, say if crew.leads else lambda _: None)
+    minutes = (time.perf_counter() - started) / 60
+    module.to(torch.bfloat16).to(torch.float32)  # evaluated as it will be saved
+    figures = {"minutes": round(minutes, 1), "loss": losses, "read_out": read}
+    for split in ("seen", "unseen") if c.env == "points24" else ("all",):
+        for temperature in (0.2, 1.0):
+            with torch.no_grad():
+                weights = vlm.weights()
+            episodes = dict(episodes=c.eval_episodes, seed=c.seed, max_new_tokens=96, crew=crew)
+            e = evaluate(
+                vlm, weights, lambda s=split: make_env(s), temperature=temperature, **episodes
+            )
+            figures[f"{split}, temperature {temperature}"] = e
+            if crew.leads:
+                say(
+                    f"{split} hands, T {temperature}: success {e['success_rate']:.1%} "
+                    f"[{e['success_low']:.1%}, {e['success_high']:.1%}], legal {e['legal_rate']:.1%}, "
+                    f"cards {e['card_rate']:.1%}, thoughts right {e['reasoning_score']:.1%}"
+                )
+    if crew.leads:
+        save(vlm, c, figures)
+        say(f"written to {c.out}")
+    return figures
+
+
+def train_language(vlm, env, crew: Crew, c: SftConfig, say: Callable[[str], None]) -> float:
+    """Cross-entropy on expert answers, AdamW, cosine; the mean loss of the last 50 steps."""
+    parameters = [p for p in vlm.module.parameters() if p.requires_grad]
+    visual = list(vlm.module.model.visual.parameters())
+    matrices = [p for p in parameters if p.dim() >= 2]
+    others = [p for p in parameters if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=0.01), dict(params=others, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=c.learning_rate, betas=(0.9, 0.98))
+    rng = np.random.default_rng([c.seed, 2, crew.rank])
+    started, recent = time.perf_counter(), []
+    for step in range(c.steps):
+        rate = min(1, (step + 1) / 50) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / c.steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = c.learning_rate * rate
+        deals = rng.integers(2**31, size=c.deals // crew.size)
+        demos = [demonstrate(env, vlm, int(s), states=c.states) for s in deals]
+        optimizer.zero_grad(set_to_none=True)
+        weights = vlm.weights()
+        local = cut(weights)
+        vision, loss, count = backward_demos(vlm, local, demos)
+        backward_weights(weights, [local])
+        for parameter, grad in zip(visual, vision, strict=True):
+            parameter.grad = grad
+        loss, count = crew.total(loss, count)
+        crew.sum_([p.grad for p in parameters])
+        torch._foreach_div_([p.grad for p in parameters], count)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        recent = [*recent[-49:], loss / count]
+        if step % 100 == 99:
+            speed = (step + 1) / (time.perf_counter() - started)
+            say(
+                f"step {step + 1}/{c.steps} loss {np.mean(recent):.4f} "
+                f"{(c.steps - step - 1) / speed / 60:.1f} minutes left"
+            )
+    return float(np.mean(recent))
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def env_maker(c: SftConfig) -> Callable:
+    """A function of the split that makes one environment."""
+    options = tiny.tiny_kwargs(c.env)
+    if c.env in ("points24", "ezpoints"):
+        options["expert_solutions"] = c.solutions
+
+    def build(split: str):
+        extra = {"split": split} if c.env == "points24" else {}
+        return make(c.env, **options, **extra)
+
+    return build
+
+
+def save(vlm: VisionLanguageModel, c: SftConfig, figures: dict) -> None:
+    """Model (bfloat16 safetensors), tokenizer, image processor, and a record of how they were made."""
+    out = Path(c.out)
+    vlm.module.to(torch.bfloat16).save_pretrained(out)
+    vlm.tokenizer.save_pretrained(out)
+    vlm.processor.save_pretrained(out)
+    command = f"python -m turbo.sft {c.env} --out {out.name} --seed {c.seed}"
+    record = {"command": command, "config": asdict(c), "versions": versions(), "figures": figures}
+    write_json(out / "warm_start.json", record)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make a warm start; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        names = [a for a in argv[:1] if not a.startswith("-")]
+        base = sft_defaults(names[0] if names else "points24")
+        c = tyro.cli(SftConfig, default=base, args=argv, prog="turbo.sft")
+        check_sft(c)
+        if Path(c.out).exists() and any(Path(c.out).iterdir()) and not c.overwrite:
+            raise ValueError(
+                f"--out {c.out} is not empty: choose another folder, or add --overwrite"
+            )
+        if c.deals < (c.workers or cores()):
+            raise ValueError(f"--deals {c.deals} is less than the number of workers")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    run_crew(c.workers or cores(), warm_start, c, board=1 << 22)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

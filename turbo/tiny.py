@@ -1,0 +1,156 @@
+"""The built-in tiny vision-language model: Qwen2.5-VL's own classes from a small configuration, and its tokenizer.
+
+Nothing here is a look-alike: the model is `Qwen2_5_VLForConditionalGeneration`, the pictures go through
+`Qwen2VLImageProcessorPil`, the tokenizer is a byte-level BPE with Qwen's chat and vision tokens, trained on the
+prompts and expert answers of the project's own games. Only the sizes are small, so that the whole method can be trained
+on a CPU in minutes. The warm-started weights are shipped in `turbo/models/<game>/`.
+
+Left out: the warm start itself (`turbo.sft`), LoRA and the fast forward pass (`turbo.model`).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+)
+
+from turbo import prompts
+from turbo.envs.make import make, tiny_kwargs
+
+GAMES = ("points24", "ezpoints", "numberline", "blackjack")
+VOCABULARY = 640
+PATCH, MERGE = 14, 2
+
+# Sizes that were tried are in docs/LOG.md. Head dimension is 32 throughout.
+SIZES = {
+    "small": dict(hidden=128, inter=384, layers=4, heads=4, kv_heads=2, vision=64, vision_depth=2),
+    "medium": dict(hidden=192, inter=512, layers=4, heads=6, kv_heads=3, vision=96, vision_depth=2),
+    "nano": dict(hidden=96, inter=256, layers=2, heads=3, kv_heads=3, vision=64, vision_depth=1),
+}
+SIZE_OF_GAME = {"points24": "small", "ezpoints": "nano", "numberline": "nano", "blackjack": "nano"}
+
+# What is kept whole when the text is split, before byte pairs are merged: a card's rank with the
+# separator behind it, a result "=24, so ", a number left " 6: ", a number, an operator. The rest is JSON skeleton and words.
+SPLIT = (
+    r'(?<=")(?:10|[2-9AJQK])", "(?=[0-9AJQK])|(?<=")[AJQK](?=")'
+    r"|=-?[0-9]+(?:/[0-9]+)?(?:, (?:so )?)?| ?-?[0-9]+: | [0-9]+|[0-9]+|[+\-*/()=]"
+)
+
+
+def builtin_path(game: str) -> Path:
+    """Folder of the shipped warm start of one game."""
+    return Path(__file__).parent / "models" / game
+
+
+def corpus(episodes: int = 400, seed: int = 0) -> Iterator[str]:
+    """Prompts and expert answers of all games, the text on which the tokenizer is trained."""
+    rng = np.random.default_rng(seed)
+    for game in GAMES:
+        env = make(game, **tiny_kwargs(game))
+        for episode in range(episodes * (4 if game == "points24" else 1)):
+            env.reset(seed=seed + episode)
+            done = False
+            while not done:
+                answer = env.expert_answer(rng)
+                if answer is None:
+                    break
+                prompt = env.prompt("short")
+                yield from ("user\n", prompt.fixed, prompt.state, "\n", "assistant\n", answer)
+                action = env.actions.index(env.read_answer(answer).action)
+                _, _, terminated, truncated, _ = env.step(action)
+                done = terminated or truncated
+
+
+def train_tokenizer(vocabulary: int = VOCABULARY, seed: int = 0) -> PreTrainedTokenizerFast:
+    """Byte-level BPE on `corpus`; ids 0..6 are Qwen's special tokens (`prompts.SPECIAL_TOKENS`)."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(prompts.SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(seed=seed), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=prompts.PAD,
+        eos_token=prompts.IM_END,
+        additional_special_tokens=list(prompts.SPECIAL_TOKENS[1:]),
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = prompts.CHAT_TEMPLATE
+    return fast
+
+
+def config(size: str, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
+    """A Qwen2.5-VL configuration of one of `SIZES`, with the token ids of `tokenizer`."""
+    s = SIZES[size]
+    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in prompts.SPECIAL_TOKENS}
+    head_dim = s["hidden"] // s["heads"]
+    text = dict(
+        vocab_size=-(-len(tokenizer) // 16) * 16,
+        hidden_size=s["hidden"],
+        intermediate_size=s["inter"],
+        num_hidden_layers=s["layers"],
+        num_attention_heads=s["heads"],
+        num_key_value_heads=s["kv_heads"],
+        max_position_embeddings=512,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            # temporal, height, width shares of the half head dimension
+            "mrope_section": [head_dim // 8, 3 * head_dim // 16, 3 * head_dim // 16],
+        },
+        tie_word_embeddings=True,
+        bos_token_id=ids[prompts.IM_START],
+        eos_token_id=ids[prompts.IM_END],
+        pad_token_id=ids[prompts.PAD],
+    )
+    vision = dict(
+        depth=s["vision_depth"],
+        hidden_size=s["vision"],
+        intermediate_size=2 * s["vision"],
+        num_heads=s["vision"] // 32,
+        out_hidden_size=s["hidden"],
+        patch_size=PATCH,
+        spatial_merge_size=MERGE,
+        temporal_patch_size=2,
+        window_size=112,
+        fullatt_block_indexes=[s["vision_depth"] - 1],
+    )
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids[prompts.IMAGE_PAD],
+        video_token_id=ids[prompts.VIDEO_PAD],
+        vision_start_token_id=ids[prompts.VISION_START],
+        vision_end_token_id=ids[prompts.VISION_END],
+        tie_word_embeddings=True,
+    )
+
+
+def new_model(
+    size: str, tokenizer: PreTrainedTokenizerFast, seed: int
+) -> Qwen2_5_VLForConditionalGeneration:
+    """A randomly initialised model, float32."""
+    torch.manual_seed(seed)
+    return Qwen2_5_VLForConditionalGeneration(config(size, tokenizer))
+
+
+def image_processor() -> Qwen2VLImageProcessorPil:
+    """transformers' own processor; the games draw at multiples of 28 pixels, so it never resizes them."""
+    return Qwen2VLImageProcessorPil(min_pixels=(PATCH * MERGE) ** 2, max_pixels=448 * 448)

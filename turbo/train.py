@@ -1,0 +1,242 @@
+"""Training: PPO on a LoRA policy, guided by a teacher merged from the policy's own past checkpoints.
+
+    for each update:
+        play        whole episodes with the policy as it is            turbo.rollout
+        score       KL of the thoughts to the merged teacher           turbo.score
+        weigh       advantages: group baseline, or critic and GAE      turbo.gae, turbo.update
+        learn       minibatches: PPO loss + guidance, AdamW            turbo.update
+        remember    the new checkpoint enters the history,             turbo.teacher
+                    the teacher is merged anew
+        record      metrics, a sample of episodes, a checkpoint        turbo.log, turbo.checkpoint
+
+Run as `python -m turbo.train points24`; `--help` explains every setting. Left out: the warm start (`turbo.sft`).
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import tyro
+
+from turbo import checkpoint
+from turbo.config import GAME_DEFAULTS, PRESETS, TrainConfig, changed, check, defaults
+from turbo.kl import auto_coefficient
+from turbo.measure import all_episodes, certainty, outcomes
+from turbo.parallel import Crew, cores, run_crew
+from turbo.rollout import Episode, Rollout, mix
+from turbo.run import Run, model_sha256
+from turbo.score import teacher_kl
+from turbo.scribe import Scribe
+from turbo.update import StepData, prepare
+
+
+def train_update(run: Run) -> tuple[dict, list[Episode]]:
+    """One update, start to end; the metrics, and the episodes of all workers."""
+    c, update, clock = run.config, run.update, _Clock()
+
+    # play: sampled from the policy as it is, temperature and all
+    with torch.no_grad():
+        weights = run.vlm.weights(run.lora)
+    rollout = run.table.collect(weights, (c.seed, update), c.steps_per_update)
+    seconds = {"rollout": clock.lap()}
+
+    # score: KL of every thought to the teacher, where the reward or the advantage needs it
+    guided = c.guidance == "kl" and run.teacher.weights is not None and run.beta > 0
+    kl = None
+    if guided and c.kl_placement != "loss":
+        kl = teacher_kl(
+            run.vlm,
+            weights,
+            run.teacher.weights,
+            rollout,
+            estimator=c.kl_estimator,
+            token_range=c.guidance_range,
+            temperature=c.temperature,
+        )
+    seconds["score"] = clock.lap()
+
+    # weigh and learn
+    data = prepare(run.vlm, weights, rollout, kl, run.beta, run.value_head, run.crew, c)
+    teacher = run.teacher.weights if guided and c.kl_placement == "loss" else None
+    figures = learn(run, rollout, data, teacher)
+    if kl is not None:
+        figures["teacher_kl"] = kl.mean().item()
+    seconds["train"] = clock.lap()
+
+    # remember: this checkpoint becomes part of the teacher
+    episodes = all_episodes(rollout, run.crew)
+    success = sum(e.success for e in episodes) / len(episodes)
+    if c.guidance != "none":
+        run.teacher.push(update, run.lora, success)
+    seconds["merge"] = clock.lap()
+
+    steps = sum(len(e.steps) for e in episodes)
+    trained, guesses, accepted = run.crew.total(len(data.rows), rollout.guessed, rollout.accepted)
+    run.update += 1
+    run.env_steps += steps
+    run.elapsed += clock.total()
+    metrics = {
+        "update": run.update,
+        "env_steps": run.env_steps,
+        "elapsed": run.elapsed,
+        **outcomes(episodes),
+        **certainty([s for e in episodes for s in e.steps]),
+        "draft_accept_rate": accepted / max(1, guesses),
+        **figures,
+        "teacher_kl_coef": run.beta if guided else 0.0,
+        "explained_variance": data.explained_variance,
+        "trained_rows": trained,
+        "dropped_rows": steps - trained,
+        "steps_per_second": steps / clock.total(),
+        "tokens_per_second": sum(len(s.tokens) for e in episodes for s in e.steps)
+        / seconds["rollout"],
+        **{f"seconds_{name}": value for name, value in seconds.items()},
+        "seconds_other": clock.total() - sum(seconds.values()),
+    }
+    steer(run, metrics, data, guided)
+    return metrics, episodes
+
+
+def learn(run: Run, rollout: Rollout, data: StepData, teacher) -> dict[str, float]:
+    """The PPO epochs of one update; mean figures over its minibatches."""
+    c = run.config
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(c, run.update)
+    order = torch.Generator().manual_seed(mix(c.seed, run.update, 7, run.crew.rank))
+    sizes = [int(n) for n in run.crew.share(len(data.rows))]
+    count = max(1, round(sum(sizes) / c.minibatch))  # minibatches of an epoch
+    totals: dict[str, float] = {}
+    batches = 0
+    for epoch_batch in range(c.epochs * count if sum(sizes) else 0):
+        b = epoch_batch % count
+        if b == 0:
+            rows = [data.rows[i] for i in torch.randperm(len(data.rows), generator=order)]
+        size = sum(len(range(b, n, count)) for n in sizes)
+        sums = run.learner.gradients(rollout, data, rows[b::count], size, teacher, run.beta)
+        parameters = run.learner.parameters()
+        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip)
+        run.optimizer.step()
+        for name, value in zip(sums, torch.stack(list(sums.values())).tolist(), strict=True):
+            totals[name] = totals.get(name, 0.0) + value
+        batches += 1
+        if c.target_kl and sums["approx_kl"] > c.target_kl:
+            break
+    means = {name: value / batches for name, value in totals.items()}
+    return {**means, "learning_rate": learning_rate(c, run.update)}
+
+
+def learning_rate(c: TrainConfig, update: int) -> float:
+    """Cosine from the peak to the final rate over the run's updates."""
+    done = min(1.0, update / max(1, c.updates))
+    share = 0.5 * (1 + math.cos(math.pi * done))
+    return c.final_learning_rate + (c.learning_rate - c.final_learning_rate) * share
+
+
+def steer(run: Run, metrics: dict, data: StepData, guided: bool) -> None:
+    """With `--kl-coef auto`, set the next update's coefficient from this one's KL and returns."""
+    c = run.config
+    if c.kl_coef != "auto" or not guided:
+        return
+    # In the reward the KL stands beside returns; elsewhere beside advantages of spread 1.
+    spread = data.returns_std if c.kl_placement == "reward" else 1.0
+    run.beta = auto_coefficient(metrics.get("teacher_kl", 0.0), spread, c.kl_share, run.beta)
+
+
+class _Clock:
+    """Seconds since the last lap, and in all."""
+
+    def __init__(self):
+        self.start = self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        now, before = time.perf_counter(), self.last
+        self.last = now
+        return now - before
+
+    def total(self) -> float:
+        return time.perf_counter() - self.start
+
+
+def parse(argv: list[str]) -> TrainConfig:
+    """Settings from the command line, over those of a preset or of the run to resume."""
+    preset = "tiny"
+    if "--preset" in argv:
+        at = argv.index("--preset")
+        preset = argv[at + 1] if at + 1 < len(argv) else ""
+        argv = argv[:at] + argv[at + 2 :]
+    names = [a for a in argv[:1] if not a.startswith("-")]
+    if names and names[0] not in GAME_DEFAULTS:
+        raise ValueError(f"environment {names[0]!r} is unknown: use {', '.join(GAME_DEFAULTS)}")
+    base = defaults(names[0] if names else "points24", preset)
+    if "--resume" in argv[:-1]:
+        run = Path(argv[argv.index("--resume") + 1])
+        saved = checkpoint.read_run(run)["config"]
+        known = {f.name for f in dataclasses.fields(TrainConfig)}
+        if set(saved) != known:
+            raise ValueError(f"{run} was made by another version of the program: start a new run")
+        base = TrainConfig(**saved)
+    help_text = f"{TrainConfig.__doc__} Presets: --preset {' | '.join(PRESETS)}."
+    c = tyro.cli(TrainConfig, default=base, args=argv, description=help_text, prog="turbo.train")
+    check(c)
+    if c.resume and (odd := changed(dataclasses.asdict(base), c)):
+        flags = ", ".join("--" + name.replace("_", "-") for name in odd)
+        raise ValueError(f"a resumed run keeps its settings, but {flags} changed: leave them out")
+    return c
+
+
+def run_folder(c: TrainConfig) -> Path:
+    """The run's directory: made new, or that of the run to be resumed."""
+    if c.resume:
+        path = Path(c.resume)
+        if checkpoint.read_run(path).get("model_sha256") != model_sha256(c):
+            raise ValueError(f"{path} was trained from another model than {c.model!r} is now")
+        checkpoint.load(path)
+        return path
+    path = Path(c.out or f"runs/{c.env}-{time.strftime('%Y%m%d-%H%M%S')}")
+    checkpoint.create_run(path, c, model_sha256(c))
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the settings and train; returns the exit status."""
+    try:
+        c = parse(sys.argv[1:] if argv is None else argv)
+        c.workers = c.workers or cores()
+        path = run_folder(c)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return run_crew(c.workers, train, c, path)
+
+
+def train(crew: Crew, c: TrainConfig, path: Path) -> int:
+    """What every worker runs; worker 0 also talks, logs and saves."""
+    run = Run(c, path, crew)
+    if c.resume:
+        run.restore()
+    with Scribe(run) as scribe:
+        if run.update == 0:
+            scribe.report("before training")
+        while run.update < c.updates and not scribe.must_stop():
+            metrics, episodes = train_update(run)
+            if c.eval_every and run.update % c.eval_every == 0 and run.update < c.updates:
+                scribe.report(f"after {run.update} updates", metrics)
+            else:
+                scribe.write(metrics)
+            scribe.tell(metrics, episodes)
+            if run.update % c.save_every == 0:
+                run.save()
+        run.save()
+        if scribe.interrupted:
+            scribe.say(f"continue with: python -m turbo.train {c.env} --resume {path}")
+            return 130
+        scribe.report(f"after {run.update} updates")
+        scribe.say(f"evaluate it with: python -m turbo.eval {path} --env {c.env}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""One policy update on a rollout: which steps are trained on, their advantages, and the gradient of a minibatch.
+
+    loss = - mean min(ratio A, clip(ratio) A)  +  beta * mean_thought KL(policy || teacher)  +  c_v * value loss
+
+Left out: playing (`turbo.rollout`), the order of things (`turbo.train`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from turbo.backprop import backward_rows, backward_weights, cut
+from turbo.batch import TokenBatch
+from turbo.config import TrainConfig
+from turbo.gae import explained_variance, gae, group_advantages
+from turbo.kernels.policy_head import policy_head
+from turbo.kl import kl_estimate, mean_over
+from turbo.model import Lora, TextWeights, VisionLanguageModel
+from turbo.parallel import Crew
+from turbo.ppo import ppo_loss, step_logprob, value_loss
+from turbo.rollout import Rollout, Step
+from turbo.score import answer_hidden, final_hidden, guided_tokens, local_pictures
+
+FIGURES = ("policy_loss", "clip_fraction", "approx_kl", "teacher_kl", "value_loss")
+
+
+@dataclass
+class StepData:
+    """Per environment step of a rollout, N of them."""
+
+    advantages: Tensor  # [N]
+    returns: Tensor  # [N] target of the critic; zeros with group baselines
+    old_logprob: Tensor  # [N] weighted log-probability of the answer when it was sampled
+    rows: list[int]  # the steps that are trained on
+    returns_std: float  # spread of the episodes' returns, guidance left out
+    explained_variance: float
+
+
+def prepare(
+    vlm: VisionLanguageModel,
+    weights: TextWeights,
+    rollout: Rollout,
+    kl: Tensor | None,  # [N] guidance as reward or in the advantage
+    beta: float,
+    value_head: nn.Module | None,
+    crew: Crew,
+    c: TrainConfig,
+) -> StepData:
+    """Advantages and old log-probabilities of all steps, and the choice of steps to train on."""
+    steps, count = rollout.steps, [len(e.steps) for e in rollout.episodes]
+    reward = torch.tensor([s.reward + s.format_reward for s in steps])
+    _, spread = moments(torch.tensor([e.episode_return for e in rollout.episodes]), crew)
+    if kl is not None and c.kl_placement == "reward":
+        reward = reward - beta * kl
+    returns, explained = torch.zeros(len(steps)), float("nan")
+    if c.advantage == "gae":
+        values, following = step_values(vlm, weights, rollout, value_head)
+        ends = [torch.tensor([getattr(s, k) for s in steps]) for k in ("terminated", "truncated")]
+        out = gae(reward, values, following, *ends, c.gamma, c.gae_lambda)
+        mean, deviation = moments(out.advantages, crew)
+        advantages, returns = (out.advantages - mean) / (deviation + 1e-8), out.returns
+        explained = explained_variance(values, returns).item()
+    else:
+        episode = torch.repeat_interleave(torch.arange(len(count)), torch.tensor(count))
+        total = torch.zeros(len(count)).index_add(0, episode, reward)
+        group = torch.tensor([e.group for e in rollout.episodes])
+        by_episode = group_advantages(total, group, c.baseline)
+        advantages = (by_episode / (moments(total, crew)[1] + 1e-6))[episode]
+    if kl is not None and c.kl_placement == "advantage":
+        advantages = advantages - beta * kl
+    old = old_logprobs(steps, c.thought_coef)
+    surprise = torch.tensor([-sum(s.logprobs) for s in steps])
+    kept = (advantages.abs() > 1e-9) & (surprise >= c.skip_certain)
+    return StepData(advantages, returns, old, kept.nonzero()[:, 0].tolist(), spread, explained)
+
+
+def moments(values: Tensor, crew: Crew) -> tuple[float, float]:
+    """Mean and standard deviation of all workers' values."""
+    x = values.double()
+    n, total, squares = crew.total(len(x), x.sum().item(), x.square().sum().item())
+    mean = total / max(n, 1)
+    return mean, max(squares / max(n, 1) - mean * mean, 0.0) ** 0.5
+
+
+def old_logprobs(steps: list[Step], thought_coef: float) -> Tensor:
+    """[N] c * thought + action log-probability of each step, as sampled."""
+    row = torch.repeat_interleave(
+        torch.arange(len(steps)), torch.tensor([len(s.tokens) for s in steps])
+    )
+    tokens = torch.tensor([p for s in steps for p in s.logprobs])
+    return step_logprob(tokens, guided_tokens(steps, "thought"), row, len(steps), thought_coef)
+
+
+@torch.no_grad()
+def step_values(
+    vlm: VisionLanguageModel, weights: TextWeights, rollout: Rollout, value_head: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """Values [N] of all steps and of their successors; a truncated step's is that of its final observation."""
+    values = value_head(torch.stack([s.hidden for s in rollout.steps]))
+    following = torch.cat([values[1:], values.new_zeros(1)])
+    ends = torch.tensor([len(e.steps) for e in rollout.episodes]).cumsum(0) - 1
+    following[ends] = 0.0
+    for i, hidden in final_hidden(vlm, weights, rollout).items():
+        following[ends[i]] = value_head(hidden[None])[0]
+    return values, following
+
+
+@dataclass
+class Learner:
+    """What a minibatch's gradient needs beside the data."""
+
+    vlm: VisionLanguageModel
+    lora: Lora
+    value_head: nn.Module | None
+    crew: Crew
+    config: TrainConfig
+
+    def parameters(self) -> list[Tensor]:
+        """All that is trained."""
+        critic = [] if self.value_head is None else list(self.value_head.parameters())
+        return self.lora.parameters() + critic
+
+    def gradients(
+        self,
+        rollout: Rollout,
+        data: StepData,
+        rows: list[int],  # this worker's steps of the minibatch
+        total: int,  # steps of the minibatch, over all workers
+        teacher: TextWeights | None,
+        beta: float,
+    ) -> dict[str, Tensor]:
+        """Set the `.grad` of LoRA factors and critic, summed over the crew; figures for the log."""
+        for p in self.parameters():
+            p.grad = torch.zeros_like(p)
+        sums = {name: torch.zeros(()) for name in FIGURES}
+        if rows:
+            weights = self.vlm.weights(self.lora)
+            part = _Minibatch(self, rollout, data, rows, total, teacher, beta, cut(weights), sums)
+            part.run()
+            backward_weights(weights, [part.weights])
+        self.crew.sum_([p.grad for p in self.parameters()] + list(sums.values()))
+        return sums
+
+
+class _Minibatch:
+    """One worker's steps of a minibatch."""
+
+    def __init__(self, learner, rollout, data, rows, total, teacher, beta, weights, sums):
+        self.l, self.rollout, self.data = learner, rollout, data
+        self.steps = [rollout.steps[i] for i in rows]
+        self.index = torch.tensor(rows)
+        self.total, self.teacher, self.beta = total, teacher, beta
+        self.weights, self.sums, self.value_head = weights, sums, learner.value_head
+
+    def run(self) -> None:
+        """Forward and backward over all micro-batches."""
+        vlm, rollout = self.l.vlm, self.rollout
+        pictures, self.owner = local_pictures(self.steps)
+        features = rollout.features[pictures]
+        self.teacher_prefix = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                place = (features, rollout.fixed, rollout.grid)
+                self.teacher_prefix = vlm.prefix(self.teacher, *place)
+        backward_rows(
+            vlm,
+            self.weights,
+            vlm.prefix(self.weights, features, rollout.fixed, rollout.grid),
+            self.owner,
+            [s.suffix for s in self.steps],
+            [s.tokens for s in self.steps],
+            self.loss,
+        )
+
+    def loss(self, w: TextWeights, hidden: Tensor, batch: TokenBatch, rows: list[int]) -> Tensor:
+        """This micro-batch's part of the minibatch's mean loss."""
+        c, vlm = self.l.config, self.l.vlm
+        steps, index = [self.steps[i] for i in rows], self.index[rows]
+        share = len(rows) / self.total
+        flat = hidden.flatten(0, 1)
+        h = vlm.text.final_norm(w, flat.index_select(0, batch.select))
+        out = self._head(w, h, batch, rows)
+        thought = guided_tokens(steps, "thought")
+        logprob = step_logprob(out.logprob, thought, batch.row, len(rows), c.thought_coef)
+        ppo = ppo_loss(logprob, self.data.old_logprob[index], self.data.advantages[index], c.clip)
+        loss = ppo.loss * share
+        self._add("policy_loss", ppo.loss, share)
+        self._add("clip_fraction", ppo.clip_fraction, share)
+        self._add("approx_kl", ppo.approx_kl, share)
+        if self.teacher is not None:
+            tokens = self._token_kl(out)
+            mask = guided_tokens(steps, c.guidance_range)
+            kl = mean_over(tokens, mask, batch.row, len(rows)).mean()
+            loss = loss + self.beta * kl * share
+            self._add("teacher_kl", kl, share)
+        if self.value_head is not None:
+            values = self.value_head(vlm.text.final_norm(w, flat[batch.last_prompt]))
+            v = value_loss(values, self.data.returns[index])
+            loss = loss + c.value_coef * v * share
+            self._add("value_loss", v, share)
+        return loss
+
+    def _head(self, w: TextWeights, h: Tensor, batch: TokenBatch, rows: list[int]):
+        """Log-probs of the sampled tokens, and what the guidance needs of the teacher."""
+        vlm, c = self.l.vlm, self.l.config
+        shared = dict(temperature=c.temperature, banned=vlm.banned)
+        if self.teacher is None:
+            return policy_head(h, w.head, batch.targets, want=("logprob",), **shared)
+        with torch.no_grad():
+            owner = [self.owner[i] for i in rows]
+            theirs = answer_hidden(vlm, self.teacher, self.teacher_prefix, owner, batch)
+        kind = {"full": "reverse_kl", "forward": "forward_kl"}.get(
+            c.kl_estimator, "teacher_logprob"
+        )
+        pair = dict(teacher_hidden=theirs, teacher_weight=self.teacher.head)
+        return policy_head(h, w.head, batch.targets, want=("logprob", kind), **pair, **shared)
+
+    def _token_kl(self, out) -> Tensor:
+        kind = self.l.config.kl_estimator
+        if kind == "full":
+            return out.reverse_kl
+        if kind == "forward":
+            return out.forward_kl
+        return kl_estimate(out.logprob, out.teacher_logprob, kind)
+
+    def _add(self, name: str, value: Tensor, share: float) -> None:
+        self.sums[name] += value.detach() * share
