@@ -1,4 +1,4 @@
-.PHONY: help install test test-fast test-gpu lint format bench wheel ci clean
+.PHONY: help install test test-fast test-gpu lint format bench results metrics wheel ci clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -23,8 +23,14 @@ format: ## ruff: apply the fixes and the format
 	ruff check --fix .
 	ruff format .
 
-bench: ## run each bench/bench_*.py
-	@set -e; for file in bench/bench_*.py; do echo "== $$file"; python "$$file"; done
+bench: ## the speed of training updates, into bench/results/
+	python -m bench.train_step
+
+results: ## train and draw what the README shows, into docs/results/; resumes
+	@set -e; for what in points24 ezpoints collapse; do python -m bench.learn --what $$what; done
+
+metrics: ## write docs/metrics.md
+	python -m bench.metrics_page
 
 wheel: ## sdist and wheel into dist/
 	python -m build

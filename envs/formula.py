@@ -86,16 +86,11 @@ def ranked_solutions(values: tuple[int, ...], target: int, operators: str) -> tu
 
 
 def expert_answer(game: FormulaGame, rng: np.random.Generator) -> str | None:
-    """An answer that follows a plan; None where there is none.
-
-    An empty formula is begun with a plan drawn uniformly; a begun one is finished by the simplest
-    plan that continues it, so that the same state is always answered alike.
-    """
+    """An answer that follows one of the plans, drawn uniformly; None where there is no plan."""
     found = game_plans(game)
     if not found:
         return None
-    written = len(game.tokens)
-    plan = found[int(rng.integers(len(found)))] if written == 0 else found[0]
+    plan, written = found[int(rng.integers(len(found)))], len(game.tokens)
     thoughts, action = thought_text(plan, written), next_token(plan, written)
     return answer_text(game.ranks, game.formula, thoughts, action)
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from turbo.batch import TokenBatch, micro_batches, pad_rows
+from turbo.batch import TokenBatch, micro_batches, pad_rows, pad_to
 from turbo.model import PrefixKV, TextWeights, VisionLanguageModel
 
 
@@ -53,7 +53,8 @@ def backward_rows(
     )
     for rows in micro_batches([len(s) + len(a) for s, a in zip(suffixes, answers, strict=True)]):
         batch = pad_rows([suffixes[i] for i in rows], [answers[i] for i in rows], vlm.pad)
-        hidden = vlm.suffix(w, batch.ids, kv.select(torch.tensor([owner[i] for i in rows])))
+        own = pad_to(torch.tensor([owner[i] for i in rows]), batch.padded_rows)
+        hidden = vlm.suffix(w, batch.ids, kv.select(own))
         value = loss(w, hidden, batch, rows)
         if value is not None:
             value.backward()

@@ -17,31 +17,53 @@ MICRO_ROWS = 32  # rows of about 50 tokens that a core's cache holds; measured i
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """R padded rows and their N answer tokens, row after row."""
+    """Padded rows and the N answer tokens of the first `rows` of them, row after row."""
 
-    ids: Tensor  # [R, L] int64, suffix + answer without its last token, right-padded
-    select: Tensor  # [N] flat index into [R * L] of the position that predicts each answer token
+    rows: int  # R, rows that are meant
+    ids: Tensor  # [R', L] int64, suffix + answer without its last token; R' and L are rounded up
+    select: Tensor  # [N', >= N] flat index of the position that predicts each answer token
     targets: Tensor  # [N] the answer tokens
     row: Tensor  # [N] the row of each answer token
     last_prompt: Tensor  # [R] flat index of each row's last prompt position
 
     @property
-    def rows(self) -> int:
-        """Number of rows, R."""
+    def padded_rows(self) -> int:
+        """Rows that are computed, R'."""
         return self.ids.shape[0]
+
+
+def round_up(n: int, step: int = 8) -> int:
+    """The next of the sizes in which work is computed: multiples of `step`, coarser for large n.
+
+    The matrix library of the CPU compiles a kernel for every new shape, ten times as long as it runs:
+    few sizes keep it from compiling.
+    """
+    while n > 16 * step:
+        step *= 2
+    return -(-n // step) * step
 
 
 def pad_rows(suffixes: Sequence[list[int]], answers: Sequence[list[int]], pad: int) -> TokenBatch:
     """Build a `TokenBatch` of R rows; every answer has at least one token."""
     rows = [s + a[:-1] for s, a in zip(suffixes, answers, strict=True)]
-    length = max(map(len, rows))
-    ids = torch.tensor([r + [pad] * (length - len(r)) for r in rows])
+    length = round_up(max(map(len, rows)))
+    blank = [[pad] * length] * (round_up(len(rows)) - len(rows))
+    ids = torch.tensor([r + [pad] * (length - len(r)) for r in rows] + blank)
     starts = torch.tensor([len(s) - 1 for s in suffixes]) + torch.arange(len(rows)) * length
     counts = torch.tensor([len(a) for a in answers])
     row = torch.repeat_interleave(torch.arange(len(rows)), counts)
     within = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
     targets = torch.tensor([t for a in answers for t in a])
-    return TokenBatch(ids, starts[row] + within, targets, row, starts)
+    select = starts[row] + within
+    select = torch.cat([select, select.new_zeros(round_up(len(select), 64) - len(select))])
+    return TokenBatch(len(rows), ids, select, targets, row, starts)
+
+
+def pad_to(tensor: Tensor, length: int) -> Tensor:
+    """`tensor` with its first entry repeated behind it until it has `length` entries."""
+    if len(tensor) == length:
+        return tensor
+    return torch.cat([tensor, tensor[:1].expand(length - len(tensor), *tensor.shape[1:])])
 
 
 def micro_batches(lengths: Sequence[int], size: int = MICRO_ROWS) -> list[list[int]]:

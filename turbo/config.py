@@ -122,7 +122,7 @@ class TrainConfig:
 
     # Machine, evaluation, files
     workers: int = 0
-    """threads that play and train (0: one a core, at most 4)"""
+    """processes that play and train (0: one a core, at most 4)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of the matrix products; auto is bfloat16 where the processor has it (AMX)"""
     eval_episodes: int = 500
@@ -243,7 +243,7 @@ class SftConfig:
     """seed of everything"""
     size: Literal["", "small", "medium", "nano"] = ""
     """size of the model (empty: the one of the environment)"""
-    steps: int = 1200
+    steps: int = 900
     """optimiser steps of the language model"""
     deals: int = 48
     """deals per step"""
@@ -251,7 +251,7 @@ class SftConfig:
     """states per deal: the first, and others at random (0: all)"""
     solutions: int = 8
     """card games: the expert begins with one of so many solutions"""
-    read_out_steps: int = 120
+    read_out_steps: int = 250
     """steps of the read-out that teaches the vision tower to see"""
     learning_rate: float = 2e-3
     """peak learning rate"""
@@ -266,7 +266,7 @@ class SftConfig:
 # Measured in docs/LOG.md: enough to begin reinforcement learning, far from the optimum.
 SFT_DEFAULTS: dict[str, dict] = {
     "points24": {},
-    "ezpoints": dict(steps=150, deals=32),
+    "ezpoints": dict(steps=150, deals=32, read_out_steps=250),
     "numberline": dict(steps=100, deals=32),
     "blackjack": dict(steps=100, deals=32),
 }

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbo.batch import micro_batches
+from turbo.batch import micro_batches, round_up
 from turbo.model import PrefixKV, TextWeights, VisionLanguageModel, causal_mask
 
 
@@ -52,9 +52,11 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
+    limit: int = 1 << 30  # longest draft: short after a refusal, free again after a confirmation
     hidden: Tensor | None = None
 
 
+AFTER_REFUSAL = 4  # tokens guessed behind a refused guess, beside as many as were right before it
 SHORT = 8  # inputs of at most so many tokens run together, apart from longer ones
 
 
@@ -88,7 +90,7 @@ class Decoder:
     def ask(self, slot: int, request: Request) -> None:
         """Begin an answer in a slot that has none under way."""
         self.rows[slot] = _Row(slot, request, list(request.suffix))
-        self.cache.reserve(len(request.suffix) + self.max_new)
+        self.cache.reserve(round_up(len(request.suffix) + self.max_new))
 
     @torch.no_grad()
     def advance(self) -> list[tuple[int, Sample]]:
@@ -111,7 +113,7 @@ class Decoder:
 
     def _draft(self, row: _Row) -> list[int]:
         """Guessed tokens behind those already sampled; the end token is left to the model."""
-        room = self.max_new - len(row.tokens) - 1
+        room = min(self.max_new - len(row.tokens) - 1, row.limit)
         written = self.vlm.decode(row.tokens) if row.tokens else ""
         guess = row.request.guess(written)
         if room <= 0 or len(guess) <= len(written):
@@ -123,9 +125,11 @@ class Decoder:
         return ids[n : n + room]
 
     def _forward(self, rows: list[_Row]) -> tuple[Tensor, list[int]]:
-        """Run pending and draft tokens; normed hidden states [N, D] where a token is predicted, and counts per row."""
+        """Run pending and draft tokens; normed hidden states [N', D] where a token is predicted, and counts per row."""
         inputs = [r.pending + r.draft for r in rows]
-        length = max(map(len, inputs))
+        longest = max(map(len, inputs))
+        length = round_up(longest, 8 if longest > SHORT else 2)
+        inputs += [[]] * (round_up(len(rows)) - len(rows))
         ids = torch.tensor([t + [self.vlm.pad] * (length - len(t)) for t in inputs])
         hidden = self.cache.run(self.weights, ids, rows)
         counts = [len(r.draft) + 1 for r in rows]
@@ -134,12 +138,13 @@ class Decoder:
             for i, r in enumerate(rows)
             for j in range(len(r.pending) - 1, len(r.pending) + len(r.draft))
         ]
+        select += [0] * (round_up(len(select), 64) - len(select))
         hidden = hidden.flatten(0, 1).index_select(0, torch.tensor(select))
         return self.vlm.text.final_norm(self.weights, hidden), counts
 
     def _verify(self, rows: list[_Row], hidden: Tensor, counts: list[int]) -> None:
         """Accept or replace the guesses of every row; append what was sampled."""
-        logits = F.linear(hidden, self.weights.head, self.bias).float()  # [N, V]
+        logits = F.linear(hidden, self.weights.head, self.bias)[: sum(counts)].float()  # [N, V]
         logits = logits.div_(self.temperature)
         norm = torch.logsumexp(logits, -1)
         n = torch.tensor(counts)
@@ -168,6 +173,7 @@ class Decoder:
             row.logprobs += [*logp[offset : offset + k], new_logp[i]]
             row.position += len(row.pending) + k
             row.pending = [new[i]]
+            row.limit = AFTER_REFUSAL + k if k < len(row.draft) else 1 << 30
             self.guessed += len(row.draft)
             self.accepted += k
             offset += counts[i]
@@ -193,7 +199,8 @@ class _Cache:
         if not self.keys:
             self.past, self.next_position = prefix.length, prefix.next_position
             _, heads, length, hd = prefix.keys[0].shape
-            empty = prefix.keys[0].new_zeros(self.slots, heads, length + self.room, hd)
+            # One slot more than there are environments, for rows that only fill up a batch.
+            empty = prefix.keys[0].new_zeros(self.slots + 1, heads, length + self.room, hd)
             self.keys = [empty.clone() for _ in prefix.keys]
             self.values = [empty.clone() for _ in prefix.keys]
         for own, new in zip(self.keys, prefix.keys, strict=True):
@@ -212,13 +219,15 @@ class _Cache:
     def run(self, weights: TextWeights, ids: Tensor, rows: list[_Row]) -> Tensor:
         """Hidden states [R, L, D] of ids [R, L] behind what each row has in the cache; they are cached too."""
         text, length = self.vlm.text, ids.shape[1]
-        slot = torch.tensor([row.slot for row in rows])
-        start = torch.tensor([row.position for row in rows])
+        blank = len(ids) - len(rows)
+        slot = torch.tensor([row.slot for row in rows] + [self.slots] * blank)
+        start = torch.tensor([row.position for row in rows] + [0] * blank)
         at = start[:, None] + torch.arange(length)  # [R, L] place behind the prefix
         rope = text.text_rope(at + self.next_position)
-        used = min(self.past + int(start.max()) + length, self.past + self.room)
+        used = round_up(self.past + int(start.max()) + length, 16)
+        used = min(used, self.past + self.room)
         if int(start.max()) == 0:
-            mask = causal_mask(length, self.past, text.dtype)
+            mask, used = causal_mask(length, self.past, text.dtype), self.past + length
         else:
             blocked = torch.arange(used) > (at + self.past)[..., None]  # [R, L, S]
             mask = torch.zeros(blocked.shape, dtype=text.dtype).masked_fill_(blocked, -1e30)

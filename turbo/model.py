@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from turbo import prompts
+from turbo.batch import pad_to, round_up
 from turbo.kernels.pointwise import rms_norm, swiglu
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -344,11 +345,13 @@ class VisionLanguageModel:
 
     def see(self, pictures: list) -> tuple[Tensor, Tensor]:
         """Vision features [n, tokens, D] (float32) and one grid [1, 3]; all pictures have the same size."""
+        count = len(pictures)
+        pictures = pictures + pictures[:1] * (round_up(count) - count)
         patches, grids = self.pixels(pictures)
         features = self.module.model.visual(
             patches.to(self.vision_dtype), grid_thw=grids
         ).pooler_output
-        return features.view(len(pictures), -1, self.text.dim).float(), grids[:1]
+        return features.view(len(pictures), -1, self.text.dim)[:count].float(), grids[:1]
 
     @property
     def vision_dtype(self) -> torch.dtype:
@@ -357,17 +360,20 @@ class VisionLanguageModel:
 
     def prefix(self, w: TextWeights, features: Tensor, fixed: str, grid: Tensor) -> PrefixKV:
         """Keys and values of U prompts up to and including the fixed text; features [U, tokens, D]."""
-        u, n, _ = features.shape
+        count, n, _ = features.shape
+        features = pad_to(features, round_up(count))
         ids = self.encode(prompts.prefix_text(fixed, n))
         at = ids.index(self.image)
-        x = F.embedding(torch.tensor(ids), w.embed).float().expand(u, -1, -1)  # [U, P, D]
+        x = (
+            F.embedding(torch.tensor(ids), w.embed).float().expand(len(features), -1, -1)
+        )  # [U, P, D]
         x = torch.cat([x[:, :at], features, x[:, at + n :]], 1)
         cos, sin, following = self.text.prefix_rope(ids, grid)
         keys, values = [], []
 
         def attend(_, k, v):
-            keys.append(k)
-            values.append(v)
+            keys.append(k[:count])
+            values.append(v[:count])
             return k, v
 
         self.text.forward(w, x, (cos, sin), causal_mask(len(ids), 0, self.text.dtype), attend)

@@ -13,6 +13,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Sequence
+from queue import Empty
 from threading import BrokenBarrierError
 
 import torch
@@ -27,7 +28,8 @@ class Crew:
     def __init__(self, rank: int = 0, size: int = 1, barrier=None, board=None, queues=()):
         self.rank, self.size = rank, size
         self._barrier, self._board, self._queues = barrier, board, queues
-        self._failed = None
+        # Compiled matrix kernels that are kept, one for each shape; read at their first use.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
         torch.set_num_threads(1)
 
     @property
@@ -73,10 +75,20 @@ class Crew:
         out = [None] * self.size
         out[self.rank] = item
         for _ in range(self.size - 1):
-            rank, other = self._queues[self.rank].get(timeout=PATIENCE)
+            rank, other = self._next()
             out[rank] = other
         self.wait()
         return out
+
+    def _next(self) -> tuple:
+        """The next item sent to this worker; a worker that failed sends none, and is not waited for."""
+        for _ in range(int(PATIENCE)):
+            try:
+                return self._queues[self.rank].get(timeout=1.0)
+            except Empty:
+                if self._barrier.broken:
+                    break
+        raise RuntimeError("another worker failed; its error is printed above")
 
     def collect(self, item) -> list | None:
         """Every worker's `item` on worker 0, None on the others."""
@@ -88,7 +100,7 @@ class Crew:
             return None
         out = [item] + [None] * (self.size - 1)
         for _ in range(self.size - 1):
-            rank, other = self._queues[0].get(timeout=PATIENCE)
+            rank, other = self._next()
             out[rank] = other
         self.wait()
         return out

@@ -1,7 +1,7 @@
 """Playing: batches of environments, answers sampled by `turbo.decode`, one record per environment step.
 
 Every deal is played by a group of G environments that share its picture and the keys and values of the prompt prefix.
-Episodes are played to their end, in rounds of E environments that start together, until enough steps are there; so
+Episodes are played to their end; an environment that comes free begins the next one, until enough steps are there. So
 each update's data are whole episodes and nothing has to be carried from one update to the next. Every random number of a
 rollout derives from (seed, update, worker): a resumed run continues bit for bit without saving any generator.
 
@@ -23,6 +23,8 @@ from turbo.envs.base import Answer, Verdict
 from turbo.model import PrefixKV, TextWeights, VisionLanguageModel
 from turbo.parallel import Crew
 from turbo.prompts import suffix_text
+
+AHEAD = 4  # deals whose pictures are seen together, once all environments are busy
 
 
 @dataclass
@@ -105,6 +107,7 @@ class Table:
             )
         self.vlm, self.options, self.crew = vlm, options, crew
         self.envs = [make_env() for _ in range(own)]
+        self.scout = make_env()  # draws pictures ahead
 
     def collect(
         self,
@@ -115,7 +118,7 @@ class Table:
     ) -> Rollout:
         """This worker's share of at least `steps` steps, or of the given `deals` (arguments of reset), played once each."""
         rank, size = self.crew.rank, self.crew.size
-        player = _Player(self.vlm, weights, self.envs, self.options, (*seed, rank))
+        player = _Player(self.vlm, weights, self.envs, self.scout, self.options, (*seed, rank))
         return player.play(-(-steps // size), None if deals is None else deals[rank::size])
 
 
@@ -134,7 +137,7 @@ class _Gallery:
 
     def look(self, pictures: dict[int, np.ndarray]) -> list[int]:
         """Numbers of the environments' pictures; those not seen before go through the vision tower."""
-        new = []
+        new: list[np.ndarray] = []
         for env, picture in pictures.items():
             if env in self.last and self.last[env][0] is picture:
                 continue  # the same object: unchanged
@@ -154,62 +157,89 @@ class _Gallery:
 class _Player:
     """One worker's rollout."""
 
-    def __init__(self, vlm, weights, envs, options: RolloutOptions, seed: tuple[int, ...]):
-        self.vlm, self.weights, self.envs, self.options = vlm, weights, envs, options
+    def __init__(self, vlm, weights, envs, scout, options: RolloutOptions, seed: tuple[int, ...]):
+        self.vlm, self.weights, self.options = vlm, weights, options
+        self.envs, self.scout = envs, scout
         self.seeds = torch.Generator().manual_seed(mix(*seed, 0))
+        self.dealt: list[dict] = []
         self.sampling = torch.Generator().manual_seed(mix(*seed, 1))
 
-    def play(self, steps: int, deals: list[dict] | None) -> Rollout:
-        """Rounds of episodes until there are `steps` steps, or until the `deals` are played."""
-        groups = len(self.envs) // self.options.group
-        queue = list(deals or [])
-        rounds, done = [], 0
-        while queue if deals is not None else done < steps:
-            if deals is not None:
-                batch, queue = queue[:groups], queue[groups:]
-            else:
-                numbers = torch.randint(2**31 - 1, (groups,), generator=self.seeds).tolist()
-                batch = [{"seed": n} for n in numbers]
-            rounds.append(self._round(batch))
-            done += len(rounds[-1].steps)
-        return join(rounds)
-
     @torch.no_grad()
-    def _round(self, deals: list[dict]) -> Rollout:
-        envs = self.envs[: len(deals) * self.options.group]
-        pictures, episodes = {}, []
-        for i, env in enumerate(envs):
-            pictures[i], info = env.reset(**deals[i // self.options.group])
-            solvable = info.get("solvable", True)
-            episodes.append(Episode(i // self.options.group, env.deal_key(), solvable=solvable))
-        o = self.options
-        gallery = _Gallery(self.vlm, self.weights, envs[0].prompt(o.prompt_style).fixed)
+    def play(self, steps: int, deals: list[dict] | None) -> Rollout:
+        """Episodes of the `deals`, or of random ones until `steps` steps are done; all that begin are finished.
+
+        Every environment takes the next episode as it comes free. Which episodes are begun depends only
+        on steps already played, so long episodes are as likely to be in as short ones.
+        """
+        o, self.taken, self.done = self.options, 0, 0
+        self.deals, self.steps = deals, steps
+        self.scout.reset(seed=0)  # an environment says what it asks once it is reset
+        fixed = self.scout.prompt(o.prompt_style).fixed
+        gallery = self.gallery = _Gallery(self.vlm, self.weights, fixed)
+        size = len(self.envs) if deals is None else min(len(self.envs), len(deals) * o.group)
         decoder = Decoder(
-            self.vlm, self.weights, len(envs), o.temperature, o.max_new_tokens, self.sampling
+            self.vlm, self.weights, size, o.temperature, o.max_new_tokens, self.sampling
         )
-        shown = gallery.look(pictures)
-        for i, env in enumerate(envs):
-            decoder.show(i, gallery.prefix, shown[i])
-            decoder.ask(i, self._request(env, None))
-        while decoder.rows:
-            done = decoder.advance()
-            still = {}
-            for i, sample in done:
-                step, picture = self._step(envs[i], episodes[i], sample, shown[i])
-                if not step.terminated:
-                    still[i] = picture
-            for i, number in zip(still, gallery.look(still), strict=True):
-                last = episodes[i].steps[-1]
-                if last.truncated:  # its value is asked of the final observation
-                    episodes[i].final = (number, self._suffix(envs[i]))
+        out = Rollout([], torch.empty(0), torch.empty(0), gallery.fixed)
+        playing: dict[int, Episode] = {}  # slot -> episode
+        shown: dict[int, int] = {}  # slot -> number of the picture its cache holds
+        pictures: dict[int, np.ndarray] = {}  # slots that wait for their next prompt
+        for slot in range(size):
+            self._begin(slot, playing, pictures, out)
+        while pictures or decoder.rows:
+            for slot, number in zip(pictures, gallery.look(pictures), strict=True):
+                episode = playing[slot]
+                last = episode.steps[-1] if episode.steps else None
+                if (
+                    last is not None and last.truncated
+                ):  # its value is asked of the final observation
+                    episode.final = (number, self._suffix(self.envs[slot]))
                     continue
-                if number != shown[i]:
-                    shown[i] = number
-                    decoder.show(i, gallery.prefix, number)
-                decoder.ask(i, self._request(envs[i], last.answer.text))
-        out = Rollout(episodes, torch.cat(gallery.features), gallery.grid, gallery.fixed)
+                if shown.get(slot) != number:
+                    shown[slot] = number
+                    decoder.show(slot, gallery.prefix, number)
+                decoder.ask(slot, self._request(self.envs[slot], last and last.answer.text))
+            ended = [slot for slot in pictures if playing[slot].final is not None]
+            pictures = {}
+            for slot, sample in decoder.advance():
+                step, picture = self._step(self.envs[slot], playing[slot], sample, shown[slot])
+                if step.terminated:
+                    ended.append(slot)
+                else:
+                    pictures[slot] = picture
+            for slot in ended:
+                self._begin(slot, playing, pictures, out)
+        if gallery.features:  # none where there was nothing to play
+            out.features, out.grid = torch.cat(gallery.features), gallery.grid
         out.guessed, out.accepted, out.passes = decoder.guessed, decoder.accepted, decoder.passes
         return out
+
+    def _begin(self, slot: int, playing: dict, pictures: dict, out: Rollout) -> None:
+        """Reset a free environment to the next episode, if there is one to be played."""
+        number, place = divmod(self.taken, self.options.group)
+        if self.deals is None and place == 0 and self.done >= self.steps:
+            return  # enough; a group that was begun is completed
+        if number == len(self.dealt):
+            self._deal()
+        if number == len(self.dealt):
+            return
+        env = self.envs[slot]
+        pictures[slot], info = env.reset(**self.dealt[number])
+        solvable = info.get("solvable", True)
+        playing[slot] = Episode(number, env.deal_key(), solvable=solvable)
+        out.episodes.append(playing[slot])
+        self.taken += 1
+
+    def _deal(self) -> None:
+        """Deal a block of episodes, and see their pictures together: one by one would be slower."""
+        count = AHEAD if self.dealt else len(self.envs) // self.options.group
+        if self.deals is None:
+            block = torch.randint(2**31 - 1, (count,), generator=self.seeds).tolist()
+            block = [{"seed": n} for n in block]
+        else:
+            block = self.deals[len(self.dealt) : len(self.dealt) + count]
+        self.gallery.look({-1 - i: self.scout.reset(**deal)[0] for i, deal in enumerate(block)})
+        self.dealt += block
 
     def _suffix(self, env) -> list[int]:
         return self.vlm.encode(suffix_text(env.prompt(self.options.prompt_style).state))
@@ -250,29 +280,9 @@ class _Player:
             truncated=truncated,
         )
         episode.steps.append(step)
+        self.done += 1
         episode.success = bool(info["success"])
         return step, picture
-
-
-def join(parts: list[Rollout]) -> Rollout:
-    """One rollout of several; pictures and groups are renumbered."""
-    if not parts:
-        return Rollout([], torch.empty(0), torch.empty(0), "")
-    out = Rollout([], torch.cat([p.features for p in parts]), parts[0].grid, parts[0].fixed)
-    pictures = groups = 0
-    for p in parts:
-        for e in p.episodes:
-            e.group += groups
-            for s in e.steps:
-                s.picture += pictures
-            if e.final is not None:
-                e.final = (e.final[0] + pictures, e.final[1])
-        pictures += len(p.features)
-        groups = 1 + max(e.group for e in p.episodes)
-        out.episodes += p.episodes
-        out.guessed, out.accepted = out.guessed + p.guessed, out.accepted + p.accepted
-        out.passes += p.passes
-    return out
 
 
 def mix(*numbers: int) -> int:

@@ -9,8 +9,8 @@ Left out: gradients (`turbo.backprop`); what the scores are used for (`turbo.tra
 import torch
 from torch import Tensor
 
-from turbo.batch import TokenBatch, micro_batches, pad_rows
-from turbo.kernels.policy_head import policy_head
+from turbo.batch import TokenBatch, micro_batches, pad_rows, pad_to
+from turbo.kernels.policy_head import PolicyHeadOutput, policy_head
 from turbo.kl import kl_estimate, mean_over
 from turbo.model import PrefixKV, TextWeights, VisionLanguageModel
 from turbo.rollout import Rollout, Step
@@ -34,9 +34,16 @@ def local_pictures(steps: list[Step]) -> tuple[list[int], list[int]]:
 def answer_hidden(
     vlm: VisionLanguageModel, w: TextWeights, prefix: PrefixKV, owner: list[int], batch: TokenBatch
 ) -> Tensor:
-    """Normed hidden states [N, D] at the places that predict answer tokens."""
-    hidden = vlm.suffix(w, batch.ids, prefix.select(torch.tensor(owner)))
+    """Normed hidden states [N', D] at the places that predict answer tokens."""
+    hidden = vlm.suffix(w, batch.ids, prefix.select(pad_to(torch.tensor(owner), batch.padded_rows)))
     return vlm.text.final_norm(w, hidden.flatten(0, 1).index_select(0, batch.select))
+
+
+def score_answers(hidden: Tensor, head: Tensor, batch: TokenBatch, **options) -> PolicyHeadOutput:
+    """`policy_head` on the answer tokens; what was computed beyond them, for a round size, is cut off."""
+    n = len(batch.targets)
+    out = policy_head(hidden, head, pad_to(batch.targets, len(hidden)), **options)
+    return PolicyHeadOutput(**{k: None if v is None else v[:n] for k, v in vars(out).items()})
 
 
 @torch.no_grad()
@@ -66,10 +73,10 @@ def teacher_kl(
             prefix = vlm.prefix(policy, features, rollout.fixed, rollout.grid)
             own = answer_hidden(vlm, policy, prefix, owner, batch)
             pair = dict(teacher_hidden=hidden, teacher_weight=teacher.head)
-            out = policy_head(own, policy.head, batch.targets, want=(want,), **pair, **shared)
+            out = score_answers(own, policy.head, batch, want=(want,), **pair, **shared)
             tokens = getattr(out, want)
         else:
-            out = policy_head(hidden, teacher.head, batch.targets, want=("logprob",), **shared)
+            out = score_answers(hidden, teacher.head, batch, want=("logprob",), **shared)
             sampled = torch.tensor([p for s in mine for p in s.logprobs])
             tokens = kl_estimate(sampled, out.logprob, estimator)
         return mean_over(tokens, guided_tokens(mine, token_range), batch.row, len(mine))

@@ -100,7 +100,8 @@ def backward_demos(
     def loss(w, hidden, batch, rows):
         nonlocal total, count
         h = vlm.text.final_norm(w, hidden.flatten(0, 1).index_select(0, batch.select))
-        value = F.cross_entropy(F.linear(h, w.head).float(), batch.targets, reduction="sum")
+        logits = F.linear(h, w.head)[: len(batch.targets)].float()
+        value = F.cross_entropy(logits, batch.targets, reduction="sum")
         total += value.item()
         count += len(batch.targets)
         return value
@@ -250,8 +251,16 @@ def save(vlm: VisionLanguageModel, c: SftConfig, figures: dict) -> None:
     vlm.module.to(torch.bfloat16).save_pretrained(out)
     vlm.tokenizer.save_pretrained(out)
     vlm.processor.save_pretrained(out)
-    command = f"python -m turbo.sft {c.env} --out {out.name} --seed {c.seed}"
-    record = {"command": command, "config": asdict(c), "versions": versions(), "figures": figures}
+    config = {k: v for k, v in asdict(c).items() if k not in ("out", "overwrite")}
+    plain = asdict(sft_defaults(c.env))
+    flags = [f"--{k.replace('_', '-')} {v}" for k, v in config.items() if v != plain[k]]
+    record = {
+        "command": " ".join([f"python -m turbo.sft {c.env} --out {c.env}", *flags]),
+        "parameters": parameter_count(vlm.module),
+        "config": config,
+        "versions": versions(),
+        "figures": figures,
+    }
     write_json(out / "warm_start.json", record)
 
 

@@ -28,7 +28,9 @@ class Teacher:
             config.density if config.merge == "ties" else None, config.history_max
         )
         options = dict(method=config.merge, weighting=config.weighting, alpha=config.ema_alpha)
-        self.sums = StreamingTeacher(self.base, density=config.density, **options)
+        self.sums = None
+        if self.streaming:
+            self.sums = StreamingTeacher(self.base, density=config.density, **options)
         self.count = 0
         self.merged: dict[str, Tensor] | None = None  # dense weights by module name
         self.weights: TextWeights | None = None

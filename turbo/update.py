@@ -14,13 +14,18 @@ from turbo.backprop import backward_rows, backward_weights, cut
 from turbo.batch import TokenBatch
 from turbo.config import TrainConfig
 from turbo.gae import explained_variance, gae, group_advantages
-from turbo.kernels.policy_head import policy_head
 from turbo.kl import kl_estimate, mean_over
 from turbo.model import Lora, TextWeights, VisionLanguageModel
 from turbo.parallel import Crew
 from turbo.ppo import ppo_loss, step_logprob, value_loss
 from turbo.rollout import Rollout, Step
-from turbo.score import answer_hidden, final_hidden, guided_tokens, local_pictures
+from turbo.score import (
+    answer_hidden,
+    final_hidden,
+    guided_tokens,
+    local_pictures,
+    score_answers,
+)
 
 FIGURES = ("policy_loss", "clip_fraction", "approx_kl", "teacher_kl", "value_loss")
 
@@ -206,7 +211,7 @@ class _Minibatch:
         vlm, c = self.l.vlm, self.l.config
         shared = dict(temperature=c.temperature, banned=vlm.banned)
         if self.teacher is None:
-            return policy_head(h, w.head, batch.targets, want=("logprob",), **shared)
+            return score_answers(h, w.head, batch, want=("logprob",), **shared)
         with torch.no_grad():
             owner = [self.owner[i] for i in rows]
             theirs = answer_hidden(vlm, self.teacher, self.teacher_prefix, owner, batch)
@@ -214,7 +219,7 @@ class _Minibatch:
             c.kl_estimator, "teacher_logprob"
         )
         pair = dict(teacher_hidden=theirs, teacher_weight=self.teacher.head)
-        return policy_head(h, w.head, batch.targets, want=("logprob", kind), **pair, **shared)
+        return score_answers(h, w.head, batch, want=("logprob", kind), **pair, **shared)
 
     def _token_kl(self, out) -> Tensor:
         kind = self.l.config.kl_estimator

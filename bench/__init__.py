@@ -1,0 +1,1 @@
+"""Benchmarks and demonstrations; not installed. Each file runs as `python -m bench.X`."""

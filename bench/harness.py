@@ -1,0 +1,136 @@
+"""What every benchmark shares: where it ran, variants timed in turn, medians, rows in a CSV file.
+
+    variants run as A B A B ..., not A A B B, so that a machine that slows down slows all alike
+    median, p20 and p80 over the repeats; no mean, which one disturbance can move
+
+Left out: what is measured (`bench.train_step`), demonstrations of learning (`bench.learn`).
+"""
+
+import csv
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import quantiles
+from typing import TypeVar
+
+from turbo.checkpoint import versions
+from turbo.parallel import cores
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+WHERE = ["date", "commit", "changed", "python", "torch", "transformers", "processor", "cores"]
+WHAT = ["benchmark", "variant", "shape", "metric", "unit", "median", "p20", "p80", "repeats"]
+COLUMNS = WHERE + WHAT
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The middle of repeated measurements and the range that holds the central 60 % of them."""
+
+    median: float
+    p20: float
+    p80: float
+    repeats: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median, 20 % and 80 % quantile, with linear interpolation."""
+    if not values:
+        raise ValueError("no measurements: repeat at least once")
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0], 1)
+    tenths = quantiles(values, n=10, method="inclusive")
+    return Spread(tenths[4], tenths[1], tenths[7], len(values))
+
+
+def alternate(
+    variants: Mapping[str, Callable[[], Result]], repeats: int, warmup: int = 1
+) -> dict[str, list[tuple[float, Result]]]:
+    """Call the variants in turn (A B A B); seconds and result of each call, without the warm-up."""
+    measured: dict[str, list[tuple[float, Result]]] = {name: [] for name in variants}
+    for turn in range(warmup + repeats):
+        for name, call in variants.items():
+            start = time.perf_counter()
+            result = call()
+            seconds = time.perf_counter() - start
+            if turn >= warmup:
+                measured[name].append((seconds, result))
+    return measured
+
+
+def processor() -> str:
+    """The processor's name as the operating system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        found = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def slug(name: str) -> str:
+    """A name as part of a file name: `Intel(R) Xeon(R) @ 2.10GHz` -> `intel-xeon-2-10ghz`."""
+    bare = re.sub(r"\((r|tm)\)", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", bare).strip("-") or "unknown"
+
+
+def environment() -> dict[str, str | int]:
+    """Where and on what a measurement was made, by the names of the CSV's columns."""
+    known = versions()
+    # Without the lock: asking must not write into the index, not even its cache of file times.
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), "status", "--porcelain"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": known["commit"],
+        "changed": "yes" if done.stdout.strip() else "no",  # uncommitted changes
+        "python": known["python"],
+        "torch": known["torch"],
+        "transformers": known["transformers"],
+        "processor": processor(),
+        "cores": cores(),
+    }
+
+
+def results_file(folder: Path = RESULTS) -> Path:
+    """The CSV file of this processor."""
+    return folder / f"{slug(processor())}.csv"
+
+
+def append_rows(path: Path, rows: Iterable[Mapping], columns: Sequence[str] = COLUMNS) -> None:
+    """Append rows to a CSV file, with a header if it is new; a file of other columns is refused."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not path.exists() or path.stat().st_size == 0
+    if not fresh:
+        with path.open(newline="", encoding="utf-8") as file:
+            header = next(csv.reader(file))
+        if header != list(columns):
+            raise ValueError(f"{path} has the columns {', '.join(header)}: move it away first")
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def measurement(
+    benchmark: str, variant: str, shape: str, metric: str, unit: str, s: Spread
+) -> dict:
+    """What was measured, by the names of the CSV's columns; `environment()` has the others."""
+    return {
+        "benchmark": benchmark,
+        "variant": variant,
+        "shape": shape,
+        "metric": metric,
+        "unit": unit,
+        "median": f"{s.median:.6g}",
+        "p20": f"{s.p20:.6g}",
+        "p80": f"{s.p80:.6g}",
+        "repeats": s.repeats,
+    }

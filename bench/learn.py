@@ -1,0 +1,209 @@
+"""Demonstrations of learning: `python -m bench.learn --what points24`.
+
+Runs `turbo.train` once per variant and seed, one after the other, with the settings below; then
+gathers what the runs recorded into docs/results/<what>.csv, sums it up in <what>.md and draws
+<what>.png. Nothing in these files comes from elsewhere. It can be stopped and started again:
+complete runs are kept, unfinished ones are resumed. The name of a run's folder holds a hash of its
+settings and of the model it starts from, so other settings make other runs. Code is not in it:
+after a change of the program, remove the folders that it makes obsolete.
+
+Left out: reading the runs (`bench.records`), drawing (`bench.plot`), speed (`bench.train_step`).
+"""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from bench.plot import draw
+from bench.records import Recorded, by_label, is_complete, pooled, recorded, write_csv
+from turbo import checkpoint
+from turbo.config import TrainConfig
+from turbo.run import model_sha256
+from turbo.train import parse
+
+HARSH = (
+    "--learning-rate 2e-3 --final-learning-rate 2e-3 --epochs 2 --minibatch 64 --updates 12 "
+    "--eval-temperature 1.0"
+)
+# What is shown -> its variants: a label, and the arguments of turbo.train.
+DEMONSTRATIONS: dict[str, list[tuple[str, str]]] = {
+    "points24": [("GTR-Turbo", "points24")],
+    "hour": [("GTR-Turbo", "points24 --updates 600")],
+    "ezpoints": [("GTR-Turbo", "ezpoints")],
+    "collapse": [
+        ("plain PPO", f"points24 {HARSH} --guidance none"),
+        ("GTR-Turbo", f"points24 {HARSH} --guidance kl"),
+    ],
+}
+TITLES = {
+    "points24": "Points24",
+    "hour": "Points24, a longer run",
+    "ezpoints": "EZPoints",
+    "collapse": "Points24 under a harsh learning rate",
+}
+NOT_SETTINGS = {"out", "resume", "overwrite", "workers", "save_every", "keep", "tensorboard"}
+
+
+@dataclass
+class LearnConfig:
+    """Train what a demonstration needs, gather what the runs recorded, and draw it."""
+
+    what: Literal["points24", "hour", "ezpoints", "collapse"]
+    """which demonstration"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """one run per variant and seed"""
+    out: str = "docs/results"
+    """folder of the CSV file, the summary and the plot"""
+    runs: str = "runs/learn"
+    """folder of the run directories"""
+    train: bool = True
+    """train what is missing; --no-train gathers and draws the complete runs alone"""
+
+
+def settings(flags: str, seed: int) -> TrainConfig:
+    """The settings that `turbo.train` makes of these arguments."""
+    c = parse([*flags.split(), "--seed", str(seed)])
+    if c.eval_episodes == 0:
+        raise ValueError(f"a demonstration needs evaluations: leave --eval-episodes 0 out: {flags}")
+    return c
+
+
+def run_folder(runs: Path, what: str, label: str, c: TrainConfig, model: str) -> Path:
+    """Where the run of these settings, from the model of this hash, is kept."""
+    fixed = {k: v for k, v in asdict(c).items() if k not in NOT_SETTINGS}
+    content = json.dumps([fixed, model], sort_keys=True).encode()
+    words = "-".join([what, *label.lower().split(), f"seed{c.seed}"])
+    return runs / f"{words}-{hashlib.sha256(content).hexdigest()[:8]}"
+
+
+def command(path: Path, flags: str, seed: int) -> list[str]:
+    """The command that starts the run, or goes on with it where there is a checkpoint."""
+    program = [sys.executable, "-m", "turbo.train"]
+    if checkpoint.checkpoints(path):
+        return [*program, flags.split()[0], "--resume", str(path)]
+    # A folder without a checkpoint is a run that was stopped before its first one.
+    again = ["--overwrite"] if path.exists() else []
+    return [*program, *flags.split(), "--seed", str(seed), "--out", str(path), *again]
+
+
+def call(arguments: list[str]) -> int:
+    """Run a command to its end; on a signal, after the training process has saved itself."""
+    asked = []
+    with subprocess.Popen(arguments) as process:
+
+        def stop(number: int, frame) -> None:
+            asked.append(number)
+            if number == signal.SIGTERM:  # Ctrl-C reaches the training process by itself
+                process.terminate()
+
+        old = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            status = process.wait()
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+    return 130 if asked else status
+
+
+def summary(what: str, runs: Sequence[Recorded]) -> str:
+    """What came out, as a page of Markdown."""
+    seeds = " ".join(str(s) for s in dict.fromkeys(r.config.seed for r in runs))
+    flags = dict(DEMONSTRATIONS[what])
+    c = runs[0].config
+    lines = [
+        f"# {TITLES[what]}",
+        "",
+        f"Written by `python -m bench.learn --what {what} --seeds {seeds}`; data in "
+        f"[{what}.csv]({what}.csv).",
+        "",
+        *(f"* {label}: `python -m turbo.train {flags.get(label, '')}`" for label in by_label(runs)),
+        "",
+        f"Success on {c.eval_episodes} fresh episodes a run at temperature {c.eval_temperature}, "
+        "with 95 % intervals (Wilson). The interval of all seeds together counts episodes; it does "
+        "not know the spread between training runs. Minutes are those of training alone.",
+        "",
+        "| variant | seed | before | after | merged teacher after | thoughts right before | after "
+        "| environment steps | minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for label, group in by_label(runs).items():
+        lines += [_row(label, str(run.config.seed), [run]) for run in group]
+        if len(group) > 1:
+            lines.append(_row(label, "all", group))
+    made = {
+        f"{r.versions.get('processor')}, Python {r.versions.get('python')}, torch "
+        f"{r.versions.get('torch')}, transformers {r.versions.get('transformers')}, "
+        f"commit {r.versions.get('commit', '')[:12]}"
+        for r in runs
+    }
+    return "\n".join([*lines, "", "Made on " + "; ".join(sorted(made)) + ".", ""])
+
+
+def _row(label: str, seed: str, runs: Sequence[Recorded]) -> str:
+    def success(value: tuple[float, float, float] | None) -> str:
+        return "" if value is None else f"{value[0]:.1%} [{value[1]:.1%}, {value[2]:.1%}]"
+
+    def right(when: str) -> str:
+        values = [getattr(run, when).get("eval_reasoning_score") for run in runs]
+        return "" if None in values else f"{np.mean(values):.1%}"
+
+    steps = np.mean([run.after["env_steps"] for run in runs])
+    minutes = np.mean([run.after["elapsed"] for run in runs]) / 60
+    cells = [
+        *(label, seed),
+        *(success(pooled(runs, when)) for when in ("before", "after")),
+        success(pooled(runs, "after", "teacher_")),
+        *(right(when) for when in ("before", "after")),
+        *(f"{steps:,.0f}", f"{minutes:.1f}"),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train what is missing, gather, draw; returns the exit status."""
+    c = tyro.cli(LearnConfig, args=argv, prog="bench.learn")
+    out, runs = Path(c.out), []
+    for label, flags in DEMONSTRATIONS[c.what]:
+        for seed in c.seeds:
+            try:
+                config = settings(flags, seed)
+                model = model_sha256(config)
+            except (ValueError, OSError) as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 2
+            path = run_folder(Path(c.runs), c.what, label, config, model)
+            if is_complete(path, config):
+                print(f"complete: {path}")
+            elif c.train:
+                print(f"training: {path}", flush=True)
+                status = call(command(path, flags, seed))
+                if status:
+                    return status
+            if is_complete(path, config):
+                runs.append(recorded(path, label, config))
+            else:
+                print(f"incomplete, left out: {path}", file=sys.stderr)
+    if not runs:
+        print("error: no run is complete: leave --no-train out", file=sys.stderr)
+        return 1
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(out / f"{c.what}.csv", runs)
+    page = summary(c.what, runs)
+    (out / f"{c.what}.md").write_text(page, encoding="utf-8")
+    draw(TITLES[c.what], runs, out / f"{c.what}.png")
+    print("\n" + "\n".join(line for line in page.splitlines() if line.startswith("|")))
+    print(f"\nwritten: {out}/{c.what}.csv, .md and .png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""What the runs of a demonstration recorded: read from their folders, gathered into one CSV file.
+
+Left out: running them (`bench.learn`), drawing (`bench.plot`).
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from turbo import checkpoint
+from turbo.config import TrainConfig
+from turbo.log import read_jsonl
+from turbo.measure import interval
+from turbo.scribe import EVAL_KEYS
+
+CURVE = [
+    *("update", "env_steps", "elapsed", "episodes"),
+    *("success_rate", "success_solvable", "episode_return", "reasoning_score"),
+    *("thought_entropy", "distinct_thoughts", "teacher_kl", "steps_per_second"),
+]
+EVALUATION = [f"eval_{who}{name}" for who in ("", "teacher_") for name in EVAL_KEYS]
+COLUMNS = ["label", "seed", "commit", "eval_episodes", "eval_temperature", *CURVE, *EVALUATION]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One run: what it was told to do, and the metrics that it recorded."""
+
+    label: str
+    config: TrainConfig
+    path: Path
+    records: list[dict]
+    versions: dict
+
+    @property
+    def before(self) -> dict:
+        """The evaluation of the warm start."""
+        return self.records[0]
+
+    @property
+    def after(self) -> dict:
+        """The evaluation at the end."""
+        return self.records[-1]
+
+    @property
+    def curve(self) -> list[dict]:
+        """The updates."""
+        return [r for r in self.records if "success_rate" in r]
+
+
+def is_complete(path: Path, c: TrainConfig) -> bool:
+    """Whether the run came to its end, by updates or by minutes, and was evaluated there."""
+    if not (path / checkpoint.METRICS).is_file():
+        return False
+    records = read_jsonl(path / checkpoint.METRICS)
+    if not records or "eval_success_rate" not in records[0]:
+        return False
+    last = records[-1]
+    ended = last["update"] >= c.updates or 0 < 60 * c.minutes <= last["elapsed"]
+    # An evaluation along the way stands in the record of its update; the last one stands alone.
+    return ended and "eval_success_rate" in last and "success_rate" not in last
+
+
+def recorded(path: Path, label: str, c: TrainConfig) -> Recorded:
+    """Read a complete run."""
+    known = checkpoint.read_run(path)["versions"]
+    return Recorded(label, c, path, read_jsonl(path / checkpoint.METRICS), known)
+
+
+def write_csv(path: Path, runs: Sequence[Recorded]) -> None:
+    """One row per recorded line: the updates, and the evaluations before and after."""
+
+    def text(value) -> str:
+        return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for run in runs:
+            c = run.config
+            commit = run.versions.get("commit", "")[:12]
+            first = [run.label, c.seed, commit, c.eval_episodes, c.eval_temperature]
+            for record in run.records:
+                writer.writerow([*first, *(text(record.get(k)) for k in COLUMNS[5:])])
+
+
+def pooled(runs: Sequence[Recorded], when: str, who: str = "") -> tuple[float, float, float] | None:
+    """Success rate over all runs' evaluation episodes, with its 95 % interval, if all have one."""
+    ends = [getattr(run, when) for run in runs]
+    counts = [run.config.eval_episodes for run in runs]
+    rates = [e.get(f"eval_{who}success_rate") for e in ends]
+    if any(r is None for r in rates):
+        return None
+    wins = sum(round(r * n) for r, n in zip(rates, counts, strict=True))
+    return (wins / sum(counts), *interval(wins, sum(counts)))
+
+
+def by_label(runs: Sequence[Recorded]) -> dict[str, list[Recorded]]:
+    """The runs of each variant, in the order of the table."""
+    return {label: [r for r in runs if r.label == label] for label in {r.label: 0 for r in runs}}

@@ -1,0 +1,215 @@
+"""Nano models for the tests, made once a process; transformers' own forward pass to compare with.
+
+`random_folder` holds a model as it is initialised: it answers nonsense. `fitted_folder` holds one that
+has seen expert answers of numberline for some seconds: part of its answers are legal.
+"""
+
+import copy
+import functools
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from turbo import prompts, sft, tiny
+from turbo.config import SftConfig, TrainConfig
+from turbo.envs.make import make, tiny_kwargs
+from turbo.model import Lora, VisionLanguageModel, load, new_lora
+from turbo.parallel import Crew
+from turbo.rollout import Rollout, RolloutOptions, Step, Table
+
+GAME = "numberline"
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="gtr-turbo-tests-")
+
+
+def _save(module, name: str) -> Path:
+    folder = Path(_scratch().name) / name
+    module.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    tiny.image_processor().save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def tokenizer():
+    """The tiny model's tokenizer."""
+    return tiny.train_tokenizer()
+
+
+@functools.cache
+def random_folder() -> Path:
+    """A random nano model, float32, in Hugging Face format."""
+    return _save(tiny.new_model("nano", tokenizer(), 0), "random")
+
+
+@functools.cache
+def fitted_folder() -> Path:
+    """A nano model after a few optimiser steps on expert answers of numberline."""
+    torch.set_num_threads(1)
+    module = tiny.new_model("nano", tokenizer(), 0)
+    vlm = VisionLanguageModel(module, tokenizer(), tiny.image_processor(), torch.float32, "new")
+    settings = SftConfig(env=GAME, steps=90, deals=12, states=2, learning_rate=4e-3)
+    sft.train_language(vlm, new_env(), Crew(), settings, lambda text: None)
+    return _save(module, "fitted")
+
+
+@functools.cache
+def random_model() -> VisionLanguageModel:
+    """The random model, loaded; tests leave it as it is."""
+    return load(random_folder(), torch.float32)
+
+
+@functools.cache
+def fitted_model() -> VisionLanguageModel:
+    """The fitted model, loaded; tests leave it as it is."""
+    return load(fitted_folder(), torch.float32)
+
+
+def new_env(game: str = GAME, **options):
+    """An environment with the pictures of the tiny model."""
+    return make(game, **{**tiny_kwargs(game), **options})
+
+
+def new_config(**changes) -> TrainConfig:
+    """Small settings of a run on numberline."""
+    small = dict(
+        env=GAME,
+        workers=1,
+        dtype="float32",
+        envs=8,
+        group_size=4,
+        steps_per_update=16,
+        max_new_tokens=48,
+        minibatch=16,
+        temperature=0.7,
+        skip_certain=0.0,
+        lora_rank=4,
+        lora_alpha=8.0,
+        eval_episodes=0,
+    )
+    return TrainConfig(**{**small, **changes})
+
+
+def noisy_lora(vlm: VisionLanguageModel, seed: int = 0, size: float = 0.05) -> Lora:
+    """LoRA factors of which neither is zero, so that every matrix differs from the base."""
+    lora = new_lora(vlm.matrices, 4, 8.0, seed)
+    generator = torch.Generator().manual_seed(100 + seed)
+    with torch.no_grad():
+        for _, b in lora.factors.values():
+            b.copy_(torch.randn(b.shape, generator=generator) * size)
+    return lora
+
+
+def play(
+    vlm: VisionLanguageModel,
+    lora: Lora | None = None,
+    *,
+    game: str = GAME,
+    seed: tuple[int, ...] = (0,),
+    steps: int = 1,
+    deals: list[dict] | None = None,
+    env_options: dict | None = None,
+    **options,
+) -> Rollout:
+    """A rollout in this process."""
+    o = RolloutOptions(**{**dict(envs=8, group=4, temperature=0.7, max_new_tokens=48), **options})
+    table = Table(vlm, lambda: new_env(game, **(env_options or {})), o, Crew())
+    with torch.no_grad():
+        weights = vlm.weights(lora)
+    return table.collect(weights, seed, steps, deals)
+
+
+def legal_and_illegal(rollout: Rollout) -> tuple[list[Step], list[Step]]:
+    """The steps whose answers were legal, and the others."""
+    steps = rollout.steps
+    return (
+        [s for s in steps if s.answer.action is not None],
+        [s for s in steps if s.answer.action is None],
+    )
+
+
+def merged_parameters(vlm: VisionLanguageModel, lora: Lora | None) -> dict[str, Tensor]:
+    """The module's parameters with `base + scale * B @ A` in the place of the adapted ones; differentiable."""
+    out = dict(vlm.module.named_parameters())
+    for name, (a, b) in ({} if lora is None else lora.factors).items():
+        out[name + ".weight"] = out[name + ".weight"] + lora.scale * (b @ a)
+    return out
+
+
+def own_forward(
+    vlm: VisionLanguageModel, parameters: dict[str, Tensor], ids: list[int], pixels, grid
+) -> tuple[Tensor, Tensor]:
+    """Logits [L, V] and last hidden states [L, D] of one row by transformers' own forward pass, picture and all."""
+    row = torch.tensor([ids])
+    out = torch.func.functional_call(
+        vlm.module,
+        parameters,
+        kwargs=dict(
+            input_ids=row,
+            attention_mask=torch.ones_like(row),
+            mm_token_type_ids=(row == vlm.image).int(),
+            pixel_values=pixels,
+            image_grid_thw=grid,
+            output_hidden_states=True,
+        ),
+    )
+    return out.logits[0], out.hidden_states[-1][0]
+
+
+def own_answer(
+    vlm: VisionLanguageModel,
+    parameters: dict[str, Tensor],
+    picture,
+    fixed: str,
+    suffix: list[int],
+    answer: list[int],
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """By transformers' pass: log-probabilities [T, V] at the answer's places (specials banned, temperature),
+    and the hidden state [D] at the last prompt token."""
+    pixels, grid = vlm.pixels([picture])
+    prefix = vlm.encode(prompts.prefix_text(fixed, int(grid.prod()) // 4))
+    logits, hidden = own_forward(vlm, parameters, [*prefix, *suffix, *answer], pixels, grid)
+    first = len(prefix) + len(suffix) - 1
+    logits = logits[first : first + len(answer)].masked_fill(vlm.banned, -1e30)
+    return torch.log_softmax(logits / temperature, -1), hidden[first]
+
+
+def shown_pictures(rollout: Rollout) -> list:
+    """The picture before each step of a rollout on numberline, by playing its actions again."""
+    env, pictures = new_env(), []
+    for episode in rollout.episodes:
+        env.reset(options={"hand": episode.deal})
+        for step in episode.steps:
+            pictures.append(env.render())
+            legal = step.answer.action is not None
+            env.step(env.actions.index(step.answer.action)) if legal else env.step_illegal()
+    return pictures
+
+
+def with_banned(vlm: VisionLanguageModel, allowed: list[int]) -> VisionLanguageModel:
+    """The same model, which may sample the `allowed` tokens alone."""
+    other = copy.copy(vlm)
+    other.banned = torch.ones_like(vlm.banned)
+    other.banned[allowed] = False
+    return other
+
+
+def without_times(record: dict) -> dict:
+    """A record of metrics.jsonl, less what the clock says."""
+    timed = ("elapsed", "steps_per_second", "tokens_per_second")
+    return {k: v for k, v in record.items() if k not in timed and not k.startswith("seconds_")}
+
+
+def changed_steps(rollout: Rollout, **changes) -> Rollout:
+    """A copy of the rollout in which all steps have other values in some fields."""
+    episodes = [
+        replace(e, steps=[replace(s, **changes) for s in e.steps]) for e in rollout.episodes
+    ]
+    return replace(rollout, episodes=episodes)

@@ -1,0 +1,148 @@
+"""turbo/backprop.py: gradients in pieces are the gradients of the whole, by transformers' own forward pass."""
+
+import pytest
+import tiny_models
+import torch
+import torch.nn.functional as F
+
+from turbo import prompts, sft
+from turbo.backprop import backward_rows, backward_weights, cut, flatten
+from turbo.model import VisionLanguageModel, load
+from turbo.parallel import Crew
+
+
+@pytest.fixture(scope="module")
+def trainable(random_folder):
+    """A model of which everything is trained, as in the warm start."""
+    model = load(random_folder, torch.float32)
+    model.module.requires_grad_(True)
+    return model
+
+
+def own_cross_entropy(vlm: VisionLanguageModel, demos) -> torch.Tensor:
+    """Summed cross-entropy of the answers, one row after the other."""
+    total = 0.0
+    parameters = dict(vlm.module.named_parameters())
+    for demo in demos:
+        pixels, grid = vlm.pixels([demo.picture])
+        prefix = vlm.encode(prompts.prefix_text(demo.fixed, int(grid.prod()) // 4))
+        for suffix, answer in zip(demo.suffixes, demo.answers, strict=True):
+            ids = [*prefix, *suffix, *answer]
+            logits, _ = tiny_models.own_forward(vlm, parameters, ids, pixels, grid)
+            predicted = logits[len(ids) - len(answer) - 1 : -1]
+            total = total + F.cross_entropy(predicted, torch.tensor(answer), reduction="sum")
+    return total
+
+
+def test_all_parameters_get_the_gradient_of_transformers(trainable):
+    vlm, env = trainable, tiny_models.new_env("ezpoints")
+    demos = [sft.demonstrate(env, vlm, seed, states=n) for seed, n in ((0, 0), (1, 2), (2, 1))]
+    assert len({len(d.answers) for d in demos}) > 1
+    named = dict(vlm.module.named_parameters())
+    loss = own_cross_entropy(vlm, demos)
+    wanted = torch.autograd.grad(loss, list(named.values()))
+
+    for p in named.values():
+        p.grad = None
+    weights = vlm.weights()
+    local = cut(weights)
+    vision, total, count = sft.backward_demos(vlm, local, demos)
+    backward_weights(weights, [local])
+    for parameter, grad in zip(vlm.module.model.visual.parameters(), vision, strict=True):
+        parameter.grad = grad
+    assert total == pytest.approx(loss.item(), rel=1e-5)
+    assert count == sum(len(a) for d in demos for a in d.answers)
+    for (name, parameter), want in zip(named.items(), wanted, strict=True):
+        scale = want.abs().max().item()
+        assert parameter.grad is not None, name
+        error = (parameter.grad - want).abs().max().item()
+        assert error < 1e-4 * scale + 1e-5, f"{name}: {error} of {scale}"
+    assert max(w.abs().max().item() for w in wanted) > 1
+
+
+def test_the_size_of_the_pieces_does_not_matter(trainable, monkeypatch):
+    vlm = trainable
+    prompt = tiny_models.new_env("ezpoints")
+    picture, _ = prompt.reset(seed=0)
+    features, grid = vlm.see([picture, prompt.reset(seed=1)[0]])
+    fixed = prompt.prompt("short").fixed
+    texts = ["1", "12+3=15", "x" * 30, "so 4", "9"]
+    suffixes = [vlm.encode(prompts.suffix_text(t)) for t in texts]
+    answers = [vlm.encode(t + " 5*2") for t in reversed(texts)]
+
+    def gradient():
+        weights = vlm.weights()
+        local = cut(weights)
+
+        def loss(w, hidden, batch, rows):
+            h = vlm.text.final_norm(w, hidden.flatten(0, 1)[batch.select[: len(batch.targets)]])
+            seen.append(len(rows))
+            return F.cross_entropy(F.linear(h, w.head), batch.targets, reduction="sum")
+
+        with torch.no_grad():
+            shown = features.clone()
+        prefix = vlm.prefix(local, shown, fixed, grid)
+        backward_rows(vlm, local, prefix, [0, 1, 0, 0, 1], suffixes, answers, loss)
+        return [t.grad for t in flatten(local)]
+
+    seen = []
+    whole = gradient()
+    assert seen == [5]
+    own = sft.backward_rows.__globals__["micro_batches"]
+    monkeypatch.setitem(backward_rows.__globals__, "micro_batches", lambda lengths: own(lengths, 2))
+    seen.clear()
+    pieces = gradient()
+    assert seen == [2, 2, 1]
+    for one, two in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+def test_cut_weights_are_leaves_that_share_the_numbers(vlm, trainable):
+    frozen = cut(vlm.weights())
+    assert not any(t.requires_grad for t in flatten(frozen))
+    lora = tiny_models.noisy_lora(vlm)
+    weights = vlm.weights(lora)
+    local = cut(weights)
+    for one, two in zip(flatten(weights), flatten(local), strict=True):
+        assert two.is_leaf and two.requires_grad == one.requires_grad
+        assert one.data_ptr() == two.data_ptr()
+    layer = local.layers[0]
+    assert layer.qkv.requires_grad and not layer.norm1.requires_grad
+    assert local.head is local.embed  # tied: one tensor, one gradient
+    assert len(flatten(local)) == 7 * vlm.text.layers + 2
+
+
+def test_gradients_of_workers_are_summed_and_scaled(vlm):
+    lora = tiny_models.noisy_lora(vlm)
+    weights = vlm.weights(lora)
+    shards = [cut(weights) for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    for shard in shards[:2]:  # the third has no rows
+        for layer in shard.layers:
+            layer.qkv.grad = torch.randn(layer.qkv.shape, generator=generator)
+    upstream = [a.qkv.grad + b.qkv.grad for a, b in zip(shards[0].layers, shards[1].layers, strict=True)]
+    backward_weights(weights, shards, scale=0.5)
+    got = [p.grad.clone() for p in lora.parameters() if p.grad is not None]
+    again = vlm.weights(lora)
+    for p in lora.parameters():
+        p.grad = None
+    torch.autograd.backward([layer.qkv for layer in again.layers], [0.5 * g for g in upstream])
+    want = [p.grad for p in lora.parameters() if p.grad is not None]
+    assert len(got) == len(want) == 2 * 3 * vlm.text.layers  # A and B of q, k, v
+    for one, two in zip(got, want, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_a_crew_of_one_trains_like_sft(trainable):
+    """The warm start's own training lowers its loss."""
+    from turbo.config import SftConfig
+
+    torch.manual_seed(0)
+    settings = SftConfig(env="numberline", steps=6, deals=4, states=1, learning_rate=0.02)
+    state = {k: v.clone() for k, v in trainable.module.state_dict().items()}
+    first = sft.train_language(
+        trainable, tiny_models.new_env(), Crew(), SftConfig(env="numberline", steps=1, deals=4, states=1), str
+    )
+    last = sft.train_language(trainable, tiny_models.new_env(), Crew(), settings, str)
+    trainable.module.load_state_dict(state)
+    assert last < first

@@ -1,0 +1,155 @@
+"""turbo/checkpoint.py: whole or not at all, and a message for everything that cannot be read."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+
+from turbo import checkpoint
+from turbo.checkpoint import CheckpointError
+from turbo.config import TrainConfig
+
+
+def save(run, update, keep=2, value=1.0, **meta):
+    adapter = {"a": torch.full((2, 3), value)}
+    state = {"teacher/x": torch.arange(4.0).view(2, 2).T, "optimizer/0/step": torch.tensor(3.0)}
+    return checkpoint.save(run, update, adapter, state, {"update": update, **meta}, keep)
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    path = save(tmp_path, 12, beta=0.1, elapsed=1 / 3)
+    assert path == tmp_path / "checkpoints" / "00000012"
+    assert sorted(os.listdir(path)) == ["adapter.safetensors", "meta.json", "state.safetensors"]
+    adapter, state, meta = checkpoint.load(tmp_path)
+    assert torch.equal(adapter["a"], torch.ones(2, 3))
+    assert torch.equal(state["teacher/x"], torch.arange(4.0).view(2, 2).T)
+    assert meta == {"update": 12, "beta": 0.1, "elapsed": 1 / 3}
+
+
+def test_the_newest_are_kept(tmp_path):
+    for update in (1, 2, 10, 9):
+        save(tmp_path, update, keep=2, value=float(update))
+    names = [p.name for p in checkpoint.checkpoints(tmp_path)]
+    assert names == ["00000009", "00000010"]
+    assert checkpoint.load(tmp_path)[2]["update"] == 10
+    save(tmp_path, 10, value=-1.0)  # written again
+    assert checkpoint.load(tmp_path)[0]["a"][0, 0] == -1
+
+
+def test_an_unfinished_checkpoint_is_not_one(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full(*arguments):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", full)
+        with pytest.raises(OSError, match="no space"):
+            save(tmp_path, 2)
+    assert (tmp_path / "checkpoints" / "00000002.partial").exists()
+    assert checkpoint.load(tmp_path)[2]["update"] == 1
+    save(tmp_path, 2)  # what was left is no hindrance
+    assert checkpoint.load(tmp_path)[2]["update"] == 2
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+        checkpoint.load(tmp_path)
+    path = save(tmp_path, 3)
+    (path / "meta.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"meta.json cannot be read"):
+        checkpoint.load(tmp_path)
+    (path / "meta.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="holds no JSON object"):
+        checkpoint.load(tmp_path)
+    (path / "adapter.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(CheckpointError, match="00000003 cannot be read"):
+        checkpoint.load(tmp_path)
+    (path / "adapter.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="00000003 cannot be read"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_run_records_settings_and_versions(tmp_path):
+    run = tmp_path / "deep" / "run"
+    config = TrainConfig(seed=7)
+    checkpoint.create_run(run, config, "abc")
+    record = checkpoint.read_run(run)
+    assert record["config"] == dataclasses.asdict(config) and record["model_sha256"] == "abc"
+    assert record["versions"]["torch"] == torch.__version__
+    assert {"gtr-turbo", "commit", "python", "transformers", "numpy", "processor"} <= set(record["versions"])
+    assert TrainConfig(**json.loads((run / "config.json").read_text())["config"]) == config
+
+
+def test_an_existing_run_is_refused_or_replaced(tmp_path):
+    run = tmp_path / "run"
+    checkpoint.create_run(run, TrainConfig(), "a")
+    save(run, 5)
+    with pytest.raises(CheckpointError, match="already exists.*--resume.*--overwrite"):
+        checkpoint.create_run(run, TrainConfig(), "a")
+    assert checkpoint.load(run)[2]["update"] == 5
+    checkpoint.create_run(run, TrainConfig(overwrite=True), "b")
+    assert checkpoint.checkpoints(run) == [] and checkpoint.read_run(run)["model_sha256"] == "b"
+
+
+def test_overwrite_leaves_other_folders_alone(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "letter.txt").write_text("dear")
+    with pytest.raises(CheckpointError, match="is not a run directory"):
+        checkpoint.create_run(home, TrainConfig(overwrite=True), "a")
+    assert (home / "letter.txt").read_text() == "dear"
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(CheckpointError):
+        checkpoint.create_run(file, TrainConfig(overwrite=True), "a")
+    assert file.read_text() == "x"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    checkpoint.create_run(empty, TrainConfig(), "a")  # nothing to lose
+
+
+def test_what_is_no_run(tmp_path):
+    with pytest.raises(CheckpointError, match="is not a run directory: it has no config.json"):
+        checkpoint.read_run(tmp_path / "absent")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')  # a model's config
+    with pytest.raises(CheckpointError, match="has no settings"):
+        checkpoint.read_run(tmp_path)
+    (tmp_path / "config.json").write_text("nonsense")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.read_run(tmp_path)
+
+
+def test_the_optimizer_goes_on_with_the_same_bits():
+    def new():
+        p = [torch.nn.Parameter(torch.full((3,), 0.5)), torch.nn.Parameter(torch.ones(2, 2))]
+        return p, torch.optim.AdamW(p, lr=0.1, eps=1e-7, weight_decay=0.0)
+
+    def steps(p, optimizer, first, last):
+        for k in range(first, last):
+            for i, x in enumerate(p):
+                x.grad = torch.sin(x.detach() * (k + i + 1))
+            optimizer.step()
+
+    p, optimizer = new()
+    steps(p, optimizer, 0, 3)
+    tensors = {k: v.clone() for k, v in checkpoint.optimizer_tensors(optimizer).items()}
+    assert all(k.startswith("optimizer/") for k in tensors) and len(tensors) == 6
+    q, other = new()
+    with torch.no_grad():
+        for a, b in zip(q, p, strict=True):
+            a.copy_(b)
+    checkpoint.load_optimizer(other, {**tensors, "teacher/x": torch.zeros(1)})
+    steps(p, optimizer, 3, 6)
+    steps(q, other, 3, 6)
+    assert all(torch.equal(a, b) for a, b in zip(p, q, strict=True))
+    r, fresh = new()
+    with torch.no_grad():
+        for a, b in zip(r, q, strict=True):
+            a.copy_(b)
+    steps(r, fresh, 6, 7)
+    steps(q, other, 6, 7)
+    assert not torch.equal(r[0], q[0])  # the moments matter

@@ -1,0 +1,156 @@
+"""turbo/config.py: presets that work, and refusals that name the flag."""
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turbo.config import (
+    GAME_DEFAULTS,
+    PRESETS,
+    SFT_DEFAULTS,
+    TrainConfig,
+    changed,
+    check,
+    check_sft,
+    defaults,
+    sft_defaults,
+)
+
+FIELDS = dataclasses.fields(TrainConfig)
+FLOATS = [f.name for f in FIELDS if isinstance(f.default, float)]
+INTS = [f.name for f in FIELDS if type(f.default) is int]
+
+
+@pytest.mark.parametrize("env", GAME_DEFAULTS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_possible(env, preset):
+    c = defaults(env, preset)
+    check(c)
+    assert c.env == env
+    for name, value in PRESETS[preset].items():
+        assert getattr(c, name) == value
+
+
+def test_the_paper():
+    c = defaults("points24", "paper")
+    assert (c.lora_rank, c.lora_alpha, c.learning_rate, c.final_learning_rate) == (128, 256, 1e-5, 1e-9)
+    assert (c.steps_per_update, c.updates, c.epochs, c.minibatch, c.clip) == (1024, 30, 4, 128, 0.1)
+    assert (c.value_coef, c.adam_eps, c.grad_clip, c.temperature) == (0.5, 1e-7, 0.01, 0.2)
+    assert (c.max_new_tokens, c.gamma, c.gae_lambda, c.thought_coef) == (256, 0.9, 0.95, 0.5)
+    assert (c.format_valid, c.format_invalid, c.early_truncation) == (3.0, -2.0, True)
+    assert (c.advantage, c.kl_estimator, c.kl_placement, c.density) == ("gae", "clip", "advantage", 0.8)
+    assert (c.merge, c.weighting, float(c.kl_coef)) == ("ties", "sma", 1.0)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="preset 'big' is unknown: use tiny or paper"):
+        defaults("points24", "big")
+    with pytest.raises(ValueError, match="environment 'chess' is unknown: use points24"):
+        sft_defaults("chess")
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
+def test_numbers_that_are_none(name, value):
+    if name == "format_invalid" and value == -1.0:
+        check(TrainConfig(format_invalid=value))
+        return
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(ValueError, match=f"^{flag} must be "):
+        check(TrainConfig(**{name: value}))
+
+
+@given(name=st.sampled_from(INTS), value=st.integers(-(10**6), -1))
+def test_negative_counts_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')} must be .*got {value}$"):
+        check(TrainConfig(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(updates=0),
+        dict(minibatch=0),
+        dict(lora_rank=0),
+        dict(save_every=0),
+        dict(keep=0),
+        dict(temperature=0.0),
+        dict(eval_temperature=0.0),
+        dict(learning_rate=0.0),
+        dict(grad_clip=0.0),
+        dict(density=1.1),
+        dict(ema_alpha=0.0),
+        dict(ema_alpha=1.5),
+        dict(gamma=1.01),
+        dict(gae_lambda=2.0),
+        dict(clip=1.5),
+        dict(group_size=1),
+        dict(kl_coef="-1"),
+        dict(kl_coef="much"),
+        dict(kl_coef="nan"),
+        dict(kl_coef="inf"),
+        dict(hands=5, env="ezpoints"),
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_settings_that_cannot_work_are_named(changes):
+    name, value = next(iter(changes.items()))
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(ValueError, match=f"^{flag} must be .*, got {value!r}$"):
+        check(TrainConfig(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(kl_coef="auto"),
+        dict(kl_coef="0"),
+        dict(kl_coef="1e-3"),
+        dict(group_size=1, advantage="gae"),
+        dict(format_invalid=-2.0),
+        dict(hands=5),
+        dict(density=1.0, ema_alpha=1.0, clip=1.0, gamma=1.0),
+        dict(history_max=0, workers=0, eval_episodes=0, minutes=0.0),
+    ],
+    ids=str,
+)
+def test_settings_at_the_edge_are_allowed(changes):
+    check(TrainConfig(**changes))
+
+
+def test_what_a_resumed_run_may_change():
+    old = dataclasses.asdict(TrainConfig())
+    free = dict(resume="r", out="o", updates=7, minutes=1.0, keep=9, save_every=3, tensorboard=True)
+    assert changed(old, TrainConfig(**free, overwrite=True)) == []
+    for f in FIELDS:
+        if f.name in free or f.name == "overwrite":
+            continue
+        other = {"env": "ezpoints", "kl_coef": "0.25"}.get(f.name)
+        if other is None:
+            other = "other" if isinstance(f.default, str) else (f.default or 0) + 1
+        assert changed(old, TrainConfig(**{f.name: other})) == [f.name]
+
+
+def test_every_setting_is_explained():
+    """tyro shows the text under a field; a field without one would be a flag without help."""
+    import inspect
+
+    source = inspect.getsource(TrainConfig)
+    for f in FIELDS:
+        after = source.split(f"\n    {f.name}: ", 1)[1].split("\n", 2)[1]
+        assert after.strip().startswith('"""') and after.strip().endswith('"""'), f.name
+
+
+@pytest.mark.parametrize("env", SFT_DEFAULTS)
+def test_sft_settings(env):
+    c = sft_defaults(env)
+    check_sft(c)
+    for name in ("steps", "deals", "solutions", "read_out_steps", "learning_rate", "eval_episodes"):
+        with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')} must be more than 0, got 0"):
+            check_sft(dataclasses.replace(c, **{name: 0}))
+    for name in ("seed", "states", "workers"):
+        with pytest.raises(ValueError, match=f"^--{name} must be zero or more, got -1"):
+            check_sft(dataclasses.replace(c, **{name: -1}))

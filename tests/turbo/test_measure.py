@@ -1,0 +1,154 @@
+"""turbo/measure.py: the interval is Wilson's, and every figure is what its name says."""
+
+import math
+
+import pytest
+import tiny_models
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turbo.envs.base import Answer, Verdict
+from turbo.log import METRICS
+from turbo.measure import (
+    all_episodes,
+    certainty,
+    distinct,
+    evaluate,
+    interval,
+    mean,
+    outcomes,
+    rate,
+    thought,
+)
+from turbo.parallel import Crew
+from turbo.rollout import Episode, Rollout, Step
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [  # Newcombe 1998, table I, method 3, and two made with R's prop.test(correct = FALSE)
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (5, 10, 0.2366, 0.7634),
+        (10, 10, 0.7225, 1.0),
+    ],
+)
+def test_wilson_intervals_from_the_literature(successes, n, low, high):
+    assert interval(successes, n) == (pytest.approx(low, abs=6e-5), pytest.approx(high, abs=6e-5))
+
+
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_intervals_hold_the_share_and_mirror(pair):
+    k, n = pair
+    low, high = interval(k, n)
+    assert 0 <= low <= k / n <= high <= 1
+    mirrored = interval(n - k, n)
+    assert mirrored == (pytest.approx(1 - high, abs=1e-9), pytest.approx(1 - low, abs=1e-9))
+    # its ends solve |p - k/n| = z sqrt(p (1 - p) / n)
+    for p in (low, high):
+        if 0 < p < 1:
+            assert abs(p - k / n) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n), abs=1e-6)
+
+
+def test_nothing_counted():
+    assert interval(0, 0) == (0.0, 1.0)
+    assert math.isnan(mean([])) and math.isnan(distinct([]))
+
+
+def step(action="+", verdict=(True, True, True), thoughts="4 is more", logprobs=(-1.0, -2.0, -0.5), reward=0.0):
+    fields = {} if action is None else {"thoughts": thoughts, "action": action}
+    return Step(
+        picture=0,
+        suffix=[1],
+        tokens=[1, 2, 3],
+        logprobs=list(logprobs),
+        thought=2,
+        hidden=object(),
+        reward=reward,
+        format_reward=5.0,
+        answer=Answer("raw", action, fields, None if action else "unreadable"),
+        verdict=Verdict(*verdict),
+        terminated=False,
+        truncated=False,
+    )
+
+
+def episode(steps, success=False, solvable=True):
+    return Episode(0, (1, 2), steps, success, solvable)
+
+
+def test_outcomes_by_hand():
+    episodes = [
+        episode([step(reward=-1.0), step(reward=1.0)], success=True),
+        episode([step(action=None, verdict=(False, False, False), reward=-1.0)]),
+        episode([step(verdict=(True, False, True), thoughts="other")], solvable=False),
+    ]
+    got = outcomes(episodes)
+    assert set(got) < set(METRICS)
+    assert got["episodes"] == 3 and got["episode_length"] == pytest.approx(4 / 3)
+    assert got["success_rate"] == pytest.approx(1 / 3) and got["success_solvable"] == 0.5
+    assert got["episode_return"] == pytest.approx(-1 / 3)  # without the format's rewards
+    assert got["legal_rate"] == 0.75 and got["card_rate"] == 0.75
+    assert got["reasoning_score"] == pytest.approx(2 / 3)  # the hand that cannot be won is left out
+    assert got["thought_length"] == 2
+    assert got["distinct_thoughts"] == 0.75  # "4 is more" twice, "raw", "other"
+
+
+def test_rates_where_nothing_is_said():
+    assert math.isnan(rate([step(verdict=(None, True, True))], "perception"))
+    steps = [step(verdict=(True, True, True)), step(verdict=(None, None, None))]
+    assert rate(steps, "perception") == 1.0  # who does not say is not counted
+    illegal = step(action=None, verdict=(None, False, False))
+    assert rate([*steps, illegal], "perception") == 0.5  # but illegal answers are wrong
+
+
+def test_certainty_splits_thought_and_action():
+    steps = [step(logprobs=(-1.0, -2.0, -0.5)), step(logprobs=(-3.0, -4.0, -1.5))]
+    assert certainty(steps) == {"thought_entropy": 2.5, "action_entropy": 1.0}
+
+
+def test_a_thought_is_its_field_or_the_raw_answer():
+    assert thought(step(thoughts="so +")) == "so +" and thought(step(action=None)) == "raw"
+    assert distinct(["a", "b", "a", "a"]) == 0.5
+
+
+def test_shared_episodes_carry_no_tensors():
+    rollout = Rollout([episode([step()])], None, None, "")
+    (got,) = all_episodes(rollout, Crew())
+    assert got.steps[0].hidden is None and got.steps[0].suffix == []
+    assert got.steps[0].tokens == [1, 2, 3] and got.deal == (1, 2)
+    assert rollout.episodes[0].steps[0].hidden is not None  # the original is as it was
+
+
+def figures(vlm, **changes):
+    options = dict(episodes=12, seed=0, temperature=0.7, max_new_tokens=48, crew=Crew())
+    return evaluate(vlm, vlm.weights(), tiny_models.new_env, **{**options, **changes})
+
+
+def test_evaluate_plays_every_deal_once_and_repeats(fitted):
+    first = figures(fitted)
+    assert first["episodes"] == 12 and 0 < first["legal_rate"] <= 1
+    wins = round(12 * first["success_rate"])
+    assert (first["success_low"], first["success_high"]) == interval(wins, 12)
+    assert {"thought_entropy", "action_entropy"} < set(first)
+    assert figures(fitted) == first
+    assert figures(fitted, seed=1) != first
+    assert figures(fitted, episodes=1)["episodes"] == 1
+
+
+def test_evaluation_never_sees_a_deal_of_training(fitted):
+    seeds = []
+
+    def make_env():
+        other = tiny_models.new_env()
+        reset = other.reset
+        other.reset = lambda **k: (seeds.append(k["seed"]), reset(**k))[1]
+        return other
+
+    evaluate(
+        fitted, fitted.weights(), make_env, episodes=6, seed=3, temperature=0.2, max_new_tokens=48, crew=Crew()
+    )
+    deals = {s for s in seeds if s}  # 0: an environment asked for its rules
+    assert len(deals) == 6 and min(deals) >= 2**31

@@ -1,0 +1,112 @@
+"""turbo/parallel.py: two processes add up and share; an error in one ends the other."""
+
+import ast
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from turbo.parallel import Crew, cores, run_crew
+
+# Programs for the workers: processes are spawned, so these must be found by name.
+
+
+def add_and_share(crew, folder):
+    """Everything a crew can do, twice, so that a round cannot be confused with the next."""
+    out = []
+    for turn in range(2):
+        small = torch.full((3,), float(crew.rank + 1 + turn))
+        large = torch.arange(1000.0).view(10, 100) * (crew.rank + 1)  # more than the board holds
+        kept = small
+        crew.sum_([small, large])
+        total = crew.total(crew.rank + 0.5, 1)
+        shared = crew.share({"rank": crew.rank, "turn": turn})
+        collected = crew.collect([crew.rank] * (turn + 1))
+        out.append([small.tolist(), large[9, 99].item(), total, shared, collected, kept is small])
+        crew.wait()
+    out.append([crew.rank, crew.size, crew.leads, os.getpid(), torch.get_num_threads()])
+    Path(folder, f"{crew.rank}.txt").write_text(repr(out))
+    return out
+
+
+def fail_before_sharing(crew):
+    if crew.rank == 1:
+        raise ZeroDivisionError("the second worker fails")
+    return crew.total(1)
+
+
+def fail_before_a_sum(crew):
+    if crew.rank == 1:
+        raise ZeroDivisionError("the second worker fails")
+    crew.sum_([torch.ones(1)])
+
+
+def leader_fails(crew):
+    if crew.leads:
+        raise LookupError("the first worker fails")
+    crew.total(1)
+
+
+def same_bits(crew):
+    """Sums of numbers whose order of addition matters."""
+    generator = torch.Generator().manual_seed(crew.rank)
+    x = torch.randn(5000, generator=generator) * 10.0 ** (8 * crew.rank)
+    crew.sum_([x])
+    return crew.share(x.numpy().tobytes())
+
+
+def test_two_processes_add_and_share(tmp_path):
+    first = run_crew(2, add_and_share, str(tmp_path), board=64)
+    second = eval_literal(tmp_path / "1.txt")
+    assert first == eval_literal(tmp_path / "0.txt")
+    for turn in range(2):
+        for rank, (small, large, total, shared, collected, kept) in enumerate((first[turn], second[turn])):
+            assert small == [3.0 + 2 * turn] * 3 and large == 999 * 3
+            assert total == [2.0, 2]
+            assert shared == [{"rank": 0, "turn": turn}, {"rank": 1, "turn": turn}]
+            assert collected == ([[0] * (turn + 1), [1] * (turn + 1)] if rank == 0 else None)
+            assert kept
+    assert first[2][:3] == [0, 2, True] and second[2][:3] == [1, 2, False]
+    assert first[2][3] == os.getpid() != second[2][3]
+    assert first[2][4] == second[2][4] == 1  # thread
+
+
+def eval_literal(path):
+    return ast.literal_eval(path.read_text())
+
+
+def test_all_workers_hold_the_same_bits():
+    one, two = run_crew(2, same_bits)
+    assert one == two
+
+
+@pytest.mark.parametrize("program", [fail_before_sharing, fail_before_a_sum])
+def test_an_error_in_a_worker_surfaces_at_once(program, capfd):
+    started = time.perf_counter()
+    with pytest.raises(RuntimeError, match="another worker failed"):
+        run_crew(2, program)
+    assert time.perf_counter() - started < 30  # and not after the patience of half an hour
+    assert "ZeroDivisionError: the second worker fails" in capfd.readouterr().err
+
+
+def test_an_error_in_the_first_worker_ends_the_second(capfd):
+    started = time.perf_counter()
+    with pytest.raises(LookupError, match="the first worker fails"):
+        run_crew(2, leader_fails)
+    assert time.perf_counter() - started < 30
+    assert "ZeroDivision" not in capfd.readouterr().err
+
+
+def test_a_crew_of_one_needs_no_process(tmp_path):
+    out = run_crew(1, add_and_share, str(tmp_path))
+    assert out[0][:5] == [[1.0] * 3, 999.0, [0.5, 1], [{"rank": 0, "turn": 0}], [[0]]]
+    assert out[2][:4] == [0, 1, True, os.getpid()]
+
+
+def test_cores():
+    assert 1 <= cores() <= 4
+    crew = Crew()
+    crew.wait()
+    assert crew.leads and crew.size == 1

@@ -1,0 +1,172 @@
+"""turbo/teacher.py: a teacher that changes with every checkpoint, at full strength, and comes back bit for bit."""
+
+import pytest
+import tiny_models
+import torch
+import torch.nn.functional as F
+
+from turbo.backprop import flatten
+from turbo.teacher import Teacher
+
+WAYS = [dict(merge=m, weighting=w) for m in ("ties", "linear") for w in ("sma", "ema", "score")]
+
+
+def way_id(way):
+    return "-".join(str(v) for v in way.values())
+
+
+@pytest.fixture(scope="module")
+def asked(vlm):
+    """What all teachers of this file are asked: prefix tokens of one picture, and a row."""
+    env = tiny_models.new_env("ezpoints")
+    picture, _ = env.reset(seed=0)
+    features, grid = vlm.see([picture])
+    return features, env.prompt("short").fixed, grid, torch.tensor([vlm.encode("10 2: 10+2=12, so 10+2")])
+
+
+@torch.no_grad()
+def logits(vlm, asked, weights):
+    features, fixed, grid, row = asked
+    prefix = vlm.prefix(weights, features, fixed, grid)
+    return F.linear(vlm.text.final_norm(weights, vlm.suffix(weights, row, prefix)), weights.head)
+
+
+def new_teacher(vlm, **changes):
+    return Teacher(vlm, tiny_models.noisy_lora(vlm), tiny_models.new_config(**changes))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=way_id)
+def test_the_teacher_changes_with_every_checkpoint(vlm, asked, way):
+    teacher, seen = new_teacher(vlm, **way), []
+    assert teacher.weights is None
+    for k in range(4):
+        teacher.push(k, tiny_models.noisy_lora(vlm, k), 0.1 + 0.2 * k)
+        seen.append(logits(vlm, asked, teacher.weights))
+        assert (seen[-1] - logits(vlm, asked, vlm.weights())).abs().max() > 1e-2
+    for k in range(3):
+        assert (seen[k + 1] - seen[k]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("way", WAYS, ids=way_id)
+def test_identical_checkpoints_are_that_checkpoint(vlm, asked, way, count):
+    """At density 1; a teacher of a quarter of the strength would fail."""
+    lora = tiny_models.noisy_lora(vlm, 3)
+    teacher = new_teacher(vlm, density=1.0, **way)
+    for k in range(count):
+        teacher.push(k, lora, 0.5)
+    with torch.no_grad():
+        policy = vlm.weights(lora)
+    want = logits(vlm, asked, policy)
+    assert (logits(vlm, asked, teacher.weights) - want).abs().max() < 1e-4
+    for one, two in zip(flatten(teacher.weights), flatten(policy), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+    weaker = tiny_models.noisy_lora(vlm, 3)
+    weaker.scale /= 4
+    with torch.no_grad():
+        assert (logits(vlm, asked, vlm.weights(weaker)) - want).abs().max() > 1e-2
+
+
+def test_identical_checkpoints_at_density_08_are_the_trimmed_checkpoint(vlm, asked):
+    lora = tiny_models.noisy_lora(vlm, 3)
+    seen = []
+    for count in (1, 5):
+        teacher = new_teacher(vlm, density=0.8)
+        for k in range(count):
+            teacher.push(k, lora, 0.5)
+        seen.append(logits(vlm, asked, teacher.weights))
+    assert (seen[0] - seen[1]).abs().max() < 1e-4
+    name = next(iter(lora.factors))
+    a, b = lora.factors[name]
+    moved = teacher.merged[name] - vlm.matrices[name + ".weight"]
+    kept = moved.abs() > 1e-9
+    assert kept.float().mean().item() == pytest.approx(0.8, abs=0.01)
+    torch.testing.assert_close(moved[kept], (lora.scale * (b @ a))[kept], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("merge", ["ties", "linear"])
+@pytest.mark.parametrize("weighting", ["sma", "ema"])
+def test_running_sums_are_the_history(vlm, merge, weighting):
+    sums = new_teacher(vlm, merge=merge, weighting=weighting, ema_alpha=0.3)
+    history = new_teacher(vlm, merge=merge, weighting=weighting, ema_alpha=0.3, history_max=100)
+    assert sums.streaming and not history.streaming
+    for k in range(5):
+        lora = tiny_models.noisy_lora(vlm, k)
+        for teacher in (sums, history):
+            teacher.push(k, lora, 0.5)
+        for name, one in sums.merged.items():
+            torch.testing.assert_close(one, history.merged[name], rtol=1e-4, atol=1e-5)
+    assert len(history.history) == 5 and len(sums.history) == 0
+
+
+@pytest.mark.parametrize(
+    "way", [*WAYS, dict(merge="ties", weighting="ema", history_max=2)], ids=way_id
+)
+@pytest.mark.parametrize("merge_every", [1, 3])
+def test_state_comes_back_bit_for_bit(vlm, way, merge_every):
+    settings = dict(**way, merge_every=merge_every)
+    teacher = new_teacher(vlm, **settings)
+    for k in range(4):
+        teacher.push(k, tiny_models.noisy_lora(vlm, k), 0.2 + k / 10)
+    tensors, data = teacher.state_dict()
+    other = new_teacher(vlm, **settings)
+    other.load_state_dict({k: v.clone() for k, v in tensors.items()}, data)
+
+    def same():
+        for one, two in zip(flatten(teacher.weights), flatten(other.weights), strict=True):
+            assert torch.equal(one, two)
+
+    same()
+    for k in range(4, 7):
+        for t in (teacher, other):
+            t.push(k, tiny_models.noisy_lora(vlm, k), 0.2 + k / 10)
+        same()
+
+
+def test_a_teacher_without_checkpoints_comes_back_too(vlm):
+    tensors, data = new_teacher(vlm).state_dict()
+    other = new_teacher(vlm)
+    other.load_state_dict(tensors, data)
+    assert other.weights is None and other.count == 0
+
+
+def test_merge_every_keeps_the_teacher_in_between(vlm, asked):
+    teacher, seen = new_teacher(vlm, merge_every=3), []
+    for k in range(6):
+        teacher.push(k, tiny_models.noisy_lora(vlm, k), 0.5)
+        seen.append(logits(vlm, asked, teacher.weights))
+    same = [torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False)]
+    # the first checkpoint is there at once, then every third count
+    assert same == [True, False, True, True, False]
+
+
+def test_history_max_forgets(vlm, asked):
+    short, last = new_teacher(vlm, history_max=2), new_teacher(vlm, history_max=2)
+    for k in range(4):
+        short.push(k, tiny_models.noisy_lora(vlm, k), 0.5)
+        if k >= 2:
+            last.push(k, tiny_models.noisy_lora(vlm, k), 0.5)
+    assert torch.equal(logits(vlm, asked, short.weights), logits(vlm, asked, last.weights))
+
+
+def test_scores_weigh(vlm):
+    """A checkpoint that never won does not count."""
+    teacher = new_teacher(vlm, weighting="score", merge="linear")
+    won, lost = tiny_models.noisy_lora(vlm, 0), tiny_models.noisy_lora(vlm, 1)
+    teacher.push(0, won, 0.6)
+    teacher.push(1, lost, 0.0)
+    for name, (a, b) in won.factors.items():
+        want = vlm.matrices[name + ".weight"] + won.scale * (b @ a).detach()
+        torch.testing.assert_close(teacher.merged[name], want, rtol=0, atol=1e-6)
+
+
+def test_a_later_change_of_the_policy_does_not_reach_the_teacher(vlm):
+    for changes in ({}, dict(history_max=3)):
+        teacher, lora = new_teacher(vlm, **changes), tiny_models.noisy_lora(vlm, 0)
+        teacher.push(0, lora, 0.5)
+        before = [t.clone() for t in flatten(teacher.weights)]
+        with torch.no_grad():
+            for p in lora.parameters():
+                p.add_(1.0)
+        assert all(torch.equal(a, b) for a, b in zip(before, flatten(teacher.weights), strict=True))
+        assert not any(t.requires_grad for t in flatten(teacher.weights))
