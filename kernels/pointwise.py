@@ -1,7 +1,8 @@
 """The small operations between the matrix products, with their gradients written out.
 
-On a CPU a tiny transformer spends most of its time not in matrix products but in the passes over memory between them; autograd
-of a composed RMSNorm alone makes sixteen. Here each operation makes as few passes as its formula needs:
+On a CPU a tiny transformer spends most of its time not in matrix products but in the passes over
+memory between them; autograd of a composed RMSNorm alone makes sixteen. Here each operation makes
+as few passes as its formula needs:
 
     rms_norm   y = x r w,  r = (mean(x^2) + eps)^-1/2      dx = r (g w) - x r^3 mean(g w x)
     swiglu     y = silu(a) b                               da = silu'(a) (g b),  db = g silu(a)
@@ -55,9 +56,9 @@ class _Swiglu(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """RMSNorm over the last dimension (Zhang & Sennrich 2019), computed in x's dtype, returned in `dtype`.
+    """RMSNorm over the last dimension (Zhang & Sennrich 2019).
 
-    x [..., D], weight [D]
+    x [..., D], weight [D]; computed in x's dtype, returned in `dtype`.
     """
     return _RmsNorm.apply(x, weight, eps, dtype)
 

@@ -14,17 +14,18 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = {
     # 0: usable without the rest
     0: """
-        kernels.checks kernels.dispatch kernels.ema kernels.nf4 kernels.policy_head
-        kernels.policy_head_triton kernels.reference kernels.ties kernels.ties_triton kernels.tiles
+        kernels.checks kernels.dispatch kernels.ema kernels.nf4 kernels.pointwise
+        kernels.policy_head kernels.policy_head_triton kernels.reference kernels.ties
+        kernels.ties_triton kernels.tiles
         envs.alfworld envs.base envs.blackjack envs.cards envs.ezpoints envs.formula envs.guess
         envs.make envs.numberline envs.picture envs.points24
     """,
     # 1: no model
     1: "batch config gae history kl log memory parallel ppo prompts",
     # 2: the model and its weights
-    2: "checkpoint merge model tiny",
+    2: "checkpoint lora merge model tiny",
     # 3: the model at work
-    3: "decode guidance rollout score teacher",
+    3: "backprop decode guidance measure rollout run score scribe teacher update",
     # 4: what is run
     4: "__main__ eval export sft train view",
 }

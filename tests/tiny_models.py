@@ -1,22 +1,24 @@
 """Nano models for the tests, made once a process; transformers' own forward pass to compare with.
 
-`random_folder` holds a model as it is initialised: it answers nonsense. `fitted_folder` holds one that
-has seen expert answers of numberline for some seconds: part of its answers are legal.
+`random_folder` holds a model as it is initialised: it answers nonsense. `fitted_folder` holds one
+that has seen expert answers of numberline for some seconds: part of its answers are legal.
 """
 
 import copy
 import functools
 import tempfile
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from turbo import prompts, sft, tiny
 from turbo.config import SftConfig, TrainConfig
 from turbo.envs.make import make, tiny_kwargs
-from turbo.model import Lora, VisionLanguageModel, load, new_lora
+from turbo.lora import Lora, new_lora
+from turbo.model import VisionLanguageModel, load
 from turbo.parallel import Crew
 from turbo.rollout import Rollout, RolloutOptions, Step, Table
 
@@ -114,12 +116,12 @@ def play(
     seed: tuple[int, ...] = (0,),
     steps: int = 1,
     deals: list[dict] | None = None,
-    env_options: dict | None = None,
+    make_env: Callable | None = None,
     **options,
 ) -> Rollout:
     """A rollout in this process."""
     o = RolloutOptions(**{**dict(envs=8, group=4, temperature=0.7, max_new_tokens=48), **options})
-    table = Table(vlm, lambda: new_env(game, **(env_options or {})), o, Crew())
+    table = Table(vlm, make_env or (lambda: new_env(game)), o, Crew())
     with torch.no_grad():
         weights = vlm.weights(lora)
     return table.collect(weights, seed, steps, deals)
@@ -135,7 +137,7 @@ def legal_and_illegal(rollout: Rollout) -> tuple[list[Step], list[Step]]:
 
 
 def merged_parameters(vlm: VisionLanguageModel, lora: Lora | None) -> dict[str, Tensor]:
-    """The module's parameters with `base + scale * B @ A` in the place of the adapted ones; differentiable."""
+    """The module's parameters, `base + scale * B @ A` where it is adapted; differentiable."""
     out = dict(vlm.module.named_parameters())
     for name, (a, b) in ({} if lora is None else lora.factors).items():
         out[name + ".weight"] = out[name + ".weight"] + lora.scale * (b @ a)
@@ -145,7 +147,7 @@ def merged_parameters(vlm: VisionLanguageModel, lora: Lora | None) -> dict[str, 
 def own_forward(
     vlm: VisionLanguageModel, parameters: dict[str, Tensor], ids: list[int], pixels, grid
 ) -> tuple[Tensor, Tensor]:
-    """Logits [L, V] and last hidden states [L, D] of one row by transformers' own forward pass, picture and all."""
+    """Logits [L, V] and hidden states [L, D] of one row by transformers' own forward pass."""
     row = torch.tensor([ids])
     out = torch.func.functional_call(
         vlm.module,
@@ -171,8 +173,10 @@ def own_answer(
     answer: list[int],
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """By transformers' pass: log-probabilities [T, V] at the answer's places (specials banned, temperature),
-    and the hidden state [D] at the last prompt token."""
+    """By transformers' pass: log p [T, V] of the answer, hidden state [D] at the last prompt token.
+
+    Specials are banned, and the temperature divides the logits.
+    """
     pixels, grid = vlm.pixels([picture])
     prefix = vlm.encode(prompts.prefix_text(fixed, int(grid.prod()) // 4))
     logits, hidden = own_forward(vlm, parameters, [*prefix, *suffix, *answer], pixels, grid)
@@ -201,15 +205,28 @@ def with_banned(vlm: VisionLanguageModel, allowed: list[int]) -> VisionLanguageM
     return other
 
 
+def speechless(vlm):
+    """A model that ends every answer at once; `scripted` environments answer for it."""
+    return with_banned(vlm, [vlm.end])
+
+
+def scripted(game, choose=None, **options):
+    """An environment that reads every answer as the expert's, or as one with another action."""
+    env = new_env(game, **options)
+    read, rng = env.read_answer, np.random.default_rng(0)
+
+    def answer(text):
+        written = env.expert_answer(rng)
+        if choose is not None:
+            before, key, _ = written.rpartition('"action": "')
+            written = before + key + choose(env) + '"}'
+        return read(written)
+
+    env.read_answer = answer
+    return env
+
+
 def without_times(record: dict) -> dict:
     """A record of metrics.jsonl, less what the clock says."""
     timed = ("elapsed", "steps_per_second", "tokens_per_second")
     return {k: v for k, v in record.items() if k not in timed and not k.startswith("seconds_")}
-
-
-def changed_steps(rollout: Rollout, **changes) -> Rollout:
-    """A copy of the rollout in which all steps have other values in some fields."""
-    episodes = [
-        replace(e, steps=[replace(s, **changes) for s in e.steps]) for e in rollout.episodes
-    ]
-    return replace(rollout, episodes=episodes)

@@ -1,10 +1,13 @@
-"""Gradients of a loss over many rows, in cache-sized pieces, with the prompt prefix and the weights run through once.
+"""Gradients of a loss over many rows in cache-sized pieces; prefix and weights run through once.
 
-Autograd is cut at two places where many rows meet one tensor: at the runnable weights (fused, cast, LoRA merged) and at the
-keys and values of the prompt prefixes. Rows are run forward and backward in micro-batches small enough to stay in a core's
-cache; their gradients collect at the cuts; what lies before each cut is then run backward once:
+Autograd is cut at two places where many rows meet one tensor: at the runnable weights (fused, cast,
+LoRA merged) and at the keys and values of the prompt prefixes. Rows are run forward and backward in
+micro-batches small enough to stay in a core's cache; their gradients collect at the cuts; what lies
+before each cut is then run backward once:
 
-    rows --> d(prefix KV), d(weights) --> prefix --> d(weights), d(features) --> weights --> d(LoRA) or d(parameters)
+    rows    --> d(prefix KV), d(weights)
+    prefix  --> d(weights), d(features)
+    weights --> d(LoRA) or d(parameters)
 
 Left out: the losses themselves (`turbo.train`, `turbo.sft`).
 """
@@ -45,7 +48,10 @@ def backward_rows(
     answers: Sequence[list[int]],
     loss: Callable[[TextWeights, Tensor, TokenBatch, list[int]], Tensor | None],
 ) -> None:
-    """Accumulate the gradient of `loss(w, hidden [R, L, D], batch, row numbers)`, summed over all micro-batches."""
+    """Accumulate the gradient of a loss, summed over all micro-batches.
+
+    `loss(w, hidden [R, L, D], batch, row numbers)` is called for each micro-batch.
+    """
     kv = PrefixKV(
         [k.detach().requires_grad_(k.requires_grad) for k in prefix.keys],
         [v.detach().requires_grad_(v.requires_grad) for v in prefix.values],
@@ -66,7 +72,7 @@ def backward_rows(
 
 
 def backward_weights(w: TextWeights, shards: Sequence[TextWeights], scale: float = 1.0) -> None:
-    """Push the workers' summed gradients of the runnable weights back to what the weights were made of."""
+    """Push the workers' summed gradients of the weights back to what they were made of."""
     tensors, grads = [], []
     for tensor, *parts in zip(flatten(w), *map(flatten, shards), strict=True):
         found = [p.grad for p in parts if p.grad is not None]

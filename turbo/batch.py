@@ -1,7 +1,7 @@
 """Rows of token ids, padded for one forward pass, with the places where a token is scored.
 
-A row is the suffix of a prompt and an answer. Hidden states are projected on the vocabulary only where they predict an
-answer token: prompt and padding never reach the head.
+A row is the suffix of a prompt and an answer. Hidden states are projected on the vocabulary only
+where they predict an answer token: prompt and padding never reach the head.
 
 Left out: the model; prefixes (rows refer to them by number).
 """
@@ -35,8 +35,8 @@ class TokenBatch:
 def round_up(n: int, step: int = 8) -> int:
     """The next of the sizes in which work is computed: multiples of `step`, coarser for large n.
 
-    The matrix library of the CPU compiles a kernel for every new shape, ten times as long as it runs:
-    few sizes keep it from compiling.
+    The matrix library of the CPU compiles a kernel for every new shape, ten times as long as it
+    runs: few sizes keep it from compiling.
     """
     while n > 16 * step:
         step *= 2

@@ -5,8 +5,8 @@
     RUN/episodes.jsonl            a sample of episodes: thoughts and verdicts
     RUN/checkpoints/00000010/     adapter.safetensors, state.safetensors, meta.json
 
-A checkpoint is written into a temporary folder that is renamed when it is complete. No generator is saved: every random
-number of an update derives from (seed, update).
+A checkpoint is written into a temporary folder that is renamed when it is complete. No generator is
+saved: every random number of an update derives from (seed, update).
 
 Left out: hashes and manifests, locks, disk-space checks.
 """
@@ -39,7 +39,7 @@ class CheckpointError(ValueError):
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on: library versions, Python, processor, and the commit of a source checkout."""
+    """What a result depends on: versions, Python, processor, the commit of a source checkout."""
     import numpy
     import transformers
 

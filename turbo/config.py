@@ -1,7 +1,8 @@
-"""All settings of a training run: one flat dataclass, its presets, and what makes a setting impossible.
+"""All settings of a training run: one flat dataclass, presets, and what makes a setting impossible.
 
-The defaults are those of the built-in tiny model, measured in docs/LOG.md; `PRESETS["paper"]` holds the hyper-parameters of
-the paper's code (arXiv 2512.13043). The comment under a field is its help text.
+The defaults are those of the built-in tiny model, measured in docs/LOG.md; `PRESETS["paper"]` holds
+the hyper-parameters of the paper's code (arXiv 2512.13043). The comment under a field is its help
+text.
 
 Left out: reading the command line (`turbo.train`).
 """
@@ -31,24 +32,24 @@ class TrainConfig:
     """replace the run directory if it exists"""
     seed: int = 0
     """seed of everything: deals, sampling, initial factors, minibatch order"""
-    updates: int = 100
+    updates: int = 36
     """policy updates; each one is a rollout, its PPO epochs, and a new checkpoint in the history"""
     minutes: float = 0.0
     """stop after so many minutes even if updates are left (0: no limit)"""
 
     # Playing
-    envs: int = 512
+    envs: int = 256
     """environments that play at once, over all workers"""
-    steps_per_update: int = 2048
+    steps_per_update: int = 4096
     """least environment steps of an update; episodes are always played to their end"""
     group_size: int = 8
     """environments that play the same deal (with --advantage group: the baseline's size)"""
-    temperature: float = 1.0
+    temperature: float = 0.5
     """sampling temperature of training; the scored distribution is the same one"""
     max_new_tokens: int = 96
     """longest answer in tokens"""
     hands: int = 0
-    """Points24: restrict training to a fixed pool of so many multisets (0: the environment's own distribution)"""
+    """Points24: train on a fixed pool of so many multisets (0: the environment's distribution)"""
     early_truncation: bool = True
     """card games: end the episode at its first reward of -1"""
     format_valid: float = 0.0
@@ -58,7 +59,7 @@ class TrainConfig:
 
     # Objective
     advantage: Literal["group", "gae"] = "group"
-    """group: return minus the mean of the other environments of the deal; gae: the paper's critic"""
+    """group: return minus the mean of the deal's other environments; gae: the paper's critic"""
     baseline: Literal["loo", "mean"] = "loo"
     """group baseline: the mean of the others (leave one out), or of all"""
     gamma: float = 0.9
@@ -71,19 +72,19 @@ class TrainConfig:
     """PPO clip range of the step's ratio"""
     value_coef: float = 0.5
     """weight of the critic's loss (gae)"""
-    epochs: int = 1
+    epochs: int = 4
     """passes over each rollout"""
     minibatch: int = 256
     """environment steps per optimiser step"""
     target_kl: float = 0.0
-    """end an update's epochs when the approximate KL to the rollout policy exceeds this (0: never)"""
+    """end an update's epochs when approximate KL to the rollout policy exceeds this (0: never)"""
     skip_certain: float = 0.02
-    """leave out steps whose answer had a negative log-likelihood below this: their gradient is nearly zero"""
+    """skip steps whose answer had a negative log-likelihood below this: next to no gradient"""
 
     # Optimiser
-    learning_rate: float = 8e-4
+    learning_rate: float = 4e-4
     """peak learning rate of AdamW"""
-    final_learning_rate: float = 8e-5
+    final_learning_rate: float = 4e-5
     """learning rate at the end of the cosine"""
     grad_clip: float = 0.5
     """bound on the gradient's norm"""
@@ -104,7 +105,7 @@ class TrainConfig:
     kl_estimator: Literal["full", "forward", "clip", "abs", "k1", "k3"] = "full"
     """full and forward: exact over the vocabulary; the others from the sampled token"""
     kl_coef: str = "0.5"
-    """strength of the guidance, or `auto`: steered so that it is --kl-share of the return's spread"""
+    """strength of the guidance, or `auto`: steered to be --kl-share of the return's spread"""
     kl_share: float = 0.1
     """with --kl-coef auto: guidance as a share of the return's spread"""
     merge: Literal["ties", "linear"] = "ties"
@@ -142,9 +143,9 @@ class TrainConfig:
 # Card games smaller than Points24 learn within a few updates.
 GAME_DEFAULTS: dict[str, dict] = {
     "points24": {},
-    "ezpoints": dict(updates=40, steps_per_update=1024),
-    "numberline": dict(updates=40, steps_per_update=1024),
-    "blackjack": dict(updates=40, steps_per_update=1024, group_size=16),
+    "ezpoints": dict(updates=30, steps_per_update=1024),
+    "numberline": dict(updates=20, steps_per_update=1024),
+    "blackjack": dict(updates=30, steps_per_update=1024, group_size=16),
 }
 
 PRESETS: dict[str, dict] = {
@@ -202,9 +203,18 @@ def check(c: TrainConfig) -> None:
         elif isinstance(value, int) and not isinstance(value, bool):
             need(value >= 0, f.name, "zero or more")
     for flag in (
-        "updates envs steps_per_update group_size max_new_tokens epochs minibatch "
-        "lora_rank merge_every save_every keep"
-    ).split():
+        "updates",
+        "envs",
+        "steps_per_update",
+        "group_size",
+        "max_new_tokens",
+        "epochs",
+        "minibatch",
+        "lora_rank",
+        "merge_every",
+        "save_every",
+        "keep",
+    ):
         need(getattr(c, flag) >= 1, flag, "at least 1")
     for flag in ("temperature", "eval_temperature", "learning_rate", "grad_clip", "lora_alpha"):
         need(getattr(c, flag) > 0, flag, "more than 0")
@@ -266,7 +276,7 @@ class SftConfig:
 # Measured in docs/LOG.md: enough to begin reinforcement learning, far from the optimum.
 SFT_DEFAULTS: dict[str, dict] = {
     "points24": {},
-    "ezpoints": dict(steps=150, deals=32, read_out_steps=250),
+    "ezpoints": dict(steps=150, deals=32, read_out_steps=120),
     "numberline": dict(steps=100, deals=32),
     "blackjack": dict(steps=100, deals=32),
 }

@@ -1,18 +1,22 @@
 """Sampling answers in a batch, exactly and speculatively.
 
-Most tokens of an answer can be guessed: the JSON skeleton, the cards read a step ago, a plan once it is made. A guess is
-verified, not believed. With p the model's own distribution (temperature only, specials banned) and d the guessed token,
+Most tokens of an answer can be guessed: the JSON skeleton, the cards read a step ago, a plan once
+it is made. A guess is verified, not believed. With p the model's own distribution (temperature
+only, specials banned) and d the guessed token,
 
     accept d with probability p(d), otherwise draw from p without d, renormalised
 
-which yields exactly a draw from p, whatever the guess (Leviathan et al. 2023, with a one-point proposal). A whole guess is
-verified in one forward pass, so a step costs two or three passes in place of forty, and the recorded log-probs are those
-of p. Guesses come from the environment (`guess_answer`); a bad guess costs time, never correctness.
+which yields exactly a draw from p, whatever the guess (Leviathan et al. 2023, with a one-point
+proposal). A whole guess is verified in one forward pass, so a step costs two or three passes in
+place of forty, and the recorded log-probs are those of p. Guesses come from the environment
+(`guess_answer`); a bad guess costs time, never correctness.
 
-Rows do not wait for each other: every environment has a slot in the cache and is at its own place in its answer, and one
-pass serves rows that read a prompt with a long guess beside rows that take one token (in groups of similar length).
+Rows do not wait for each other: every environment has a slot in the cache and is at its own place
+in its answer, and one pass serves rows that read a prompt with a long guess beside rows that take
+one token (in groups of similar length).
 
-Left out: top-k, top-p, penalties (they would make the scored policy another one); static caches and graphs for GPUs.
+Left out: top-k, top-p, penalties (they would make the scored policy another one); static caches and
+graphs for GPUs.
 """
 
 from collections.abc import Callable
@@ -61,7 +65,10 @@ SHORT = 8  # inputs of at most so many tokens run together, apart from longer on
 
 
 class Decoder:
-    """Samples with fixed weights for `slots` environments; the additive `bias` bans specials, as the scorer does."""
+    """Samples with fixed weights for `slots` environments.
+
+    The additive `bias` bans specials, as the scorer does.
+    """
 
     def __init__(
         self,
@@ -98,12 +105,12 @@ class Decoder:
         rows = list(self.rows.values())
         for row in rows:
             row.draft = self._draft(row)
-        short = [r for r in rows if len(r.pending) + len(r.draft) <= SHORT]
-        long = [r for r in rows if len(r.pending) + len(r.draft) > SHORT]
-        for group in (short, *_similar(long)):
-            if group:
-                self._verify(group, *self._forward(group))
-                self.passes += 1
+        fresh = [r for r in rows if r.position == 0]
+        short = [r for r in rows if r.position and len(r.pending) + len(r.draft) <= SHORT]
+        long = [r for r in rows if r.position and len(r.pending) + len(r.draft) > SHORT]
+        for group in (*_similar(fresh), *_similar(short, 256), *_similar(long)):
+            self._verify(group, *self._forward(group))
+            self.passes += 1
         done = []
         for row in rows:
             if row.tokens[-1] == self.vlm.end or len(row.tokens) >= self.max_new:
@@ -125,7 +132,10 @@ class Decoder:
         return ids[n : n + room]
 
     def _forward(self, rows: list[_Row]) -> tuple[Tensor, list[int]]:
-        """Run pending and draft tokens; normed hidden states [N', D] where a token is predicted, and counts per row."""
+        """Run pending and draft tokens.
+
+        Returns normed hidden states [N', D] where a token is predicted, and counts per row.
+        """
         inputs = [r.pending + r.draft for r in rows]
         longest = max(map(len, inputs))
         length = round_up(longest, 8 if longest > SHORT else 2)
@@ -179,14 +189,14 @@ class Decoder:
             offset += counts[i]
 
 
-def _similar(rows: list[_Row]) -> list[list[_Row]]:
+def _similar(rows: list[_Row], size: int = 64) -> list[list[_Row]]:
     """Rows in groups of cache-sized work and similar length."""
     lengths = [len(r.pending) + len(r.draft) for r in rows]
-    return [[rows[i] for i in group] for group in micro_batches(lengths, 64)]
+    return [[rows[i] for i in group] for group in micro_batches(lengths, size)]
 
 
 class _Cache:
-    """Keys and values per slot: the prefix and what follows it, per layer [slots, Hkv, P + room, hd]."""
+    """Keys and values per slot, of prefix and the rest: per layer [slots, Hkv, P + room, hd]."""
 
     def __init__(self, vlm: VisionLanguageModel, slots: int):
         self.vlm, self.slots, self.room = vlm, slots, 0
@@ -217,21 +227,24 @@ class _Cache:
             self.room += more
 
     def run(self, weights: TextWeights, ids: Tensor, rows: list[_Row]) -> Tensor:
-        """Hidden states [R, L, D] of ids [R, L] behind what each row has in the cache; they are cached too."""
+        """Hidden states [R, L, D] of ids [R, L] behind what each row has in the cache.
+
+        They are cached too.
+        """
         text, length = self.vlm.text, ids.shape[1]
         blank = len(ids) - len(rows)
         slot = torch.tensor([row.slot for row in rows] + [self.slots] * blank)
         start = torch.tensor([row.position for row in rows] + [0] * blank)
+        x = F.embedding(ids, weights.embed).float()
+        if int(start.max()) == 0:  # a prompt is read: everything lies in one piece
+            return self._run_fresh(weights, x, slot)
         at = start[:, None] + torch.arange(length)  # [R, L] place behind the prefix
         rope = text.text_rope(at + self.next_position)
         used = round_up(self.past + int(start.max()) + length, 16)
         used = min(used, self.past + self.room)
-        if int(start.max()) == 0:
-            mask, used = causal_mask(length, self.past, text.dtype), self.past + length
-        else:
-            blocked = torch.arange(used) > (at + self.past)[..., None]  # [R, L, S]
-            mask = torch.zeros(blocked.shape, dtype=text.dtype).masked_fill_(blocked, -1e30)
-            mask = mask[:, None, None]
+        blocked = torch.arange(used) > (at + self.past)[..., None]  # [R, L, S]
+        mask = torch.zeros(blocked.shape, dtype=text.dtype).masked_fill_(blocked, -1e30)
+        mask = mask[:, None, None]
         # Padding may point past the cache; it lands in the last place, which no token ever uses.
         place = (at + self.past).clamp(max=self.past + self.room - 1)
 
@@ -240,7 +253,22 @@ class _Cache:
             self.values[i][slot[:, None], :, place] = v.transpose(1, 2)
             return self.keys[i][slot, :, :used], self.values[i][slot, :, :used]
 
-        return text.forward(weights, F.embedding(ids, weights.embed).float(), rope, mask, attend)
+        return text.forward(weights, x, rope, mask, attend)
+
+    def _run_fresh(self, weights: TextWeights, x: Tensor, slot: Tensor) -> Tensor:
+        """Hidden states of embeddings x [R, L, D] right behind the prefixes of the slots."""
+        text, past, length = self.vlm.text, self.past, x.shape[1]
+        rope = text.text_rope(torch.arange(length) + self.next_position)
+        kept = min(length, self.room)  # beyond there is only padding
+
+        def attend(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            pair = []
+            for cache, new in ((self.keys[i], k), (self.values[i], v)):
+                cache[slot, :, past : past + kept] = new[:, :, :kept]
+                pair.append(torch.cat([cache[slot, :, :past], new], 2))
+            return pair[0], pair[1]
+
+        return text.forward(weights, x, rope, causal_mask(length, past, text.dtype), attend)
 
 
 def ban_bias(vlm: VisionLanguageModel) -> Tensor:

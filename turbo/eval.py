@@ -1,8 +1,9 @@
 """Evaluation on fresh deals: `python -m turbo.eval RUN_OR_MODEL --env points24`.
 
-RUN_OR_MODEL is a run directory of `turbo.train`, a model folder of `turbo.sft`, or `tiny` for the built-in warm start.
-Success comes with its 95 % interval (Wilson), and says which deals it is on: all, those whose multiset the warm start saw,
-those it did not, or the pool that a run was restricted to.
+RUN_OR_MODEL is a run directory of `turbo.train`, a model folder of `turbo.sft`, or `tiny` for the
+built-in warm start. Success comes with its 95 % interval (Wilson), and says which deals it is on:
+all, those whose multiset the warm start saw, those it did not, or the pool that a run was
+restricted to.
 
 Left out: evaluation during training (`turbo.scribe`), plots.
 """
@@ -10,7 +11,7 @@ Left out: evaluation during training (`turbo.scribe`), plots.
 import json
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,21 +20,32 @@ import tyro
 
 from turbo import checkpoint
 from turbo.config import Game, TrainConfig, defaults
+from turbo.lora import new_lora
 from turbo.measure import evaluate
-from turbo.model import load, new_lora, pick_dtype
+from turbo.model import load, pick_dtype
 from turbo.parallel import Crew, cores, run_crew
 from turbo.run import env_maker, model_folder, model_sha256
 from turbo.teacher import Teacher
 
-JSON_KEYS = (
-    "success_rate success_low success_high success_solvable episode_return legal_rate card_rate "
-    "reasoning_score episodes seed temperature split"
-).split()
+JSON_KEYS = [
+    "success_rate",
+    "success_low",
+    "success_high",
+    "success_solvable",
+    "episode_return",
+    "legal_rate",
+    "card_rate",
+    "reasoning_score",
+    "episodes",
+    "seed",
+    "temperature",
+    "split",
+]
 
 
 @dataclass
 class EvalConfig:
-    """Play fresh deals with a trained policy, its merged teacher, or a warm start, and report what comes of it."""
+    """Play fresh deals with a policy, its merged teacher or a warm start; report how it does."""
 
     source: tyro.conf.Positional[str]
     """run directory, model folder, or `tiny`"""
@@ -48,7 +60,7 @@ class EvalConfig:
     temperature: float = 0.2
     """sampling temperature"""
     split: Literal["all", "seen", "unseen", "pool"] = "all"
-    """Points24: all hands; those the warm start saw; those it did not; the pool of a run with --hands"""
+    """Points24: all hands; those the warm start saw; those it did not; a run's pool (--hands)"""
     max_new_tokens: int = 96
     """longest answer in tokens"""
     json: bool = False
@@ -76,12 +88,18 @@ def check(c: EvalConfig) -> TrainConfig:
         )
     if (path / "checkpoints").is_dir():
         saved = checkpoint.read_run(path)
+        if set(saved["config"]) != {f.name for f in fields(TrainConfig)}:
+            raise ValueError(
+                f"{c.source} was made by another version of the program: train it anew"
+            )
         run = TrainConfig(**saved["config"])
         if run.env != c.env:
             raise ValueError(f"{c.source} was trained on {run.env}: use --env {run.env}")
         if saved["model_sha256"] != model_sha256(run):
             raise ValueError(f"{c.source} was trained from another model than {run.model!r} is now")
         checkpoint.load(path)
+        if c.teacher and run.guidance == "none":
+            raise ValueError(f"{c.source} has no teacher: it was trained with --guidance none")
     else:
         run = replace(defaults(c.env, "tiny"), model=c.source)
         if c.teacher:

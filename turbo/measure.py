@@ -1,7 +1,7 @@
-"""What a set of episodes shows: success with its interval, return, legality, and whether the thoughts are right.
+"""What a set of episodes shows: success with its interval, return, legality, right thoughts.
 
-The games have exact solvers, so thoughts are judged exactly (`env.judge`), not by another model. Collapse shows as falling
-reasoning score, and as thoughts that no longer differ.
+The games have exact solvers, so thoughts are judged exactly (`env.judge`), not by another model.
+Collapse shows as falling reasoning score, and as thoughts that no longer differ.
 
 Left out: measurements over the vocabulary (entropy, KL), which need the model (`turbo.score`).
 """
@@ -31,7 +31,10 @@ def mean(values: Sequence[float]) -> float:
 
 
 def rate(steps: Sequence[Step], part: str) -> float:
-    """Share of the steps whose verdict on `part` is true, among those that have one; an illegal answer counts as wrong."""
+    """Share of the steps whose verdict on `part` is true, among those that have one.
+
+    An illegal answer counts as wrong.
+    """
     marks = [getattr(s.verdict, part) for s in steps]
     if all(m is None for m in marks):
         return math.nan
@@ -71,7 +74,7 @@ def outcomes(episodes: Sequence[Episode]) -> dict[str, float]:
 
 
 def certainty(steps: Sequence[Step]) -> dict[str, float]:
-    """Mean surprise -log p of the sampled tokens: an unbiased estimate of the policy's entropy, per token."""
+    """Mean surprise -log p of the sampled tokens: unbiased for the policy's entropy per token."""
     thoughts = [-p for s in steps for p in s.logprobs[: s.thought]]
     actions = [-p for s in steps for p in s.logprobs[s.thought :]]
     return {"thought_entropy": mean(thoughts), "action_entropy": mean(actions)}
@@ -89,7 +92,7 @@ def evaluate(
     crew: Crew,
     envs: int = 256,
 ) -> dict[str, float]:
-    """Play `episodes` fresh deals once each; the figures, with the 95 % interval of the success rate.
+    """Play `episodes` fresh deals once each; the figures, with success's 95 % interval.
 
     Evaluation seeds start at 2**31, above every seed that training draws.
     """

@@ -1,15 +1,16 @@
-"""The policy: a Qwen2.5-VL from transformers, LoRA factors, value head, and one forward pass for all uses.
+"""The policy: a Qwen2.5-VL from transformers, value head, and one forward pass for all uses.
 
-The text model is computed here by a short functional forward pass over explicit weights instead of by the module tree:
-`effective(matrices, lora)` gives base + s*B@A, `text_weights` fuses and casts them, `TextModel.forward` runs them. The same
-function with the same weights serves decoding, scoring and training, so the distribution that is scored is the one that
-was sampled. It equals transformers' own forward pass (tested). Prompts that share their prefix (picture and rules) share
+The text model is computed here by a short functional forward pass over explicit weights instead of
+by the module tree: `effective` (`turbo.lora`) gives base + s*B@A, `text_weights` fuses and casts
+them, `TextModel.forward` runs them. The same function with the same weights serves decoding,
+scoring and training, so the distribution that is scored is the one that was sampled. It equals
+transformers' own forward pass (tested). Prompts that share their prefix (picture and rules) share
 its keys and values: `[U, P]` prefixes are computed once for `[R]` rows.
 
-Left out: vision LoRA (picture features are constants of the frozen tower), quantised bases, other model families.
+Left out: vision LoRA (picture features are constants of the frozen tower), quantised bases, other
+model families.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 from turbo import prompts
 from turbo.batch import pad_to, round_up
 from turbo.kernels.pointwise import rms_norm, swiglu
+from turbo.lora import Lora, effective
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TEXT_PREFIX = "model.language_model."
 
 
@@ -31,7 +32,8 @@ class LayerWeights:
     """One decoder layer, projections fused; matrices in the compute dtype, norms in float32."""
 
     norm1: Tensor  # [D]
-    qkv: Tensor  # [(2*H + 3*Hkv)*hd, D]: queries (scaled by hd**-0.5), keys, values, turned queries, turned keys
+    # queries (scaled by hd**-0.5), keys, values, turned queries, turned keys
+    qkv: Tensor  # [(2*H + 3*Hkv)*hd, D]
     qkv_bias: Tensor  # [(2*H + 3*Hkv)*hd]
     out: Tensor  # [D, H*hd]
     norm2: Tensor  # [D]
@@ -47,73 +49,6 @@ class TextWeights:
     layers: list[LayerWeights]
     norm: Tensor  # [D]
     head: Tensor  # [V, D]
-
-
-@dataclass
-class Lora:
-    """LoRA factors by module name: `delta = scale * B @ A` with A [r, in] and B [out, r], both float32."""
-
-    factors: dict[str, tuple[Tensor, Tensor]]
-    scale: float
-    rank: int
-
-    def parameters(self) -> list[Tensor]:
-        """All factors, in a fixed order."""
-        return [t for pair in self.factors.values() for t in pair]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The factors under the names of a peft adapter."""
-        out = {}
-        for name, (a, b) in self.factors.items():
-            out[f"base_model.model.{name}.lora_A.weight"] = a.detach()
-            out[f"base_model.model.{name}.lora_B.weight"] = b.detach()
-        return out
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy factors in; names and shapes must be those of this model."""
-        own = self.state_dict()
-        if set(own) != set(state):
-            odd = sorted(set(own) ^ set(state))[0]
-            raise ValueError(
-                f"the adapter is of another model: {odd!r} is only on one side; "
-                "use the checkpoint with the model it was trained from"
-            )
-        with torch.no_grad():
-            for name, value in own.items():
-                if value.shape != state[name].shape:
-                    raise ValueError(
-                        f"adapter tensor {name!r} has shape {tuple(state[name].shape)}, "
-                        f"expected {tuple(value.shape)}: another rank or model"
-                    )
-                value.copy_(state[name])
-
-
-def new_lora(matrices: Mapping[str, Tensor], rank: int, alpha: float, seed: int) -> Lora:
-    """Fresh factors on every linear layer of the text model (not the embeddings or the head): A uniform, B zero."""
-    if rank < 1:
-        raise ValueError(f"lora rank must be at least 1, got {rank}")
-    generator = torch.Generator().manual_seed(seed)
-    factors = {}
-    for name, weight in matrices.items():
-        module = name.removesuffix(".weight")
-        if module.rsplit(".", 1)[-1] not in LORA_TARGETS or not name.endswith(".weight"):
-            continue
-        out_features, in_features = weight.shape
-        bound = 1 / math.sqrt(in_features)  # kaiming_uniform with a = sqrt(5), as peft
-        a = (torch.rand(rank, in_features, generator=generator) * 2 - 1) * bound
-        factors[module] = (a.requires_grad_(), torch.zeros(out_features, rank, requires_grad=True))
-    return Lora(factors, alpha / rank, rank)
-
-
-def effective(matrices: Mapping[str, Tensor], lora: Lora | None) -> dict[str, Tensor]:
-    """Weights of the policy: base + s * B @ A where there are factors, the base itself elsewhere."""
-    out = dict(matrices)
-    if lora is not None:
-        for module, (a, b) in lora.factors.items():
-            out[module + ".weight"] = torch.addmm(
-                matrices[module + ".weight"], b, a, alpha=lora.scale
-            )
-    return out
 
 
 class TextModel:
@@ -133,7 +68,7 @@ class TextModel:
         self._table: tuple[Tensor, Tensor] | None = None
 
     def text_weights(self, m: Mapping[str, Tensor]) -> TextWeights:
-        """Fuse the projections of matrices named as in the checkpoint and cast them; differentiable."""
+        """Fuse and cast the projections of matrices named as in the checkpoint; differentiable."""
 
         def cast(x: Tensor) -> Tensor:
             return x.to(self.dtype)
@@ -162,16 +97,20 @@ class TextModel:
         return TextWeights(embed, layers, m[TEXT_PREFIX + "norm.weight"], head)
 
     def _turned(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Rows of q (scaled), k, v, and of q and k with each head's halves (a, b) turned into (-b, a).
+        """Rows of q (scaled), k, v, and of q and k with each head's halves (a, b) turned: (-b, a).
 
-        The rotary embedding x cos + turn(x) sin then needs no shuffling of x: the product yields both terms.
+        The rotary embedding x cos + turn(x) sin then needs no shuffling of x: the product yields
+        both terms.
         """
         qk = torch.cat([q * self.head_dim**-0.5, k])
         a, b = qk.unflatten(0, (-1, 2, self.head_dim // 2)).unbind(1)
         return torch.cat([qk, v, torch.stack([-b, a], 1).flatten(0, 2)])
 
     def prefix_rope(self, prefix_ids: list[int], grid: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Rotary tables [P, (H+Hkv)*hd] of a prefix with one picture of `grid` [1, 3], and the next position."""
+        """Rotary tables [P, (H+Hkv)*hd] of a prefix with one picture, and the next position.
+
+        `grid` [1, 3] is the one of the picture.
+        """
         ids = torch.tensor([prefix_ids])
         kinds = (ids == self._image_token).int()
         positions, _ = self._rope_index(
@@ -189,7 +128,7 @@ class TextModel:
         return tuple(t.index_select(0, flat).view(*positions.shape, -1) for t in self._table)
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [1, L, (H+Hkv)*hd] at three-dimensional positions [3, 1, L], alike for every head."""
+        """cos and sin [1, L, (H+Hkv)*hd], alike for every head, at 3-d positions [3, 1, L]."""
         cos, sin = self._rotary(torch.zeros(1), positions)  # [1, L, hd]
         n = self.heads + self.kv_heads
         return cos.to(self.dtype).repeat(1, 1, n), sin.to(self.dtype).repeat(1, 1, n)
@@ -225,8 +164,9 @@ class TextModel:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Grouped-query attention by two batched products; on a CPU in bfloat16 several times faster to train than SDPA.
+    """Grouped-query attention by two batched products.
 
+    On a CPU in bfloat16 it is several times faster to train than SDPA.
     q [R, L, H, hd] (scaled), k and v [R, Hkv, S, hd], mask additive -> [R, L, H*hd]
     """
     r, length, heads, hd = q.shape
@@ -251,7 +191,7 @@ def causal_mask(length: int, past: int, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class PrefixKV:
-    """Keys and values of U prompt prefixes, per layer [U, Hkv, P, hd], and the position after them."""
+    """Keys and values of U prompt prefixes, per layer [U, Hkv, P, hd], and the next position."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -295,7 +235,8 @@ class VisionLanguageModel:
         self.pad, self.end, self.image = (
             ids[t] for t in (prompts.PAD, prompts.IM_END, prompts.IMAGE_PAD)
         )
-        # Sampling never yields a special token but the end of the turn, nor a padding row of the embedding.
+        # Sampling never yields a special token but the end of the turn, nor a padding row of the
+        # embedding.
         self.banned = torch.zeros(self.text.vocabulary, dtype=torch.bool)
         self.banned[list(ids.values())] = True
         self.banned[len(tokenizer) :] = True
@@ -321,9 +262,10 @@ class VisionLanguageModel:
         )
 
     def thought_tokens(self, ids: list[int]) -> int:
-        """How many leading tokens of an answer are thought: those that end before the last `"action":` key.
+        """How many leading tokens of an answer are thought.
 
-        Counted in bytes of the sampled tokens themselves; nothing is encoded again.
+        They are those that end before the last `"action":` key, counted in bytes of the
+        sampled tokens themselves; nothing is encoded again.
         """
         pieces = [self.token_bytes[i] for i in ids]
         start = b"".join(pieces).rfind(prompts.ACTION_KEY.encode())
@@ -337,14 +279,14 @@ class VisionLanguageModel:
         return len(ids)
 
     def pixels(self, pictures: list) -> tuple[Tensor, Tensor]:
-        """Patches and grids [n, 3] of uint8 pictures [H, W, 3], by transformers' own image processor."""
+        """Patches and grids [n, 3] of uint8 pictures [H, W, 3], by transformers' processor."""
         side = self.processor.patch_size * self.processor.merge_size
         exact = all(n % side == 0 for n in pictures[0].shape[:2])
         out = self.processor(images=pictures, return_tensors="pt", do_resize=not exact)
         return out["pixel_values"], out["image_grid_thw"]
 
     def see(self, pictures: list) -> tuple[Tensor, Tensor]:
-        """Vision features [n, tokens, D] (float32) and one grid [1, 3]; all pictures have the same size."""
+        """Vision features [n, tokens, D] (float32), one grid [1, 3]; the pictures have one size."""
         count = len(pictures)
         pictures = pictures + pictures[:1] * (round_up(count) - count)
         patches, grids = self.pixels(pictures)
@@ -359,7 +301,7 @@ class VisionLanguageModel:
         return next(self.module.model.visual.parameters()).dtype
 
     def prefix(self, w: TextWeights, features: Tensor, fixed: str, grid: Tensor) -> PrefixKV:
-        """Keys and values of U prompts up to and including the fixed text; features [U, tokens, D]."""
+        """Keys and values of U prompts up to the fixed text's end; features [U, tokens, D]."""
         count, n, _ = features.shape
         features = pad_to(features, round_up(count))
         ids = self.encode(prompts.prefix_text(fixed, n))
@@ -381,7 +323,7 @@ class VisionLanguageModel:
 
     def suffix(self, w: TextWeights, ids: Tensor, prefix: PrefixKV) -> Tensor:
         """Hidden states [R, L, D] of right-padded rows `ids` [R, L] that continue R prefixes."""
-        r, length = ids.shape
+        length = ids.shape[1]
         x = F.embedding(ids, w.embed).float()
         rope = self.text.text_rope(torch.arange(length) + prefix.next_position)
 
@@ -410,7 +352,10 @@ def _token_bytes(tokenizer, vocabulary: int) -> list[bytes]:
 
 
 class ValueHead(nn.Module):
-    """State value from the hidden state at the last prompt token: norm, linear, tanh, linear; starts at zero."""
+    """State value from the hidden state at the last prompt token.
+
+    Norm, linear, tanh, linear; it starts at zero.
+    """
 
     def __init__(self, dim: int, width: int = 128):
         super().__init__()
@@ -447,8 +392,8 @@ def load(folder: Path, dtype: torch.dtype) -> VisionLanguageModel:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"model {str(folder)!r} is not a folder with a Hugging Face model: use `tiny`, or make one "
-            "with `python -m turbo.sft points24 --out FOLDER`"
+            f"model {str(folder)!r} is not a folder with a Hugging Face model: use `tiny`, or make "
+            "one with `python -m turbo.sft points24 --out FOLDER`"
         )
     kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
     if kind != "qwen2_5_vl":

@@ -1,9 +1,10 @@
 """Both cores busy: a crew of processes that run the same program on their own share of the data.
 
-Every worker plays its own deals and computes the gradient of its own steps; sums over the crew are taken in shared memory, in
-the order of the ranks, so all workers hold the same bits and take the same optimiser steps. Worker 0 is the process that
-was started; it alone talks, logs and writes. (Threads were tried first: two of them were 1.1 to 1.4 times as fast as
-one, since the interpreter lock changes hands at every small operation. See docs/LOG.md.)
+Every worker plays its own deals and computes the gradient of its own steps; sums over the crew are
+taken in shared memory, in the order of the ranks, so all workers hold the same bits and take the
+same optimiser steps. Worker 0 is the process that was started; it alone talks, logs and writes.
+(Threads were tried first: two of them were 1.1 to 1.4 times as fast as one, since the interpreter
+lock changes hands at every small operation. See docs/LOG.md.)
 
 Left out: several machines, GPUs.
 """
@@ -81,7 +82,7 @@ class Crew:
         return out
 
     def _next(self) -> tuple:
-        """The next item sent to this worker; a worker that failed sends none, and is not waited for."""
+        """The next item sent to this worker; one that failed sends none, and is not waited for."""
         for _ in range(int(PATIENCE)):
             try:
                 return self._queues[self.rank].get(timeout=1.0)

@@ -1,11 +1,11 @@
-"""Prompts as text: the Qwen chat frame around a picture, the fixed part and the state of an environment.
+"""Prompts as text: Qwen's chat frame around a picture, an environment's fixed part and its state.
 
-    <|im_start|>user\\n <|vision_start|> <|image_pad|>*n <|vision_end|> FIXED STATE <|im_end|>\\n <|im_start|>assistant\\n
-    |------------------------ prefix -------------------------------| |------------- suffix ------------------|
+    prefix    <|im_start|>user\\n <|vision_start|> <|image_pad|>*n <|vision_end|> FIXED
+    suffix    STATE <|im_end|>\\n <|im_start|>assistant\\n
 
-The prefix does not change within an episode: its keys and values are computed once and shared by all steps (and by all
-environments that play the same deal). The suffix carries the state. Each part is encoded by itself, so that the token
-boundary between them is always in the same place.
+The prefix does not change within an episode: its keys and values are computed once and shared by
+all steps (and by all environments that play the same deal). The suffix carries the state. Each part
+is encoded by itself, so that the token boundary between them is always in the same place.
 
 Left out: tokenizers and models (`turbo.tiny`, `turbo.model`); chat templates of other families.
 """

@@ -1,12 +1,14 @@
-"""Playing: batches of environments, answers sampled by `turbo.decode`, one record per environment step.
+"""Playing: batches of environments, answers sampled by `turbo.decode`, one record per step.
 
-Every deal is played by a group of G environments that share its picture and the keys and values of the prompt prefix.
-Episodes are played to their end; an environment that comes free begins the next one, until enough steps are there. So
-each update's data are whole episodes and nothing has to be carried from one update to the next. Every random number of a
-rollout derives from (seed, update, worker): a resumed run continues bit for bit without saving any generator.
+Every deal is played by a group of G environments that share its picture and the keys and values of
+the prompt prefix. Episodes are played to their end; an environment that comes free begins the next
+one, until enough steps are there. So each update's data are whole episodes and nothing has to be
+carried from one update to the next. Every random number of a rollout derives from (seed, update,
+worker): a resumed run continues bit for bit without saving any generator.
 
-An answer that cannot be read, or names no legal action, is *illegal*: the environment receives no action and says what
-that costs. Format rewards belong to the same reward stream as the environment's own.
+An answer that cannot be read, or names no legal action, is *illegal*: the environment receives no
+action and says what that costs. Format rewards belong to the same reward stream as the
+environment's own.
 
 Left out: scoring under other weights (`turbo.score`), advantages (`turbo.gae`).
 """
@@ -116,14 +118,17 @@ class Table:
         steps: int = 0,
         deals: list[dict] | None = None,
     ) -> Rollout:
-        """This worker's share of at least `steps` steps, or of the given `deals` (arguments of reset), played once each."""
+        """This worker's share of at least `steps` steps, or of the given `deals`, played once each.
+
+        A deal is the arguments of `reset`.
+        """
         rank, size = self.crew.rank, self.crew.size
         player = _Player(self.vlm, weights, self.envs, self.scout, self.options, (*seed, rank))
         return player.play(-(-steps // size), None if deals is None else deals[rank::size])
 
 
 class _Gallery:
-    """The pictures of a round: each different one is seen once, and its prompt prefix is computed once."""
+    """The pictures of a round: each one is seen once, and its prompt prefix is computed once."""
 
     def __init__(self, vlm: VisionLanguageModel, weights: TextWeights, fixed: str):
         self.vlm, self.weights, self.fixed = vlm, weights, fixed
@@ -136,7 +141,7 @@ class _Gallery:
         self.grid = torch.empty(0)
 
     def look(self, pictures: dict[int, np.ndarray]) -> list[int]:
-        """Numbers of the environments' pictures; those not seen before go through the vision tower."""
+        """Numbers of the environments' pictures; new ones go through the vision tower."""
         new: list[np.ndarray] = []
         for env, picture in pictures.items():
             if env in self.last and self.last[env][0] is picture:
@@ -166,10 +171,11 @@ class _Player:
 
     @torch.no_grad()
     def play(self, steps: int, deals: list[dict] | None) -> Rollout:
-        """Episodes of the `deals`, or of random ones until `steps` steps are done; all that begin are finished.
+        """Episodes of the `deals`, or of random ones until `steps` steps are done.
 
-        Every environment takes the next episode as it comes free. Which episodes are begun depends only
-        on steps already played, so long episodes are as likely to be in as short ones.
+        All that begin are finished. Every environment takes the next episode as it comes free.
+        Which episodes are begun depends only on steps already played, so long episodes are as
+        likely to be in as short ones.
         """
         o, self.taken, self.done = self.options, 0, 0
         self.deals, self.steps = deals, steps

@@ -1,4 +1,4 @@
-"""A training run: what it holds, how it is saved and restored, and what its settings mean for model and environments.
+"""A training run: what it holds, how it is saved and restored, what its settings mean.
 
 Left out: the order of training (`turbo.train`), console and log files (`turbo.scribe`).
 """
@@ -15,8 +15,9 @@ from turbo import checkpoint
 from turbo.config import TrainConfig
 from turbo.envs.make import make, tiny_kwargs
 from turbo.log import read_jsonl
+from turbo.lora import Lora, new_lora
 from turbo.measure import evaluate
-from turbo.model import Lora, ValueHead, VisionLanguageModel, load, new_lora, pick_dtype
+from turbo.model import ValueHead, VisionLanguageModel, load, pick_dtype
 from turbo.parallel import Crew
 from turbo.rollout import RolloutOptions, Table, mix
 from turbo.teacher import Teacher
@@ -25,7 +26,7 @@ from turbo.update import Learner
 
 
 class Run:
-    """Everything a training run holds: model, LoRA, critic, optimizer, teacher, environments, counters."""
+    """All that a run holds: model, LoRA, critic, optimizer, teacher, environments, counters."""
 
     def __init__(self, config: TrainConfig, path: Path, crew: Crew):
         self.config, self.path, self.crew = config, path, crew
@@ -87,7 +88,10 @@ class Run:
                 file.write_text("".join(r + "\n" for r in rows), encoding="utf-8")
 
     def evaluate(self, teacher: bool = False) -> dict[str, float]:
-        """Figures of the policy, or of the merged teacher, on fresh deals of the environment's own distribution."""
+        """Figures of the policy, or of the merged teacher, on fresh deals.
+
+        The deals are of the environment's own distribution.
+        """
         c = self.config
         with torch.no_grad():
             weights = self.teacher.weights if teacher else self.vlm.weights(self.lora)

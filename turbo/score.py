@@ -1,7 +1,8 @@
-"""Scoring a rollout again under given weights: the teacher's KL on the thoughts, values of final observations.
+"""Scoring a rollout again: the teacher's KL on the thoughts, values of final observations.
 
-One teacher forward pass over the very tokens that were sampled, with the picture and the prompt of that step; nothing is
-decoded and nothing is encoded again. Rows run in micro-batches of similar length, and only answer tokens reach the head.
+One teacher forward pass over the very tokens that were sampled, with the picture and the prompt of
+that step; nothing is decoded and nothing is encoded again. Rows run in micro-batches of similar
+length, and only answer tokens reach the head.
 
 Left out: gradients (`turbo.backprop`); what the scores are used for (`turbo.train`).
 """
@@ -40,7 +41,7 @@ def answer_hidden(
 
 
 def score_answers(hidden: Tensor, head: Tensor, batch: TokenBatch, **options) -> PolicyHeadOutput:
-    """`policy_head` on the answer tokens; what was computed beyond them, for a round size, is cut off."""
+    """`policy_head` on the answer tokens; what a round size added beyond them is cut off."""
     n = len(batch.targets)
     out = policy_head(hidden, head, pad_to(batch.targets, len(hidden)), **options)
     return PolicyHeadOutput(**{k: None if v is None else v[:n] for k, v in vars(out).items()})
@@ -89,7 +90,10 @@ def teacher_kl(
 
 @torch.no_grad()
 def final_hidden(vlm: VisionLanguageModel, w: TextWeights, rollout: Rollout) -> dict[int, Tensor]:
-    """Hidden state [D] at the last prompt token of each truncated episode's final observation, by episode number."""
+    """Hidden state [D] at the last prompt token of final observations, by episode number.
+
+    Only truncated episodes have one.
+    """
     ended = {i: e.final for i, e in enumerate(rollout.episodes) if e.final is not None}
     out = {}
     for i, (picture, suffix) in ended.items():

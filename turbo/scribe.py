@@ -1,4 +1,4 @@
-"""What a run tells: the console, the progress bar, metrics.jsonl and episodes.jsonl, evaluations; and being interrupted.
+"""What a run tells: console, progress bar, metrics.jsonl, episodes.jsonl, evaluations; interrupts.
 
 Left out: what the metrics mean (`turbo.log`), how figures are measured (`turbo.measure`).
 """
@@ -31,7 +31,8 @@ class Scribe:
 
     def __init__(self, run: Run):
         self.run, self.leads = run, run.crew.leads
-        self.console = Console(highlight=False, quiet=not self.leads, soft_wrap=True)
+        plain = dict(highlight=False, markup=False, soft_wrap=True)  # a path may hold [brackets]
+        self.console = Console(quiet=not self.leads, **plain)
         self.interrupt = Interrupt() if self.leads else None
         self.interrupted = False
 

@@ -2,9 +2,10 @@
 
     loss = - mean over answer tokens of log p(token | picture, prompt, answer so far)
 
-First a linear read-out of the cards is trained on the vision tower alone (without it the cards stay unread for
-hundreds of steps), then the whole model on all states of expert episodes. Hands are split by multiset: the warm start
-sees only `seen` hands, so that memory and generalisation can be told apart. Run as `python -m turbo.sft points24 --out DIR`.
+First a linear read-out of the cards is trained on the vision tower alone (without it the cards stay
+unread for hundreds of steps), then the whole model on all states of expert episodes. Hands are
+split by multiset: the warm start sees only `seen` hands, so that memory and generalisation can be
+told apart. Run as `python -m turbo.sft points24 --out DIR`.
 
 Left out: reinforcement learning (`turbo.train`).
 """
@@ -35,7 +36,7 @@ from turbo.prompts import suffix_text
 
 @dataclass
 class Demonstration:
-    """One expert episode: its picture and, for each state, the suffix of the prompt and the answer (token ids)."""
+    """One expert episode: its picture, and each state's prompt suffix and answer (token ids)."""
 
     picture: np.ndarray  # [H, W, 3] uint8
     fixed: str
@@ -45,7 +46,10 @@ class Demonstration:
 
 
 def perception_labels(fields: dict) -> list[str]:
-    """What the picture shows, as the expert's answer names it: every field before the thoughts but the formula."""
+    """What the picture shows, as the expert's answer names it.
+
+    That is every field before the thoughts but the formula.
+    """
     labels = []
     for key, value in fields.items():
         if key == "thoughts":
@@ -89,7 +93,8 @@ def backward_demos(
 ) -> tuple[list, float, int]:
     """Accumulate the summed cross-entropy's gradient in the leaves `weights`.
 
-    Returns the gradients of the vision tower's parameters, the summed loss and the number of answer tokens.
+    Returns the gradients of the vision tower's parameters, the summed loss and the number of
+    answer tokens.
     """
     vision = [p for p in vlm.module.model.visual.parameters()]
     features, grid = vlm.see([d.picture for d in demos])
@@ -121,7 +126,10 @@ def backward_demos(
 def train_read_out(
     vlm: VisionLanguageModel, env, crew: Crew, *, steps: int, seed: int, pictures: int = 64
 ) -> float:
-    """Train the vision tower to name what is in the picture through a linear read-out; the last accuracy."""
+    """Train the vision tower to name what is in the picture through a linear read-out.
+
+    Returns the last accuracy.
+    """
     rng = np.random.default_rng([seed, 1, crew.rank])
     first = [demonstrate(env, vlm, i) for i in range(64)]
     names = {label: i for i, label in enumerate(sorted({n for d in first for n in d.labels}))}
@@ -180,8 +188,9 @@ def warm_start(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> 
             if crew.leads:
                 say(
                     f"{split} hands, T {temperature}: success {e['success_rate']:.1%} "
-                    f"[{e['success_low']:.1%}, {e['success_high']:.1%}], legal {e['legal_rate']:.1%}, "
-                    f"cards {e['card_rate']:.1%}, thoughts right {e['reasoning_score']:.1%}"
+                    f"[{e['success_low']:.1%}, {e['success_high']:.1%}], "
+                    f"legal {e['legal_rate']:.1%}, cards {e['card_rate']:.1%}, "
+                    f"thoughts right {e['reasoning_score']:.1%}"
                 )
     if crew.leads:
         save(vlm, c, figures)
@@ -246,7 +255,7 @@ def env_maker(c: SftConfig) -> Callable:
 
 
 def save(vlm: VisionLanguageModel, c: SftConfig, figures: dict) -> None:
-    """Model (bfloat16 safetensors), tokenizer, image processor, and a record of how they were made."""
+    """Write model (bfloat16 safetensors), tokenizer, image processor, and how they were made."""
     out = Path(c.out)
     vlm.module.to(torch.bfloat16).save_pretrained(out)
     vlm.tokenizer.save_pretrained(out)

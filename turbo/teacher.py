@@ -1,9 +1,12 @@
 """The free teacher: the policy's past checkpoints, merged in weight space after every update.
 
-    teacher_k = base + merge(s B_1 A_1, ..., s B_k A_k)          (GTR-Turbo, section 3; TIES: arXiv 2306.01708)
+    teacher_k = base + merge(s B_1 A_1, ..., s B_k A_k)
 
-Kept either as a history of LoRA factors (any weighting, any bound on its length) or, when all checkpoints count and weights
-are equal or decay with age, as running sums whose update costs the same at the hundredth checkpoint as at the first.
+(GTR-Turbo, section 3; TIES: arXiv 2306.01708).
+
+Kept either as a history of LoRA factors (any weighting, any bound on its length) or, when all
+checkpoints count and weights are equal or decay with age, as running sums whose update costs the
+same at the hundredth checkpoint as at the first.
 
 Left out: the merge itself (`turbo.kernels.ties`), and how the teacher guides (`turbo.train`).
 """
@@ -13,12 +16,13 @@ from torch import Tensor
 
 from turbo.config import TrainConfig
 from turbo.history import History
+from turbo.lora import Lora
 from turbo.merge import StreamingTeacher, merge_teacher
-from turbo.model import Lora, TextWeights, VisionLanguageModel
+from turbo.model import TextWeights, VisionLanguageModel
 
 
 class Teacher:
-    """Checkpoints in, runnable teacher weights out; `weights` is None before the first checkpoint."""
+    """Checkpoints in, runnable teacher weights out; `weights` is None before the first one."""
 
     def __init__(self, vlm: VisionLanguageModel, lora: Lora, config: TrainConfig):
         self.vlm, self.config = vlm, config

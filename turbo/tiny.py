@@ -1,9 +1,10 @@
-"""The built-in tiny vision-language model: Qwen2.5-VL's own classes from a small configuration, and its tokenizer.
+"""The built-in tiny vision-language model, of Qwen2.5-VL's own classes, and its tokenizer.
 
-Nothing here is a look-alike: the model is `Qwen2_5_VLForConditionalGeneration`, the pictures go through
-`Qwen2VLImageProcessorPil`, the tokenizer is a byte-level BPE with Qwen's chat and vision tokens, trained on the
-prompts and expert answers of the project's own games. Only the sizes are small, so that the whole method can be trained
-on a CPU in minutes. The warm-started weights are shipped in `turbo/models/<game>/`.
+Nothing here is a look-alike: the model is `Qwen2_5_VLForConditionalGeneration`, the pictures go
+through `Qwen2VLImageProcessorPil`, the tokenizer is a byte-level BPE with Qwen's chat and vision
+tokens, trained on the prompts and expert answers of the project's own games. Only the sizes are
+small, so that the whole method can be trained on a CPU in minutes. The warm-started weights are
+shipped in `turbo/models/<game>/`.
 
 Left out: the warm start itself (`turbo.sft`), LoRA and the fast forward pass (`turbo.model`).
 """
@@ -37,7 +38,8 @@ SIZES = {
 SIZE_OF_GAME = {"points24": "small", "ezpoints": "nano", "numberline": "nano", "blackjack": "nano"}
 
 # What is kept whole when the text is split, before byte pairs are merged: a card's rank with the
-# separator behind it, a result "=24, so ", a number left " 6: ", a number, an operator. The rest is JSON skeleton and words.
+# separator behind it, a result "=24, so ", a number left " 6: ", a number, an operator. The rest is
+# JSON skeleton and words.
 SPLIT = (
     r'(?<=")(?:10|[2-9AJQK])", "(?=[0-9AJQK])|(?<=")[AJQK](?=")'
     r"|=-?[0-9]+(?:/[0-9]+)?(?:, (?:so )?)?| ?-?[0-9]+: | [0-9]+|[0-9]+|[+\-*/()=]"
@@ -152,5 +154,5 @@ def new_model(
 
 
 def image_processor() -> Qwen2VLImageProcessorPil:
-    """transformers' own processor; the games draw at multiples of 28 pixels, so it never resizes them."""
+    """transformers' own processor; it never resizes the games, drawn at multiples of 28 pixels."""
     return Qwen2VLImageProcessorPil(min_pixels=(PATCH * MERGE) ** 2, max_pixels=448 * 448)

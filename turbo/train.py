@@ -1,4 +1,4 @@
-"""Training: PPO on a LoRA policy, guided by a teacher merged from the policy's own past checkpoints.
+"""Training: PPO on a LoRA policy, guided by a teacher merged from the policy's past checkpoints.
 
     for each update:
         play        whole episodes with the policy as it is            turbo.rollout
@@ -9,7 +9,8 @@
                     the teacher is merged anew
         record      metrics, a sample of episodes, a checkpoint        turbo.log, turbo.checkpoint
 
-Run as `python -m turbo.train points24`; `--help` explains every setting. Left out: the warm start (`turbo.sft`).
+Run as `python -m turbo.train points24`; `--help` explains every setting. Left out: the warm start
+(`turbo.sft`).
 """
 
 import dataclasses
@@ -107,7 +108,7 @@ def learn(run: Run, rollout: Rollout, data: StepData, teacher) -> dict[str, floa
         group["lr"] = learning_rate(c, run.update)
     order = torch.Generator().manual_seed(mix(c.seed, run.update, 7, run.crew.rank))
     sizes = [int(n) for n in run.crew.share(len(data.rows))]
-    count = max(1, round(sum(sizes) / c.minibatch))  # minibatches of an epoch
+    count = max(1, min(max(sizes), round(sum(sizes) / c.minibatch)))  # minibatches of an epoch
     totals: dict[str, float] = {}
     batches = 0
     for epoch_batch in range(c.epochs * count if sum(sizes) else 0):
@@ -171,15 +172,24 @@ def parse(argv: list[str]) -> TrainConfig:
     if names and names[0] not in GAME_DEFAULTS:
         raise ValueError(f"environment {names[0]!r} is unknown: use {', '.join(GAME_DEFAULTS)}")
     base = defaults(names[0] if names else "points24", preset)
-    if "--resume" in argv[:-1]:
-        run = Path(argv[argv.index("--resume") + 1])
-        saved = checkpoint.read_run(run)["config"]
+    help_text = f"{TrainConfig.__doc__} Presets: --preset {' | '.join(PRESETS)}."
+
+    def read(base: TrainConfig) -> TrainConfig:
+        options = dict(description=help_text, prog="turbo.train")
+        return tyro.cli(TrainConfig, default=base, args=argv, **options)
+
+    c = read(base)
+    if c.resume:
+        saved = checkpoint.read_run(Path(c.resume))["config"]
         known = {f.name for f in dataclasses.fields(TrainConfig)}
         if set(saved) != known:
-            raise ValueError(f"{run} was made by another version of the program: start a new run")
+            raise ValueError(
+                f"{c.resume} was made by another version of the program: start a new run"
+            )
         base = TrainConfig(**saved)
-    help_text = f"{TrainConfig.__doc__} Presets: --preset {' | '.join(PRESETS)}."
-    c = tyro.cli(TrainConfig, default=base, args=argv, description=help_text, prog="turbo.train")
+        c = read(base)
+    elif c.env != base.env:  # the environment was not named first
+        c = read(defaults(c.env, preset))
     check(c)
     if c.resume and (odd := changed(dataclasses.asdict(base), c)):
         flags = ", ".join("--" + name.replace("_", "-") for name in odd)
@@ -204,7 +214,12 @@ def main(argv: list[str] | None = None) -> int:
     """Read the settings and train; returns the exit status."""
     try:
         c = parse(sys.argv[1:] if argv is None else argv)
-        c.workers = c.workers or cores()
+        c.workers = c.workers or min(cores(), max(1, c.envs // c.group_size))
+        if c.envs < c.workers * c.group_size:
+            raise ValueError(
+                f"--envs must be at least --workers * --group-size = {c.workers * c.group_size}, "
+                f"got {c.envs}"
+            )
         path = run_folder(c)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
-"""One policy update on a rollout: which steps are trained on, their advantages, and the gradient of a minibatch.
+"""One policy update on a rollout: which steps count, their advantages, a minibatch's gradient.
 
-    loss = - mean min(ratio A, clip(ratio) A)  +  beta * mean_thought KL(policy || teacher)  +  c_v * value loss
+    loss = - mean min(ratio A, clip(ratio) A)  +  beta * mean_thought KL(policy || teacher)
+           + c_v * value loss
 
 Left out: playing (`turbo.rollout`), the order of things (`turbo.train`).
 """
@@ -15,7 +16,8 @@ from turbo.batch import TokenBatch
 from turbo.config import TrainConfig
 from turbo.gae import explained_variance, gae, group_advantages
 from turbo.kl import kl_estimate, mean_over
-from turbo.model import Lora, TextWeights, VisionLanguageModel
+from turbo.lora import Lora
+from turbo.model import TextWeights, VisionLanguageModel
 from turbo.parallel import Crew
 from turbo.ppo import ppo_loss, step_logprob, value_loss
 from turbo.rollout import Rollout, Step
@@ -101,7 +103,10 @@ def old_logprobs(steps: list[Step], thought_coef: float) -> Tensor:
 def step_values(
     vlm: VisionLanguageModel, weights: TextWeights, rollout: Rollout, value_head: nn.Module
 ) -> tuple[Tensor, Tensor]:
-    """Values [N] of all steps and of their successors; a truncated step's is that of its final observation."""
+    """Values [N] of all steps and of their successors.
+
+    The successor of a truncated episode's last step is the final observation.
+    """
     values = value_head(torch.stack([s.hidden for s in rollout.steps]))
     following = torch.cat([values[1:], values.new_zeros(1)])
     ends = torch.tensor([len(e.steps) for e in rollout.episodes]).cumsum(0) - 1

@@ -1,4 +1,4 @@
-"""turbo/backprop.py: gradients in pieces are the gradients of the whole, by transformers' own forward pass."""
+"""turbo/backprop.py: gradients in pieces are those of the whole, by transformers' own pass."""
 
 import pytest
 import tiny_models
@@ -120,7 +120,9 @@ def test_gradients_of_workers_are_summed_and_scaled(vlm):
     for shard in shards[:2]:  # the third has no rows
         for layer in shard.layers:
             layer.qkv.grad = torch.randn(layer.qkv.shape, generator=generator)
-    upstream = [a.qkv.grad + b.qkv.grad for a, b in zip(shards[0].layers, shards[1].layers, strict=True)]
+    upstream = [
+        a.qkv.grad + b.qkv.grad for a, b in zip(shards[0].layers, shards[1].layers, strict=True)
+    ]
     backward_weights(weights, shards, scale=0.5)
     got = [p.grad.clone() for p in lora.parameters() if p.grad is not None]
     again = vlm.weights(lora)
@@ -141,7 +143,11 @@ def test_a_crew_of_one_trains_like_sft(trainable):
     settings = SftConfig(env="numberline", steps=6, deals=4, states=1, learning_rate=0.02)
     state = {k: v.clone() for k, v in trainable.module.state_dict().items()}
     first = sft.train_language(
-        trainable, tiny_models.new_env(), Crew(), SftConfig(env="numberline", steps=1, deals=4, states=1), str
+        trainable,
+        tiny_models.new_env(),
+        Crew(),
+        SftConfig(env="numberline", steps=1, deals=4, states=1),
+        str,
     )
     last = sft.train_language(trainable, tiny_models.new_env(), Crew(), settings, str)
     trainable.module.load_state_dict(state)

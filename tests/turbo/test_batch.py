@@ -1,5 +1,7 @@
 """turbo/batch.py: rows are padded without losing or moving a token."""
 
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,7 +38,7 @@ def test_every_answer_token_is_predicted_where_it_should_be(rows):
 
 @given(row_lists)
 def test_little_is_padded(rows):
-    """Rows and their lengths are rounded to a multiple of 8, answer tokens to one of 64: nothing like [R * L]."""
+    """Rows and lengths are rounded to a multiple of 8, answer tokens to one of 64."""
     batch = pad_rows([s for s, _ in rows], [a for _, a in rows], PAD)
     longest = max(len(s) + len(a) - 1 for s, a in rows)
     assert batch.padded_rows < len(rows) + 8 and batch.ids.shape[1] < longest + 8
@@ -67,6 +69,6 @@ def test_micro_batches_hold_every_row_once(lengths, size):
     assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
     assert all(0 < len(b) <= size for b in batches)
     assert all(len(b) == size for b in batches[:-1])
-    for one, two in zip(batches, batches[1:], strict=False):  # from short to long
+    for one, two in itertools.pairwise(batches):  # from short to long
         assert max(lengths[i] for i in one) <= min(lengths[i] for i in two)
     assert len(micro_batches([5] * 100)[0]) == MICRO_ROWS

@@ -80,7 +80,9 @@ def test_a_run_records_settings_and_versions(tmp_path):
     record = checkpoint.read_run(run)
     assert record["config"] == dataclasses.asdict(config) and record["model_sha256"] == "abc"
     assert record["versions"]["torch"] == torch.__version__
-    assert {"gtr-turbo", "commit", "python", "transformers", "numpy", "processor"} <= set(record["versions"])
+    assert {"gtr-turbo", "commit", "python", "transformers", "numpy", "processor"} <= set(
+        record["versions"]
+    )
     assert TrainConfig(**json.loads((run / "config.json").read_text())["config"]) == config
 
 
@@ -88,7 +90,7 @@ def test_an_existing_run_is_refused_or_replaced(tmp_path):
     run = tmp_path / "run"
     checkpoint.create_run(run, TrainConfig(), "a")
     save(run, 5)
-    with pytest.raises(CheckpointError, match="already exists.*--resume.*--overwrite"):
+    with pytest.raises(CheckpointError, match=r"already exists.*--resume.*--overwrite"):
         checkpoint.create_run(run, TrainConfig(), "a")
     assert checkpoint.load(run)[2]["update"] == 5
     checkpoint.create_run(run, TrainConfig(overwrite=True), "b")
@@ -113,7 +115,7 @@ def test_overwrite_leaves_other_folders_alone(tmp_path):
 
 
 def test_what_is_no_run(tmp_path):
-    with pytest.raises(CheckpointError, match="is not a run directory: it has no config.json"):
+    with pytest.raises(CheckpointError, match=r"is not a run directory: it has no config\.json"):
         checkpoint.read_run(tmp_path / "absent")
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')  # a model's config
     with pytest.raises(CheckpointError, match="has no settings"):

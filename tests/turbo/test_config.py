@@ -36,12 +36,22 @@ def test_presets_are_possible(env, preset):
 
 def test_the_paper():
     c = defaults("points24", "paper")
-    assert (c.lora_rank, c.lora_alpha, c.learning_rate, c.final_learning_rate) == (128, 256, 1e-5, 1e-9)
+    assert (c.lora_rank, c.lora_alpha, c.learning_rate, c.final_learning_rate) == (
+        128,
+        256,
+        1e-5,
+        1e-9,
+    )
     assert (c.steps_per_update, c.updates, c.epochs, c.minibatch, c.clip) == (1024, 30, 4, 128, 0.1)
     assert (c.value_coef, c.adam_eps, c.grad_clip, c.temperature) == (0.5, 1e-7, 0.01, 0.2)
     assert (c.max_new_tokens, c.gamma, c.gae_lambda, c.thought_coef) == (256, 0.9, 0.95, 0.5)
     assert (c.format_valid, c.format_invalid, c.early_truncation) == (3.0, -2.0, True)
-    assert (c.advantage, c.kl_estimator, c.kl_placement, c.density) == ("gae", "clip", "advantage", 0.8)
+    assert (c.advantage, c.kl_estimator, c.kl_placement, c.density) == (
+        "gae",
+        "clip",
+        "advantage",
+        0.8,
+    )
     assert (c.merge, c.weighting, float(c.kl_coef)) == ("ties", "sma", 1.0)
 
 
@@ -149,7 +159,9 @@ def test_sft_settings(env):
     c = sft_defaults(env)
     check_sft(c)
     for name in ("steps", "deals", "solutions", "read_out_steps", "learning_rate", "eval_episodes"):
-        with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')} must be more than 0, got 0"):
+        with pytest.raises(
+            ValueError, match=f"^--{name.replace('_', '-')} must be more than 0, got 0"
+        ):
             check_sft(dataclasses.replace(c, **{name: 0}))
     for name in ("seed", "states", "workers"):
         with pytest.raises(ValueError, match=f"^--{name} must be zero or more, got -1"):

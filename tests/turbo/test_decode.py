@@ -1,4 +1,4 @@
-"""turbo/decode.py: whatever is guessed, answers are drawn from p, and the recorded log-probs are those of p."""
+"""turbo/decode.py: whatever is guessed, answers are drawn from p, and log p is what is recorded."""
 
 import itertools
 import math
@@ -52,13 +52,14 @@ def exact(vlm, prompt, tokens, temperature):
 
 @pytest.fixture(scope="module")
 def limited(vlm):
-    """The random model, which may say LETTERS or end, and the probability of every answer of two tokens."""
+    """The random model, which may say LETTERS or end."""
     letters = [vlm.encode(c)[0] for c in LETTERS]
     return tiny_models.with_banned(vlm, [*letters, vlm.end])
 
 
 @pytest.fixture(scope="module")
 def truth(limited, prompt):
+    """The probability of every answer of at most two tokens."""
     letters = [limited.encode(c)[0] for c in LETTERS]
     answers = [(limited.end,), *itertools.product(letters, [*letters, limited.end])]
     p = {a: exact(limited, prompt, list(a), TEMPERATURE).sum().exp().item() for a in answers}
@@ -135,7 +136,7 @@ def test_a_guess_that_is_refused_is_not_drawn_again(limited, prompt, truth):
     for _ in range(8):
         before = decoder.accepted
         for slot in range(slots):
-            decoder.ask(slot, Request(prompt[2], lambda w: word if not w else w))
+            decoder.ask(slot, Request(prompt[2], lambda w: w or word))
         done = finish(decoder)
         begun = sum(s.tokens[0] == letter for s in done.values())
         assert begun == decoder.accepted - before  # only by being accepted
@@ -146,7 +147,7 @@ def test_a_guess_that_is_refused_is_not_drawn_again(limited, prompt, truth):
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 def test_recorded_logprobs_are_those_of_a_full_pass(fitted, temperature):
-    """Multi-step answers with true guesses; every token's log p by transformers' pass, specials banned."""
+    """Whole answers with true guesses; every token's log p by transformers' pass."""
     lora = tiny_models.noisy_lora(fitted, size=0.01)
     rollout = tiny_models.play(fitted, lora, temperature=temperature)
     assert rollout.accepted > 0 and rollout.guessed > rollout.accepted
@@ -181,7 +182,7 @@ def test_specials_are_never_sampled(vlm, prompt):
     for slot in range(64):
         decoder.ask(slot, Request(prompt[2], lambda w: w))
     tokens = [t for s in finish(decoder).values() for t in s.tokens]
-    # At this temperature every token is about equally likely: 6 of 640 are banned, some 24 expected.
+    # At this temperature all tokens are about equally likely: 6 of 640 are banned.
     assert len(tokens) >= 2200
     assert not vlm.banned[torch.tensor(tokens)].any()
     assert len(set(tokens)) > 500
@@ -195,13 +196,18 @@ def test_specials_are_never_sampled(vlm, prompt):
 
 
 def test_rows_do_not_wait_for_each_other(fitted):
-    """Rows of different length and guesses, asked at different times: each is scored as it would be alone."""
+    """Rows of different length and guesses, asked at different times, are scored as if alone."""
     env = tiny_models.new_env()
     picture, _ = env.reset(options={"hand": [1, 4]})
     fixed, answer = env.prompt("short").fixed, env.expert_answer(None)
     states = ["- or +?", "longer: - or +? 1 2 3 4 5 6", "- or +?", "- or +?"]
     suffixes = [fitted.encode(suffix_text(s)) for s in states]
-    guesses = [lambda w: w, lambda w: w + answer[len(w) :], lambda w: w + "abc", lambda w: w + "x" * 60]
+    guesses = [
+        lambda w: w,
+        lambda w: w + answer[len(w) :],
+        lambda w: w + "abc",
+        lambda w: w + "x" * 60,
+    ]
     decoder = decoder_for(fitted, (picture, fixed), 4, temperature=1.2, max_new=48)
     done, order = {}, []
 

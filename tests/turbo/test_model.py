@@ -1,4 +1,4 @@
-"""turbo/model.py against transformers' own forward pass and against peft; tokens, thoughts, errors."""
+"""turbo/model.py against transformers' own pass and against peft; tokens, thoughts, errors."""
 
 import copy
 import dataclasses
@@ -13,14 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbo import prompts, tiny
-from turbo.model import (
-    ValueHead,
-    VisionLanguageModel,
-    causal_mask,
-    load,
-    new_lora,
-    pick_dtype,
-)
+from turbo.lora import new_lora
+from turbo.model import ValueHead, VisionLanguageModel, causal_mask, load, pick_dtype
 
 FIXED = "Make 12 with the two cards. Reply in JSON.\n"
 ANSWER = '{"cards": ["10", "2"], "thoughts": "2 10: 10+2=12, so 10+2, next +", "action": "+"}'
@@ -115,7 +109,10 @@ def test_gradients_of_the_factors_are_those_of_transformers(vlm):
     lora, row, shown = tiny_models.noisy_lora(vlm), vlm.encode(ANSWER), pictures(1)
     target = torch.tensor([*row[1:], 7])
     grads = []
-    for logits in (own_logits(vlm, lora, shown, [0], [row])[0], their_logits(vlm, lora, shown[0], row)):
+    for logits in (
+        own_logits(vlm, lora, shown, [0], [row])[0],
+        their_logits(vlm, lora, shown[0], row),
+    ):
         grads.append(torch.autograd.grad(F.cross_entropy(logits, target), lora.parameters()))
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
@@ -129,7 +126,9 @@ def test_the_adapter_is_one_of_peft(vlm, random_folder):
     module = load(random_folder, torch.float32).module
     names = "|".join(name.rsplit(".", 1)[-1] for name in list(lora.factors)[:7])
     config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.rank * lora.scale, target_modules=rf".*language_model.*({names})"
+        r=lora.rank,
+        lora_alpha=lora.rank * lora.scale,
+        target_modules=rf".*language_model.*({names})",
     )
     adapted = peft.get_peft_model(module, config)
     assert set(peft.get_peft_model_state_dict(adapted)) == set(lora.state_dict())
@@ -155,7 +154,9 @@ def test_new_factors_change_nothing_and_know_their_seed(vlm):
     lora = new_lora(vlm.matrices, 4, 8.0, seed=1)
     assert lora.scale == 2.0 and lora.rank == 4
     assert len(lora.factors) == 7 * vlm.text.layers
-    assert not any("embed" in name or "visual" in name or "lm_head" in name for name in lora.factors)
+    assert not any(
+        "embed" in name or "visual" in name or "lm_head" in name for name in lora.factors
+    )
     assert all(p.requires_grad for p in lora.parameters())
     with torch.no_grad():
         for one, two in zip(vlm.weights(lora).layers, vlm.weights().layers, strict=True):
@@ -173,7 +174,9 @@ def test_factors_of_another_model_are_refused(vlm):
     state = {k: v.clone() for k, v in lora.state_dict().items()}
     fresh = new_lora(vlm.matrices, 4, 8.0, 9)
     fresh.load_state_dict(state)
-    assert all(torch.equal(x, y) for x, y in zip(fresh.parameters(), lora.parameters(), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(fresh.parameters(), lora.parameters(), strict=True)
+    )
     missing = dict(list(state.items())[1:])
     with pytest.raises(ValueError, match="the adapter is of another model"):
         fresh.load_state_dict(missing)
@@ -251,7 +254,7 @@ def test_an_action_key_within_the_thoughts_does_not_end_them(vlm):
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_the_split_is_made_on_the_sampled_tokens(data):
-    """However the same text is cut into tokens, the split is at the token that holds the key's begin."""
+    """However a text is cut into tokens, the split is at the token in which the key begins."""
     vlm = tiny_models.random_model()
     text = b'"t": "x", "action": "+"}'
     by_bytes = {}

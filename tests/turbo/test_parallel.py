@@ -62,7 +62,9 @@ def test_two_processes_add_and_share(tmp_path):
     second = eval_literal(tmp_path / "1.txt")
     assert first == eval_literal(tmp_path / "0.txt")
     for turn in range(2):
-        for rank, (small, large, total, shared, collected, kept) in enumerate((first[turn], second[turn])):
+        for rank, (small, large, total, shared, collected, kept) in enumerate(
+            (first[turn], second[turn])
+        ):
             assert small == [3.0 + 2 * turn] * 3 and large == 999 * 3
             assert total == [2.0, 2]
             assert shared == [{"rank": 0, "turn": turn}, {"rank": 1, "turn": turn}]

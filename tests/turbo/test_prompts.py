@@ -24,7 +24,9 @@ def test_a_picture_has_as_many_places_as_features(vlm):
     features, _ = vlm.see([picture])
     ids = vlm.encode(prompts.prefix_text("rules", features.shape[1]))
     assert ids.count(vlm.image) == features.shape[1] == 8
-    start, end = (vlm.tokenizer.convert_tokens_to_ids(t) for t in (prompts.VISION_START, prompts.VISION_END))
+    start, end = (
+        vlm.tokenizer.convert_tokens_to_ids(t) for t in (prompts.VISION_START, prompts.VISION_END)
+    )
     assert ids[ids.index(vlm.image) - 1] == start
     assert ids[len(ids) - 1 - ids[::-1].index(vlm.image) + 1] == end
 

@@ -1,9 +1,8 @@
-"""turbo/rollout.py: whole episodes in groups that share their deal, one record per step, reproducible."""
+"""turbo/rollout.py: whole episodes in groups that share their deal, one record per step."""
 
 import copy
 from collections import Counter
 
-import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -21,27 +20,6 @@ class Seen:
     def __init__(self, vlm):
         self.vlm, self.pictures = copy.copy(vlm), []
         self.vlm.see = lambda pictures: (self.pictures.extend(pictures), vlm.see(pictures))[1]
-
-
-def speechless(vlm):
-    """A model that ends every answer at once; `scripted` environments answer for it."""
-    return tiny_models.with_banned(vlm, [vlm.end])
-
-
-def scripted(game, choose=None, **options):
-    """An environment that reads every answer as the expert's, or as the action that `choose` names."""
-    env = tiny_models.new_env(game, **options)
-    read, rng = env.read_answer, np.random.default_rng(0)
-
-    def answer(text):
-        written = env.expert_answer(rng)
-        if choose is not None:
-            before, key, _ = written.rpartition('"action": "')
-            written = before + key + choose(env) + '"}'
-        return read(written)
-
-    env.read_answer = answer
-    return env
 
 
 def collect(vlm, make_env, *, seed=(0,), steps=1, deals=None, crew=None, **options):
@@ -96,13 +74,19 @@ def test_every_step_has_the_picture_that_was_shown(fitted):
     mine = rollout.features[[s.picture for s in rollout.steps]]
     torch.testing.assert_close(mine, features, rtol=1e-4, atol=1e-5)
     assert torch.equal(rollout.grid, grid)
-    assert any(a.picture != b.picture for e in rollout.episodes for a, b in zip(e.steps, e.steps[1:], strict=False))
+    assert any(
+        a.picture != b.picture
+        for e in rollout.episodes
+        for a, b in zip(e.steps, e.steps[1:], strict=False)
+    )
 
 
 def test_a_seed_repeats_a_rollout_and_another_does_not(fitted):
     def record(seed):
         rollout = tiny_models.play(fitted, seed=seed, steps=20)
-        return [(e.deal, [(s.tokens, s.logprobs, s.reward) for s in e.steps]) for e in rollout.episodes]
+        return [
+            (e.deal, [(s.tokens, s.logprobs, s.reward) for s in e.steps]) for e in rollout.episodes
+        ]
 
     first = record((3, 1))
     assert record((3, 1)) == first
@@ -118,8 +102,8 @@ def test_environments_may_be_used_again(fitted):
 
 
 def test_a_picture_that_does_not_change_is_seen_once(vlm):
-    seen = Seen(speechless(vlm))
-    rollout = collect(seen.vlm, lambda: scripted("ezpoints"), steps=40)
+    seen = Seen(tiny_models.speechless(vlm))
+    rollout = collect(seen.vlm, lambda: tiny_models.scripted("ezpoints"), steps=40)
     assert len(rollout.steps) >= 40
     different = {p.tobytes() for p in seen.pictures}
     deals = len({e.group for e in rollout.episodes})
@@ -131,8 +115,8 @@ def test_a_picture_that_does_not_change_is_seen_once(vlm):
 
 
 def test_a_picture_that_changes_is_seen_anew(vlm):
-    seen = Seen(speechless(vlm))
-    make_env = lambda: scripted("points24", draw_formula=True)  # noqa: E731
+    seen = Seen(tiny_models.speechless(vlm))
+    make_env = lambda: tiny_models.scripted("points24", draw_formula=True)  # noqa: E731
     deals = [{"seed": 1, "options": {"hand": ["A", "2", "3", "4"]}}]
     rollout = collect(seen.vlm, make_env, deals=deals, group=1)
     (episode,) = rollout.episodes
@@ -152,9 +136,9 @@ def test_a_picture_that_changes_is_seen_anew(vlm):
 
 
 def test_fresh_arrays_with_the_same_picture_are_seen_once(vlm):
-    seen = Seen(speechless(vlm))
+    seen = Seen(tiny_models.speechless(vlm))
     deals = [{"seed": i} for i in range(3)]
-    make_env = lambda: scripted("ezpoints", fresh_pictures=True)  # noqa: E731
+    make_env = lambda: tiny_models.scripted("ezpoints", fresh_pictures=True)  # noqa: E731
     rollout = collect(seen.vlm, make_env, deals=deals, group=2, envs=2)
     assert len(rollout.episodes) == 6 and len(rollout.steps) == 6 * 4
     assert len(seen.pictures) == len(rollout.features) == 3
@@ -164,8 +148,14 @@ def test_a_truncated_end_keeps_its_final_observation(vlm):
     """Steps away from the target and back: the final picture is that behind the last action."""
     away = lambda env: "+" if env.attempts % 2 == 0 else "-"  # noqa: E731
     deals = [{"options": {"hand": [2, 0]}}, {"options": {"hand": [1, 5]}}]
-    quiet = speechless(vlm)
-    rollout = collect(quiet, lambda: scripted("numberline", away), deals=deals, group=1, max_new_tokens=4)
+    quiet = tiny_models.speechless(vlm)
+    rollout = collect(
+        quiet,
+        lambda: tiny_models.scripted("numberline", away),
+        deals=deals,
+        group=1,
+        max_new_tokens=4,
+    )
     env = tiny_models.new_env("numberline")
     for episode, deal in zip(rollout.episodes, deals, strict=True):
         assert [s.truncated for s in episode.steps] == [False] * 9 + [True]
@@ -175,7 +165,7 @@ def test_a_truncated_end_keeps_its_final_observation(vlm):
         want, _ = vlm.see([env.render()])
         torch.testing.assert_close(rollout.features[picture], want[0], rtol=1e-4, atol=1e-5)
         assert picture != episode.steps[-1].picture
-    arrived = collect(quiet, lambda: scripted("numberline"), deals=deals, group=1)
+    arrived = collect(quiet, lambda: tiny_models.scripted("numberline"), deals=deals, group=1)
     assert all(e.success and e.final is None and e.steps[-1].terminated for e in arrived.episodes)
     assert [len(e.steps) for e in arrived.episodes] == [2, 4]
 
@@ -184,7 +174,12 @@ def test_a_legal_answer_without_its_end_is_too_long_and_is_not_played(vlm):
     talking = tiny_models.with_banned(vlm, [vlm.encode("x")[0]])  # never ends
     deals = [{"options": {"hand": [2, 0]}}]
     rollout = collect(
-        talking, lambda: scripted("numberline"), deals=deals, group=1, max_new_tokens=3, format_invalid=-2.0
+        talking,
+        lambda: tiny_models.scripted("numberline"),
+        deals=deals,
+        group=1,
+        max_new_tokens=3,
+        format_invalid=-2.0,
     )
     (episode,) = rollout.episodes
     assert len(episode.steps) == 10 and not episode.success
@@ -197,9 +192,13 @@ def test_a_legal_answer_without_its_end_is_too_long_and_is_not_played(vlm):
 
 def test_an_illegal_answer_is_not_played(vlm):
     deals = [{"options": {"hand": [2, 0]}}]
-    for choose, played in ((lambda env: "-", True), (lambda env: "- ", True), (lambda env: "-1", False)):
-        env_maker = lambda choose=choose: scripted("numberline", choose)  # noqa: E731
-        (episode,) = collect(speechless(vlm), env_maker, deals=deals, group=1).episodes
+    for choose, played in (
+        (lambda env: "-", True),
+        (lambda env: "- ", True),
+        (lambda env: "-1", False),
+    ):
+        env_maker = lambda choose=choose: tiny_models.scripted("numberline", choose)  # noqa: E731
+        (episode,) = collect(tiny_models.speechless(vlm), env_maker, deals=deals, group=1).episodes
         assert episode.success == played
         assert (episode.steps[0].answer.action == "-") == played
 
@@ -207,7 +206,9 @@ def test_an_illegal_answer_is_not_played(vlm):
 def test_deals_are_played_once_each(fitted):
     deals = [{"options": {"hand": [a, b]}} for a in range(6) for b in range(6) if a != b]
     rollout = tiny_models.play(fitted, deals=deals, group=1, envs=7)
-    assert Counter(e.deal for e in rollout.episodes) == Counter(tuple(d["options"]["hand"]) for d in deals)
+    assert Counter(e.deal for e in rollout.episodes) == Counter(
+        tuple(d["options"]["hand"]) for d in deals
+    )
     few = tiny_models.play(fitted, deals=deals[:2], group=1, envs=7)
     assert sorted(e.deal for e in few.episodes) == [(0, 1), (0, 2)]
     assert tiny_models.play(fitted, deals=[], group=1, envs=7).episodes == []
@@ -225,12 +226,14 @@ def test_workers_share_the_deals_and_play_different_ones(fitted):
         want[env.deal_key()] += 2
     assert both == want
     one, two = (collect(fitted, tiny_models.new_env, crew=Crew(r, 2), steps=40) for r in range(2))
-    assert 20 <= len(one.steps) and [s.tokens for s in one.steps] != [s.tokens for s in two.steps]
+    assert len(one.steps) >= 20 and [s.tokens for s in one.steps] != [s.tokens for s in two.steps]
     assert len({e.group for e in one.episodes}) >= 1
 
 
 def test_too_few_environments_are_refused(vlm):
-    with pytest.raises(ValueError, match="7 environments are too few for 2 workers with groups of 4"):
+    with pytest.raises(
+        ValueError, match="7 environments are too few for 2 workers with groups of 4"
+    ):
         collect(vlm, tiny_models.new_env, envs=7, crew=Crew(0, 2))
 
 
@@ -249,6 +252,8 @@ def test_mixed_seeds(numbers):
 
 
 def test_mixed_seeds_of_neighbours_differ():
-    seeds = {mix(s, u, r, k) for s in range(8) for u in range(40) for r in range(4) for k in (0, 1, 7)}
+    seeds = {
+        mix(s, u, r, k) for s in range(8) for u in range(40) for r in range(4) for k in (0, 1, 7)
+    }
     assert len(seeds) == 8 * 40 * 4 * 3
     assert mix(0, 1) != mix(1, 0)

@@ -1,4 +1,4 @@
-"""turbo/score.py: the teacher's KL of the sampled tokens, with picture and prompt, against transformers."""
+"""turbo/score.py: the KL to the teacher of the sampled tokens, against transformers' own pass."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 import torch
 
-from turbo.model import new_lora
+from turbo.lora import new_lora
 from turbo.score import final_hidden, guided_tokens, local_pictures, teacher_kl
 
 TEMPERATURE = 0.7
@@ -15,7 +15,7 @@ ESTIMATORS = ("full", "forward", "clip", "abs", "k1", "k3")
 
 @pytest.fixture(scope="module")
 def played(fitted):
-    """A rollout, the policy's factors that played it, a teacher's, and exact log p and log q [T, V] of some steps."""
+    """A rollout, the factors of policy and teacher, exact log p and log q [T, V] of some steps."""
     policy = tiny_models.noisy_lora(fitted, 1, 0.02)
     teacher = tiny_models.noisy_lora(fitted, 2, 0.1)
     rollout = tiny_models.play(fitted, policy, temperature=TEMPERATURE)
@@ -103,7 +103,7 @@ def test_the_value_of_a_truncated_end_is_asked_of_its_final_observation(fitted, 
     weights = fitted.weights(policy)
     got = final_hidden(fitted, weights, rollout)
     assert set(got) == {i for i, e in enumerate(rollout.episodes) if e.steps[-1].truncated}
-    assert 0 < len(got)
+    assert len(got) > 0
     parameters, env = tiny_models.merged_parameters(fitted, policy), tiny_models.new_env()
     for i in list(got)[:4]:
         env.reset(options={"hand": rollout.episodes[i].deal})
@@ -119,7 +119,9 @@ def test_the_value_of_a_truncated_end_is_asked_of_its_final_observation(fitted, 
 def test_a_rollout_without_truncated_ends_needs_no_pass(fitted, played):
     rollout = played[0]
     ended = [e for e in rollout.episodes if e.final is None]
-    assert final_hidden(fitted, fitted.weights(), dataclasses.replace(rollout, episodes=ended)) == {}
+    assert (
+        final_hidden(fitted, fitted.weights(), dataclasses.replace(rollout, episodes=ended)) == {}
+    )
 
 
 def test_fresh_factors_are_the_base(fitted, played):

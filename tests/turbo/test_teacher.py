@@ -1,4 +1,6 @@
-"""turbo/teacher.py: a teacher that changes with every checkpoint, at full strength, and comes back bit for bit."""
+"""turbo/teacher.py: it changes with every checkpoint, at full strength, and is restored exactly."""
+
+import itertools
 
 import pytest
 import tiny_models
@@ -21,7 +23,12 @@ def asked(vlm):
     env = tiny_models.new_env("ezpoints")
     picture, _ = env.reset(seed=0)
     features, grid = vlm.see([picture])
-    return features, env.prompt("short").fixed, grid, torch.tensor([vlm.encode("10 2: 10+2=12, so 10+2")])
+    return (
+        features,
+        env.prompt("short").fixed,
+        grid,
+        torch.tensor([vlm.encode("10 2: 10+2=12, so 10+2")]),
+    )
 
 
 @torch.no_grad()
@@ -135,7 +142,7 @@ def test_merge_every_keeps_the_teacher_in_between(vlm, asked):
     for k in range(6):
         teacher.push(k, tiny_models.noisy_lora(vlm, k), 0.5)
         seen.append(logits(vlm, asked, teacher.weights))
-    same = [torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False)]
+    same = [torch.equal(a, b) for a, b in itertools.pairwise(seen)]
     # the first checkpoint is there at once, then every third count
     assert same == [True, False, True, True, False]
 

@@ -1,4 +1,4 @@
-"""turbo/tiny.py: transformers' own classes in a small size, and a tokenizer that wastes no token."""
+"""turbo/tiny.py: transformers' own classes in a small size, and a thrifty tokenizer."""
 
 import itertools
 

@@ -1,0 +1,174 @@
+"""turbo/eval.py from the command line: figures, their names, and refusals in one line."""
+
+import json
+import re
+import shutil
+
+import pytest
+import tiny_models
+from safetensors.torch import load_file, save_file
+
+from turbo import checkpoint, eval
+from turbo.eval import JSON_KEYS
+from turbo.measure import interval
+from turbo.parallel import Crew
+from turbo.run import Run, model_sha256
+
+FAST = "--env numberline --episodes 6 --workers 1 --dtype float32 --max-new-tokens 40"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of which nothing was trained but the factors given: one with a teacher, one without."""
+    out = {}
+    for guidance in ("kl", "none"):
+        path = tmp_path_factory.mktemp("eval") / guidance
+        config = tiny_models.new_config(model=str(tiny_models.fitted_folder()), guidance=guidance)
+        checkpoint.create_run(path, config, model_sha256(config))
+        run = Run(config, path, Crew())
+        run.lora.load_state_dict(tiny_models.noisy_lora(run.vlm, 1, 0.01).state_dict())
+        if guidance == "kl":
+            run.teacher.push(0, tiny_models.noisy_lora(run.vlm, 2, 0.3), 0.5)  # answers nonsense
+        run.update = 1
+        run.save()
+        out[guidance] = path
+    return out
+
+
+def figures(capsys, *argv):
+    capsys.readouterr()
+    assert eval.main([str(a) for a in argv]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "NaN" not in out
+    return json.loads(out)
+
+
+def test_json_keys(runs, capsys):
+    got = figures(capsys, runs["kl"], *FAST.split(), "--json", "--seed", "3")
+    assert list(got) == JSON_KEYS
+    assert (got["episodes"], got["seed"], got["temperature"], got["split"]) == (6, 3, 0.2, "all")
+    assert got["legal_rate"] > 0.2
+    wins = round(6 * got["success_rate"])
+    assert (got["success_low"], got["success_high"]) == interval(wins, 6)
+    assert got == figures(capsys, runs["kl"], *FAST.split(), "--json", "--seed", "3")
+
+
+def test_the_names_that_scripts_read_do_not_change():
+    assert JSON_KEYS == [
+        "success_rate",
+        "success_low",
+        "success_high",
+        "success_solvable",
+        "episode_return",
+        "legal_rate",
+        "card_rate",
+        "reasoning_score",
+        "episodes",
+        "seed",
+        "temperature",
+        "split",
+    ]
+
+
+def test_policy_teacher_and_model_are_told_apart(runs, capsys):
+    policy = figures(capsys, runs["none"], *FAST.split(), "--json")
+    assert policy == figures(capsys, runs["kl"], *FAST.split(), "--json")  # the same factors
+    teacher = figures(capsys, runs["kl"], *FAST.split(), "--json", "--teacher")
+    assert teacher["legal_rate"] < policy["legal_rate"]
+    model = figures(capsys, tiny_models.fitted_folder(), *FAST.split(), "--json")
+    assert set(model) == set(policy)
+    nonsense = figures(capsys, tiny_models.random_folder(), *FAST.split(), "--json")
+    assert nonsense["legal_rate"] == 0 and nonsense["success_rate"] == 0
+    assert nonsense["episode_return"] == -10
+
+
+def test_what_does_not_apply_is_null(capsys, monkeypatch):
+    """JSON has no NaN: a figure of nothing is null."""
+    own = eval.evaluate
+    monkeypatch.setattr(
+        eval, "evaluate", lambda *a, **k: {**own(*a, **k), "card_rate": float("nan")}
+    )
+    assert (
+        figures(capsys, tiny_models.random_folder(), *FAST.split(), "--json")["card_rate"] is None
+    )
+
+
+def test_the_table(runs, capsys):
+    assert eval.main([str(runs["kl"]), *FAST.split(), "--teacher"]) == 0
+    out = capsys.readouterr().out
+    assert "(merged teacher) on numberline, all deals, T 0.2, seed 0" in out
+    for key in JSON_KEYS[:9]:
+        assert re.search(rf"^  {key} +\S+$", out, re.M)
+
+
+def refused(capsys, *argv):
+    capsys.readouterr()
+    assert eval.main([str(a) for a in argv]) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line and "Loading weights" not in line]
+    assert out == "" and len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--temperature 0", "--temperature must be more than 0, got 0.0"),
+        ("--temperature -1", "--temperature must be more than 0, got -1.0"),
+        ("--temperature nan", "--temperature must be more than 0, got nan"),
+        ("--episodes 0", "--episodes must be more than 0, got 0"),
+        ("--episodes -5", "--episodes must be more than 0, got -5"),
+        ("--max-new-tokens 0", "--max-new-tokens must be more than 0, got 0"),
+        ("--seed -1", "--seed must be zero or more, got -1"),
+        ("--split unseen", "--split unseen is for points24 alone"),
+        ("--env ezpoints", "was trained on numberline: use --env numberline"),
+    ],
+)
+def test_bad_numbers_are_refused(runs, capsys, options, message):
+    assert message in refused(capsys, runs["kl"], *FAST.split(), *options.split())
+
+
+def test_bad_sources_are_refused(runs, tmp_path, capsys):
+    assert "is neither a folder nor `tiny`" in refused(capsys, tmp_path / "absent", *FAST.split())
+    assert "model.safetensors is missing" in refused(capsys, tmp_path, *FAST.split())
+    model = tiny_models.fitted_folder()
+    assert "--teacher needs a run directory" in refused(capsys, model, *FAST.split(), "--teacher")
+    assert "--guidance none" in refused(capsys, runs["none"], *FAST.split(), "--teacher")
+    pool = ["--env", "points24", "--split", "pool"]
+    assert "--split pool needs a run" in refused(capsys, model, *FAST.split(), *pool)
+
+
+def test_damaged_runs_are_refused(runs, tmp_path, capsys):
+    def copied(name):
+        return shutil.copytree(runs["kl"], tmp_path / name)
+
+    empty = copied("empty")
+    shutil.rmtree(empty / "checkpoints" / "00000001")
+    assert "has no checkpoint yet" in refused(capsys, empty, *FAST.split())
+    broken = copied("broken")
+    (broken / "checkpoints" / "00000001" / "state.safetensors").write_bytes(b"no")
+    assert "cannot be read" in refused(capsys, broken, *FAST.split())
+    other = copied("other")
+    adapter = other / "checkpoints" / "00000001" / "adapter.safetensors"
+    tensors = load_file(adapter)
+    tensors.popitem()
+    save_file(tensors, adapter)
+    assert "the adapter is of another model" in refused(capsys, other, *FAST.split())
+    changed = copied("changed")
+    record = json.loads((changed / "config.json").read_text())
+    record["model_sha256"] = "0" * 64
+    (changed / "config.json").write_text(json.dumps(record))
+    assert "was trained from another model" in refused(capsys, changed, *FAST.split())
+    old = copied("old")
+    del record["config"]["seed"]
+    record["config"]["setting_of_old"] = 1
+    (old / "config.json").write_text(json.dumps(record))
+    assert "another version" in refused(capsys, old, *FAST.split())
+
+
+@pytest.mark.slow
+def test_workers_share_the_episodes(runs, capsys):
+    argv = FAST.replace("--episodes 6 --workers 1", "--episodes 33 --workers 2 --json").split()
+    got = figures(capsys, runs["kl"], *argv)
+    assert got["episodes"] == 33
+    assert got == figures(capsys, runs["kl"], *argv)

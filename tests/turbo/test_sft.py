@@ -1,0 +1,108 @@
+"""turbo/sft.py: demonstrations are the expert's, and the folder that is written can be used."""
+
+import json
+import math
+
+import pytest
+import tiny_models
+import torch
+
+from turbo import sft
+from turbo.model import load
+from turbo.parallel import Crew
+from turbo.prompts import suffix_text
+
+
+@pytest.mark.parametrize("game", ["points24", "ezpoints", "numberline", "blackjack"])
+def test_demonstrations_are_legal_answers_to_their_prompts(vlm, game):
+    env = tiny_models.new_env(game)
+    for seed in range(4):
+        demo = sft.demonstrate(env, vlm, seed)
+        assert len(demo.suffixes) == len(demo.answers) >= 1
+        assert demo.picture.shape == env.observation_space.shape
+        assert demo.fixed == env.prompt("short").fixed
+        for suffix, answer in zip(demo.suffixes, demo.answers, strict=True):
+            assert answer[-1] == vlm.end and vlm.end not in answer[:-1]
+            assert env.read_answer(vlm.decode(answer)).action is not None
+            assert vlm.tokenizer.decode(suffix).endswith(suffix_text(""))
+        again = sft.demonstrate(env, vlm, seed)
+        assert again.answers == demo.answers
+    assert sft.demonstrate(env, vlm, 99).answers != demo.answers
+
+
+def test_some_states_of_an_episode_are_kept_the_first_among_them(vlm):
+    env = tiny_models.new_env("points24")
+    whole = sft.demonstrate(env, vlm, 3)
+    for states in (1, 3):
+        some = sft.demonstrate(env, vlm, 3, states)
+        assert len(some.answers) == states < len(whole.answers)
+        assert some.suffixes[0] == whole.suffixes[0]
+        places = [whole.suffixes.index(s) for s in some.suffixes]
+        assert places == sorted(set(places))
+
+
+def test_labels_are_what_the_picture_shows():
+    fields = {"cards": ["10", "K"], "formula": "10+", "thoughts": "x", "action": "+"}
+    assert sft.perception_labels(fields) == ["10", "K"]
+    assert sft.perception_labels({"current number": 2, "target number": "5", "thoughts": ""}) == [
+        "2",
+        "5",
+    ]
+
+
+def test_the_read_out_learns_to_see(random_folder):
+    model = load(random_folder, torch.float32)
+    model.module.requires_grad_(True)
+    before = [p.clone() for p in model.module.parameters()]
+    env = tiny_models.new_env()
+    accuracy = sft.train_read_out(model, env, Crew(), steps=60, seed=0, pictures=16)
+    assert accuracy > 0.25  # of six numbers, averaged from 0 on
+    changed = [
+        not torch.equal(a, b) for a, b in zip(before, model.module.parameters(), strict=True)
+    ]
+    visual = sum(1 for _ in model.module.model.visual.parameters())
+    assert sum(changed) == visual  # the tower alone
+    blackjack = tiny_models.new_env("blackjack")
+    # its answers name nothing that a read-out could learn
+    assert math.isnan(sft.train_read_out(model, blackjack, Crew(), steps=1, seed=0, pictures=2))
+
+
+def test_a_warm_start_is_written_whole_and_can_be_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sft.tiny, "train_tokenizer", tiny_models.tokenizer)  # to save its time
+    out = tmp_path / "warm"
+    small = "--size nano --steps 2 --deals 2 --read-out-steps 2 --eval-episodes 2 --workers 1"
+    argv = ["numberline", "--out", str(out), "--dtype", "float32", *small.split()]
+    assert sft.main(argv) == 0
+    assert "written to" in capsys.readouterr().out
+    names = {p.name for p in out.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "warm_start.json"} <= names
+    record = json.loads((out / "warm_start.json").read_text())
+    assert record["command"].startswith("python -m turbo.sft numberline --out ")
+    assert record["config"]["steps"] == 2 and math.isfinite(record["figures"]["loss"])
+    assert record["figures"]["all, temperature 0.2"]["episodes"] == 2
+    model = load(out, torch.float32)
+    assert model.encode("so +") == tiny_models.random_model().encode("so +")
+    rollout = tiny_models.play(model, deals=[{"seed": 0}], group=1)
+    assert len(rollout.episodes) == 1
+    assert sft.main(argv) == 2  # a second time it would overwrite
+    assert "is not empty: choose another folder, or add --overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["chess"], "environment 'chess' is unknown"),
+        (["numberline", "--steps", "0"], "--steps must be more than 0, got 0"),
+        (["numberline", "--seed", "-1"], "--seed must be zero or more, got -1"),
+        (
+            ["numberline", "--deals", "1", "--workers", "2"],
+            "--deals 1 is less than the number of workers",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert sft.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert message in err and err.count("\n") == 1 and out == ""
+    assert list(tmp_path.iterdir()) == []

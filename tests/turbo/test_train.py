@@ -1,0 +1,444 @@
+"""turbo/train.py from the command line: what a run writes, bit-exact resume, refusals."""
+
+import json
+import re
+import shutil
+import signal
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file
+
+from turbo import train
+from turbo.config import TrainConfig
+from turbo.log import METRICS, read_jsonl
+from turbo.parallel import Crew
+from turbo.run import Run, pool
+from turbo.scribe import Interrupt
+from turbo.update import StepData
+
+SMALL = """
+    --workers 1 --dtype float32 --envs 8 --group-size 4 --steps-per-update 16 --max-new-tokens 40
+    --minibatch 16 --lora-rank 4 --lora-alpha 8 --save-every 1 --keep 10 --eval-episodes 0
+    --updates 2 --temperature 0.8 --learning-rate 0.005
+"""
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A run takes over Ctrl-C; the tests give it back."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(n) for n in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def start(out, *more, model=None, game="numberline"):
+    folder = model or tiny_models.fitted_folder()
+    return train.main([game, "--model", str(folder), "--out", str(out), *SMALL.split(), *more])
+
+
+def checkpoint_of(run, update):
+    folder = run / "checkpoints" / f"{update:08d}"
+    return load_file(folder / "adapter.safetensors"), load_file(folder / "state.safetensors")
+
+
+def plain(run):
+    return [tiny_models.without_times(r) for r in read_jsonl(run / "metrics.jsonl")]
+
+
+def rewind(run, copied, update):
+    """A copy of a run that was killed behind the checkpoint of `update`."""
+    shutil.copytree(run, copied)
+    for folder in (copied / "checkpoints").iterdir():
+        if int(folder.name) > update:
+            shutil.rmtree(folder)
+    return copied
+
+
+def assert_same_run(one, two, update):
+    for a, b in zip(checkpoint_of(one, update), checkpoint_of(two, update), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert torch.equal(a[name], b[name]), name
+    meta = [json.loads((r / f"checkpoints/{update:08d}/meta.json").read_text()) for r in (one, two)]
+    for m in meta:
+        del m["elapsed"]
+    assert meta[0] == meta[1]
+    assert plain(one) == plain(two)
+    assert (one / "episodes.jsonl").read_text() == (two / "episodes.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Four updates with the teacher in the loss, evaluated at both ends and after the second."""
+    path = tmp_path_factory.mktemp("train") / "run"
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    options = ["--updates", "4", "--eval-episodes", "4", "--eval-every", "2"]
+    assert start(path, *options) == 0
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
+    return path
+
+
+ALWAYS = """
+    update env_steps elapsed episodes success_rate success_solvable episode_return episode_length
+    legal_rate card_rate reasoning_score thought_length distinct_thoughts thought_entropy
+    action_entropy draft_accept_rate policy_loss clip_fraction approx_kl teacher_kl value_loss
+    grad_norm learning_rate teacher_kl_coef explained_variance trained_rows dropped_rows
+    steps_per_second tokens_per_second seconds_rollout seconds_score seconds_train seconds_merge
+    seconds_other
+"""
+EVALUATED = ("success_rate", "success_low", "success_high", "episode_return", "reasoning_score")
+
+
+def test_metrics(run):
+    records = read_jsonl(run / "metrics.jsonl")
+    assert [r["update"] for r in records] == [0, 1, 2, 3, 4, 4]
+    policy = {f"eval_{k}" for k in EVALUATED}
+    teacher = {f"eval_teacher_{k}" for k in EVALUATED}
+    place = {"update", "env_steps", "elapsed"}
+    for r in records:
+        assert set(r) <= set(METRICS)
+    assert set(records[0]) == place | policy  # there is no teacher before the first update
+    assert set(records[5]) == place | policy | teacher
+    for r in records[1:5]:
+        assert set(r) - policy - teacher == set(ALWAYS.split())
+        assert (set(r) >= policy | teacher) == (r["update"] == 2)
+        assert r["trained_rows"] + r["dropped_rows"] >= 16
+        spent = sum(r[f"seconds_{k}"] for k in ("rollout", "score", "train", "merge", "other"))
+        played = r["env_steps"] - records[r["update"] - 1]["env_steps"]
+        assert played / spent == pytest.approx(r["steps_per_second"], rel=0.05)
+        assert r["approx_kl"] < 0.1 and r["grad_norm"] > 0
+    steps = [r["env_steps"] for r in records]
+    assert steps == sorted(steps) and steps[1] >= 16
+    assert [r["teacher_kl_coef"] for r in records[1:5]] == [0.0, 0.5, 0.5, 0.5]
+    assert records[1]["teacher_kl"] == 0 and records[4]["teacher_kl"] > 0
+    rates = [r["learning_rate"] for r in records[1:5]]
+    assert rates[0] == 0.005 and rates == sorted(rates, reverse=True) and rates[3] > 8e-5
+
+
+def test_config_json(run):
+    record = json.loads((run / "config.json").read_text())
+    c = TrainConfig(**record["config"])
+    assert (c.env, c.updates, c.lora_rank, c.dtype, c.workers) == ("numberline", 4, 4, "float32", 1)
+    assert c.model == str(tiny_models.fitted_folder())
+    assert c.guidance == "kl" and c.kl_placement == "loss"
+    assert re.fullmatch("[0-9a-f]{64}", record["model_sha256"])
+    assert record["versions"]["torch"] == torch.__version__ and "commit" in record["versions"]
+
+
+def test_episodes_jsonl(run):
+    records = [json.loads(line) for line in (run / "episodes.jsonl").read_text().splitlines()]
+    assert [r["update"] for r in records] == [u for u in (1, 2, 3, 4) for _ in range(4)]
+    for r in records:
+        assert set(r) == {"update", "episode", "deal", "success", "return", "steps"}
+        assert r["return"] == sum(s["reward"] for s in r["steps"])
+        for s in r["steps"]:
+            assert set(s) == {"answer", "thought", "action", "error", "reward", "verdict"}
+            assert (s["action"] is None) == (s["error"] is not None)
+            assert set(s["verdict"]) == {"perception", "aim", "follows"}
+    assert any(s["action"] for r in records for s in r["steps"])
+
+
+def test_training_moves_the_policy_and_the_teacher_follows(run):
+    adapters = [checkpoint_of(run, u)[0] for u in (1, 2, 3, 4)]
+    states = [checkpoint_of(run, u)[1] for u in (1, 2, 3, 4)]
+    merged = [{k: v for k, v in s.items() if k.startswith("teacher/merged/")} for s in states]
+    for k in range(3):
+        assert any(not torch.equal(adapters[k][n], adapters[k + 1][n]) for n in adapters[0])
+        assert all(not torch.equal(merged[k][n], merged[k + 1][n]) for n in merged[0])
+    assert len(merged[0]) == 14
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run, tmp_path, capsys):
+    resumed = rewind(run, tmp_path / "resumed", 2)
+    assert len(read_jsonl(resumed / "metrics.jsonl")) == 6  # written behind the checkpoint: dropped
+    assert train.main(["numberline", "--resume", str(resumed)]) == 0
+    assert_same_run(run, resumed, 4)
+    assert "before training" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--advantage gae --kl-placement reward --kl-estimator clip --kl-coef auto "
+        "--format-invalid -0.5",
+        "--kl-placement advantage --kl-estimator k3 --weighting score --merge linear "
+        "--history-max 2 --merge-every 2",
+        "--guidance none --advantage gae --epochs 2 --target-kl 0.01",
+    ],
+    ids=["gae-reward-auto", "group-advantage-history", "none"],
+)
+def test_other_runs_resume_bit_for_bit(tmp_path, options):
+    whole = tmp_path / "whole"
+    assert start(whole, "--updates", "3", *options.split()) == 0
+    resumed = rewind(whole, tmp_path / "resumed", 2)
+    assert train.main(["numberline", "--resume", str(resumed)]) == 0
+    assert_same_run(whole, resumed, 3)
+    records = read_jsonl(whole / "metrics.jsonl")
+    _, state = checkpoint_of(whole, 3)
+    if "--guidance none" in options:
+        assert not any(k.startswith("teacher/") for k in state)
+        assert all(r.get("teacher_kl_coef", 0) == 0 for r in records)
+    else:
+        assert any(k.startswith("teacher/merged/") for k in state)
+        assert records[3]["teacher_kl"] != 0
+    assert any(k.startswith("value_head/") for k in state) == ("gae" in options)
+    if "gae" in options:
+        assert records[2]["value_loss"] > 0 and records[2]["explained_variance"] is not None
+    if "auto" in options:
+        assert records[3]["teacher_kl_coef"] not in (0.0, 1.0)
+
+
+def test_a_run_repeats_itself_and_another_seed_does_not(tmp_path):
+    for name, seed in (("one", "3"), ("two", "3"), ("other", "4")):
+        assert start(tmp_path / name, "--updates", "1", "--seed", seed) == 0
+    assert_same_run(tmp_path / "one", tmp_path / "two", 1)
+    assert plain(tmp_path / "one") != plain(tmp_path / "other")
+
+
+def test_an_interrupted_run_saves_and_goes_on(run, tmp_path, monkeypatch, capsys):
+    path, own = tmp_path / "with [brackets]", train.train_update
+
+    def update_and_interrupt(r):
+        out = own(r)
+        if r.update == 2:
+            signal.raise_signal(signal.SIGINT)
+        return out
+
+    options = ["--updates", "4", "--eval-episodes", "4", "--eval-every", "2", "--save-every", "100"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_update", update_and_interrupt)
+        assert start(path, *options) == 130
+    out, err = capsys.readouterr()
+    assert "finishing this update, then saving" in err
+    assert f"continue with: python -m turbo.train numberline --resume {path}" in out
+    assert [p.name for p in (path / "checkpoints").iterdir()] == ["00000002"]
+    assert train.main(["numberline", "--resume", str(path)]) == 0
+    assert_same_run(run, path, 4)
+
+
+def test_the_second_signal_ends_at_once():
+    interrupt = Interrupt()
+    assert not interrupt.asked
+    signal.raise_signal(signal.SIGTERM)
+    assert interrupt.asked
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_the_time_limit_ends_a_run_and_saves(tmp_path):
+    path = tmp_path / "run"
+    assert start(path, "--updates", "50", "--minutes", "0.001") == 0
+    last = read_jsonl(path / "metrics.jsonl")[-1]["update"]
+    assert 1 <= last < 50
+    assert checkpoint_of(path, last)
+
+
+def refused(capsys, argv):
+    """The one line that is printed when `argv` is refused."""
+    capsys.readouterr()
+    assert train.main([str(a) for a in argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_an_existing_run_is_not_touched(run, tmp_path, capsys):
+    model = tiny_models.fitted_folder()
+    before = (run / "metrics.jsonl").read_text()
+    err = refused(capsys, ["numberline", "--model", model, "--out", run])
+    assert "already exists" in err and "--resume" in err and "--overwrite" in err
+    assert (run / "metrics.jsonl").read_text() == before
+    (tmp_path / "letter").write_text("dear")
+    err = refused(capsys, ["numberline", "--model", model, "--out", tmp_path, "--overwrite"])
+    assert "is not a run directory" in err and (tmp_path / "letter").exists()
+
+
+def test_overwrite_replaces_a_run(tmp_path):
+    for seed in ("1", "2"):
+        assert start(tmp_path / "run", "--updates", "1", "--overwrite", "--seed", seed) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert config["seed"] == 2 and len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--seed", "1"], "--seed changed"),
+        (["--learning-rate", "0.1", "--density", "0.5"], "--learning-rate, --density changed"),
+        (["--kl-coef", "auto"], "--kl-coef changed"),
+    ],
+)
+def test_a_resumed_run_keeps_its_settings(run, capsys, options, named):
+    err = refused(capsys, ["numberline", "--resume", run, *options])
+    assert named in err or ", ".join(sorted(named.split()[:-1])) in err
+    assert "leave them out" in err
+
+
+def test_a_resumed_run_keeps_its_environment(run, capsys):
+    assert "--env changed" in refused(capsys, ["ezpoints", "--resume", run])
+
+
+def test_resume_may_be_written_with_an_equals_sign_and_without_the_environment(run, tmp_path):
+    for i, argv in enumerate((["numberline", "--resume={}"], ["--resume", "{}"])):
+        resumed = rewind(run, tmp_path / str(i), 3)
+        assert train.main([a.format(resumed) for a in argv]) == 0
+        assert_same_run(run, resumed, 4)
+
+
+def test_a_run_of_another_model_is_refused(run, tmp_path, capsys):
+    model = shutil.copytree(tiny_models.random_folder(), tmp_path / "model")
+    path = tmp_path / "run"
+    assert start(path, "--updates", "1", model=model) == 0
+    shutil.copy(tiny_models.fitted_folder() / "model.safetensors", model)
+    assert "was trained from another model" in refused(capsys, ["numberline", "--resume", path])
+    (model / "model.safetensors").unlink()
+    assert "model.safetensors is missing" in refused(capsys, ["numberline", "--resume", path])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["chess"], "environment 'chess' is unknown: use points24"),
+        (["numberline", "--updates", "-1"], "--updates must be .*, got -1"),
+        (["numberline", "--envs", "-8"], "--envs must be .*, got -8"),
+        (
+            ["numberline", "--learning-rate", "-0.1"],
+            "--learning-rate must be zero or more, got -0.1",
+        ),
+        (["numberline", "--temperature", "0"], "--temperature must be more than 0, got 0.0"),
+        (["numberline", "--density", "nan"], "--density must be a finite number, got nan"),
+        (["numberline", "--group-size", "1"], "--group-size must be at least 2"),
+        (["numberline", "--hands", "5"], "--hands must be 0 except with points24"),
+        (["numberline", "--preset", "huge"], "preset 'huge' is unknown: use tiny or paper"),
+        (["numberline", "--model", "absent-folder"], "absent-folder.*is missing"),
+        (["numberline", "--resume", "absent-folder"], "absent-folder is not a run directory"),
+        (
+            ["numberline", "--envs", "2", "--group-size", "4", "--workers", "1"],
+            "--envs must be at least .* = 4, got 2",
+        ),
+        (
+            ["numberline", "--envs", "8", "--group-size", "4", "--workers", "3"],
+            "--envs must be at least .* = 12, got 8",
+        ),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_what_cannot_work_is_refused(capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    if "--model" not in argv:
+        argv = [*argv, "--model", tiny_models.fitted_folder()]
+    assert re.search(message, refused(capsys, argv))
+    assert list(tmp_path.iterdir()) == []  # and nothing is left behind
+
+
+def test_flags_that_do_not_exist_are_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main(["numberline", "--no-such-flag", "1"])
+    assert ended.value.code == 2
+    assert "no-such-flag" in capsys.readouterr().err
+
+
+def test_settings_of_preset_and_game():
+    c = train.parse(["ezpoints", "--preset", "paper", "--updates", "7"])
+    assert (c.env, c.advantage, c.lora_rank, c.updates) == ("ezpoints", "gae", 128, 7)
+    assert train.parse(["ezpoints"]).steps_per_update == 1024
+    assert train.parse([]).env == "points24"
+    late = train.parse(["--seed", "1", "ezpoints"])  # the game's own defaults, wherever it stands
+    assert (late.seed, late.steps_per_update, late.updates) == (1, 1024, 40)
+
+
+def test_learning_rate_is_a_cosine():
+    c = TrainConfig(updates=10, learning_rate=1.0, final_learning_rate=0.1)
+    rates = [train.learning_rate(c, u) for u in range(12)]
+    assert rates[0] == 1.0 and rates[5] == pytest.approx(0.55)
+    assert rates[10] == rates[11] == pytest.approx(0.1)
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_a_pool_of_hands_is_fixed_and_drawn_as_dealt():
+    one = pool(30, 0)
+    assert one == pool(30, 0) != pool(30, 1)
+    assert len(set(one)) == 30 and one[:10] == pool(10, 0)
+    assert all(tuple(sorted(h)) == h and all(1 <= v <= 10 for v in h) for h in one)
+    assert sum(v == 10 for h in one for v in h) > 20  # 10, J, Q and K: four of thirteen
+    assert len(pool(715, 0)) == 715
+    with pytest.raises(ValueError, match="between 1 and 715"):
+        pool(716, 0)
+
+
+def test_minibatches_cover_every_kept_step_once_an_epoch(tmp_path, monkeypatch):
+    seen = []
+    own = train.learn
+
+    def learn(run, rollout, data, teacher):
+        gradients = run.learner.gradients
+
+        def noted(rollout, data, rows, total, *rest):
+            assert total == len(rows)
+            seen.append(list(rows))
+            return gradients(rollout, data, rows, total, *rest)
+
+        run.learner.gradients = noted
+        out = own(run, rollout, data, teacher)
+        kept.append(list(data.rows))
+        run.learner.gradients = gradients
+        return out
+
+    kept = []
+    monkeypatch.setattr(train, "learn", learn)
+    assert start(tmp_path / "run", "--updates", "1", "--epochs", "2", "--minibatch", "7") == 0
+    (rows,) = kept
+    assert sorted(r for batch in seen for r in batch) == sorted(rows * 2)
+    sizes = [len(b) for b in seen]
+    assert len(seen) == 2 * max(1, round(len(rows) / 7)) and max(sizes) - min(sizes) <= 1
+    half = len(seen) // 2
+    assert [r for b in seen[:half] for r in b] != [
+        r for b in seen[half:] for r in b
+    ]  # shuffled anew
+
+
+@pytest.mark.parametrize(
+    ("sizes", "minibatch", "count"),
+    [((5, 5), 1, 5), ((5, 0), 2, 2), ((4, 7), 4, 3), ((2, 2), 100, 1)],
+)
+def test_no_minibatch_is_empty_however_the_steps_are_spread(tmp_path, sizes, minibatch, count):
+    """An optimiser step without a gradient would still move the policy, by its momentum."""
+    settings = tiny_models.new_config(model=str(tiny_models.fitted_folder()), minibatch=minibatch)
+    run = Run(settings, tmp_path, Crew())
+    seen = []
+    run.crew.share = lambda item: list(sizes)  # as worker 0 of two sees it
+
+    def gradients(rollout, data, rows, total, teacher, beta):
+        seen.append((len(rows), total))
+        for p in run.learner.parameters():
+            p.grad = torch.zeros_like(p)
+        return {"policy_loss": torch.zeros(())}
+
+    run.learner.gradients = gradients
+    n = sizes[0]
+    train.learn(run, None, StepData(None, None, None, list(range(n)), 1.0, 0.0), None)
+    assert len(seen) == count
+    assert sum(rows for rows, _ in seen) == n and sum(total for _, total in seen) == sum(sizes)
+    assert all(total > 0 for _, total in seen)
+
+
+@pytest.mark.slow
+def test_two_processes_repeat_themselves(tmp_path):
+    for name in ("one", "two"):
+        options = ["--workers", "2", "--updates", "1"]
+        assert start(tmp_path / name, *options) == 0
+    assert_same_run(tmp_path / "one", tmp_path / "two", 1)
+    records = read_jsonl(tmp_path / "one" / "metrics.jsonl")
+    assert [r["update"] for r in records] == [0, 1, 1]
+    assert records[1]["episodes"] >= 8 and records[1]["trained_rows"] >= 8  # of both workers
+
+
+def test_beta_and_counters_start_where_they_should(tmp_path):
+    run = Run(tiny_models.new_config(model=str(tiny_models.fitted_folder())), tmp_path, Crew())
+    assert (run.update, run.env_steps, run.elapsed, run.beta) == (0, 0, 0.0, 0.5)
+    assert run.value_head is None and run.teacher.weights is None
