@@ -224,6 +224,7 @@ def check(c: TrainConfig) -> None:
     if c.advantage == "group":
         need(c.group_size >= 2, "group_size", "at least 2 with --advantage group (or use gae)")
     need(c.hands == 0 or c.env == "points24", "hands", "0 except with points24")
+    need(c.hands <= 715, "hands", "at most 715, the number of multisets (0: all hands)")
     if c.kl_coef != "auto":
         try:
             coefficient = float(c.kl_coef)

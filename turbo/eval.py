@@ -124,8 +124,6 @@ def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
         teacher = Teacher(vlm, lora, run)
         tensors = {k[len("teacher/") :]: v for k, v in state.items() if k.startswith("teacher/")}
         teacher.load_state_dict(tensors, meta["teacher"])
-        if teacher.weights is None:
-            raise ValueError(f"{c.source} has no teacher: it was trained with --guidance none")
         weights = teacher.weights
     if c.split == "pool":
         make_env = env_maker(run)

@@ -388,6 +388,7 @@ def load(folder: Path, dtype: torch.dtype) -> VisionLanguageModel:
         Qwen2_5_VLForConditionalGeneration,
         Qwen2VLImageProcessorPil,
     )
+    from transformers.utils import logging
 
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -399,6 +400,7 @@ def load(folder: Path, dtype: torch.dtype) -> VisionLanguageModel:
     if kind != "qwen2_5_vl":
         raise ValueError(f"model {str(folder)!r} is a {kind}; this version runs qwen2_5_vl models")
     local = dict(local_files_only=True)
+    logging.disable_progress_bar()
     module = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, **local
     )

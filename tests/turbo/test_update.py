@@ -83,6 +83,7 @@ def plain_loss(vlm, lora, head, rollout, shown, data, rows, config, teacher, bet
     return total / len(rows)
 
 
+BETA = 4.0
 CASES = [
     dict(guidance="none"),
     dict(guidance="none", thought_coef=0.2, temperature=1.3),
@@ -101,7 +102,7 @@ def test_gradients_are_those_of_the_loss_written_down_plainly(fitted, played, ch
     teacher = tiny_models.noisy_lora(fitted, 3, 0.1) if config.guidance == "kl" else None
     data = data_of(rollout, config)
     rows = list(range(0, len(rollout.steps), max(1, len(rollout.steps) // 9)))
-    loss = plain_loss(fitted, lora, head, rollout, shown, data, rows, config, teacher, 0.6)
+    loss = plain_loss(fitted, lora, head, rollout, shown, data, rows, config, teacher, BETA)
     parameters = lora.parameters() + ([] if head is None else list(head.parameters()))
     wanted = torch.autograd.grad(loss, parameters)
 
@@ -109,22 +110,22 @@ def test_gradients_are_those_of_the_loss_written_down_plainly(fitted, played, ch
         weights = None if teacher is None else fitted.weights(teacher)
     learner = Learner(fitted, lora, head, Crew(), config)
     assert [id(p) for p in learner.parameters()] == [id(p) for p in parameters]
-    sums = learner.gradients(rollout, data, rows, len(rows), weights, 0.6)
+    sums = learner.gradients(rollout, data, rows, len(rows), weights, BETA)
     for p, want in zip(parameters, wanted, strict=True):
         torch.testing.assert_close(p.grad, want, rtol=1e-3, atol=1e-5)
     largest = max(w.abs().max().item() for w in wanted)
     assert largest > 1e-2  # so 1e-5 is small
     got = sums["policy_loss"]
     if teacher is not None:
-        got = got + 0.6 * sums["teacher_kl"]
+        got = got + BETA * sums["teacher_kl"]
     if head is not None:
         got = got + config.value_coef * sums["value_loss"]
     assert got.item() == pytest.approx(loss.item(), abs=1e-4)
     assert 0 < sums["clip_fraction"] < 1  # some steps are held back, others not
     if teacher is not None:
-        learner.gradients(rollout, data, rows, len(rows), None, 0.6)
+        learner.gradients(rollout, data, rows, len(rows), None, BETA)
         guidance = [(p.grad - w).abs().max() for p, w in zip(parameters, wanted, strict=True)]
-        assert max(guidance) > 1e-2  # a good part of the gradient was the teacher's
+        assert max(guidance) > 1e-3  # a good part of the gradient is the teacher's
 
 
 def test_two_workers_sum_to_one(fitted, played):
