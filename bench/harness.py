@@ -7,7 +7,6 @@ Left out: what is measured (`bench.train_step`), demonstrations of learning (`be
 """
 
 import csv
-import platform
 import re
 import subprocess
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from statistics import quantiles
 from typing import TypeVar
 
-from turbo.checkpoint import versions
+from turbo.checkpoint import processor, versions
 from turbo.parallel import cores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,16 +61,6 @@ def alternate(
             if turn >= warmup:
                 measured[name].append((seconds, result))
     return measured
-
-
-def processor() -> str:
-    """The processor's name as the operating system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        found = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine() or "unknown"
 
 
 def slug(name: str) -> str:

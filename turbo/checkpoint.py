@@ -14,6 +14,7 @@ Left out: hashes and manifests, locks, disk-space checks.
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import asdict
@@ -38,6 +39,16 @@ class CheckpointError(ValueError):
     """A run directory or checkpoint that cannot be used; the message says why and what to do."""
 
 
+def processor() -> str:
+    """The processor's name as the operating system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        found = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
 def versions() -> dict[str, str]:
     """What a result depends on: versions, Python, processor, the commit of a source checkout."""
     import numpy
@@ -58,7 +69,7 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "numpy": numpy.__version__,
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
     }
 
 
