@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from hypothesis import settings
 
+settings.register_profile("unhurried", deadline=None)  # other work may share the cores
+settings.load_profile("unhurried")
 torch.set_num_threads(1)  # two processes share the cores; more threads would only contend
 
 

@@ -143,7 +143,9 @@ class TrainConfig:
 # Card games smaller than Points24 learn within a few updates.
 GAME_DEFAULTS: dict[str, dict] = {
     "points24": {},
-    "ezpoints": dict(updates=30, steps_per_update=1024),
+    "ezpoints": dict(
+        updates=30, steps_per_update=1024, learning_rate=1e-3, final_learning_rate=1e-4
+    ),
     "numberline": dict(updates=20, steps_per_update=1024),
     "blackjack": dict(updates=30, steps_per_update=1024, group_size=16),
 }

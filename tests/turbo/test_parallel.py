@@ -89,7 +89,7 @@ def test_an_error_in_a_worker_surfaces_at_once(program, capfd):
     started = time.perf_counter()
     with pytest.raises(RuntimeError, match="another worker failed"):
         run_crew(2, program)
-    assert time.perf_counter() - started < 30  # and not after the patience of half an hour
+    assert time.perf_counter() - started < 120  # and not after the patience of half an hour
     assert "ZeroDivisionError: the second worker fails" in capfd.readouterr().err
 
 
@@ -97,7 +97,7 @@ def test_an_error_in_the_first_worker_ends_the_second(capfd):
     started = time.perf_counter()
     with pytest.raises(LookupError, match="the first worker fails"):
         run_crew(2, leader_fails)
-    assert time.perf_counter() - started < 30
+    assert time.perf_counter() - started < 120
     assert "ZeroDivision" not in capfd.readouterr().err
 
 
