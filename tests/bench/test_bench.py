@@ -114,6 +114,7 @@ def test_the_settings_of_every_demonstration_are_valid(what):
 
 def test_a_run_is_complete_when_it_was_evaluated_at_its_end(tmp_path):
     c = defaults("points24", "tiny")
+    c.updates = 100
     whole = fixture_run(tmp_path / "whole", c)
     assert records.is_complete(whole, c)
     assert not records.is_complete(tmp_path / "absent", c)
@@ -185,7 +186,8 @@ def test_what_runs_recorded_is_gathered_and_drawn(tmp_path):
     with (tmp_path / "all.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == records.COLUMNS
-    assert len(rows) == sum(len(run.records) for run in runs) == 4 * (12 + 2)
+    # One record an update, and one evaluation before and one after them.
+    assert len(rows) == sum(len(run.records) for run in runs) == 4 * (c.updates + 2)
     assert rows[0]["success_rate"] == "" and rows[0]["eval_success_rate"] == "0.2"
     assert rows[-1]["label"] == runs[-1].label and rows[-1]["seed"] == "1"
     page = learn.summary("collapse", runs)
