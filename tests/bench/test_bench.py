@@ -16,6 +16,7 @@ from bench import harness, learn, metrics_page, plot, records, train_step
 from bench.harness import Spread, alternate, append_rows, measurement, slug, spread
 from turbo import checkpoint
 from turbo.config import defaults
+from turbo.measure import interval
 
 
 def test_spread_is_median_and_quantiles():
@@ -192,7 +193,9 @@ def test_what_runs_recorded_is_gathered_and_drawn(tmp_path):
     assert rows[-1]["label"] == runs[-1].label and rows[-1]["seed"] == "1"
     page = learn.summary("collapse", runs)
     assert page.count("\n| ") == 1 + 4 + 2  # header, runs, both seeds together
-    assert "| plain PPO | all | 20.0% [17.6%, 22.6%] | 52.5% [" in page
+    pooled = 2 * c.eval_episodes  # of both seeds
+    low, high = interval(round(0.2 * pooled), pooled)
+    assert f"| plain PPO | all | 20.0% [{low:.1%}, {high:.1%}] | 52.5% [" in page
     plot.draw("title", runs, tmp_path / "all.png")
     assert imread(tmp_path / "all.png").shape[:2] == (450, 1200)
 
