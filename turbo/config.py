@@ -116,6 +116,8 @@ class TrainConfig:
     """share of the newest checkpoint with --weighting ema"""
     density: float = 0.8
     """share of the largest task-vector entries that TIES keeps"""
+    guide_first: bool = True
+    """the warm start enters the history too, so that the first update is guided as well"""
     merge_every: int = 1
     """rebuild the teacher every so many updates"""
     history_max: int = 0
@@ -177,6 +179,7 @@ PRESETS: dict[str, dict] = {
         kl_coef="1.0",
         weighting="sma",
         history_max=0,
+        guide_first=False,
     ),
 }
 

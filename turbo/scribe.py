@@ -96,7 +96,7 @@ class Scribe:
         place = {"update": run.update, "env_steps": run.env_steps, "elapsed": run.elapsed}
         record = dict(metrics or place)
         for who in ("policy", "teacher") if run.config.eval_episodes else ():
-            if who == "teacher" and run.teacher.weights is None:
+            if who == "teacher" and (run.teacher.weights is None or run.update == 0):
                 continue
             e = run.evaluate(who == "teacher")
             self.say(

@@ -232,6 +232,8 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
     run = Run(c, path, crew)
     if c.resume:
         run.restore()
+    elif c.guidance != "none" and c.guide_first:
+        run.teacher.push(0, run.lora, 0.0)  # the warm start itself
     with Scribe(run) as scribe:
         if run.update == 0:
             scribe.report("before training")
