@@ -143,6 +143,11 @@ def load(run: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
     return adapter, state, read_json(found[-1] / "meta.json")
 
 
+def section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a file."""
     try:

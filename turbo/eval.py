@@ -122,8 +122,7 @@ def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
         weights = vlm.weights(lora)
     if c.teacher:
         teacher = Teacher(vlm, lora, run)
-        tensors = {k[len("teacher/") :]: v for k, v in state.items() if k.startswith("teacher/")}
-        teacher.load_state_dict(tensors, meta["teacher"])
+        teacher.load_state_dict(checkpoint.section(state, "teacher/"), meta["teacher"])
         weights = teacher.weights
     if c.split == "pool":
         make_env = env_maker(run)

@@ -73,6 +73,10 @@ class Crew:
         for rank in range(self.size):
             if rank != self.rank:
                 self._queues[rank].put((self.rank, item))
+        return self._receive(item)
+
+    def _receive(self, item) -> list:
+        """This worker's `item` and those the others have sent it, in the order of the ranks."""
         out = [None] * self.size
         out[self.rank] = item
         for _ in range(self.size - 1):
@@ -99,12 +103,7 @@ class Crew:
             self._queues[0].put((self.rank, item))
             self.wait()
             return None
-        out = [item] + [None] * (self.size - 1)
-        for _ in range(self.size - 1):
-            rank, other = self._next()
-            out[rank] = other
-        self.wait()
-        return out
+        return self._receive(item)
 
 
 def cores() -> int:

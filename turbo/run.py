@@ -70,15 +70,11 @@ class Run:
     def restore(self) -> None:
         """Continue from the run's newest checkpoint; metrics written after it are dropped."""
         adapter, state, meta = checkpoint.load(self.path)
-
-        def part(name: str) -> dict:
-            return {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}
-
         self.lora.load_state_dict(adapter)
         checkpoint.load_optimizer(self.optimizer, state)
         if self.value_head is not None:
-            self.value_head.load_state_dict(part("value_head/"))
-        self.teacher.load_state_dict(part("teacher/"), meta["teacher"])
+            self.value_head.load_state_dict(checkpoint.section(state, "value_head/"))
+        self.teacher.load_state_dict(checkpoint.section(state, "teacher/"), meta["teacher"])
         self.update, self.env_steps = meta["update"], meta["env_steps"]
         self.elapsed, self.beta = meta["elapsed"], meta["beta"]
         for name in (checkpoint.METRICS, checkpoint.EPISODES) if self.crew.leads else ():

@@ -14,6 +14,7 @@ Left out: the merge itself (`turbo.kernels.ties`), and how the teacher guides (`
 import torch
 from torch import Tensor
 
+from turbo.checkpoint import section
 from turbo.config import TrainConfig
 from turbo.history import History
 from turbo.lora import Lora
@@ -77,14 +78,10 @@ class Teacher:
 
     def load_state_dict(self, tensors: dict[str, Tensor], data: dict) -> None:
         """Restore what `state_dict` gave."""
-
-        def part(name: str) -> dict[str, Tensor]:
-            return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
-
         self.count = data["count"]
-        self.history.load_state_dict(part("history/"), data["history"])
+        self.history.load_state_dict(section(tensors, "history/"), data["history"])
         if self.streaming and self.count:
-            self.sums.load_state_dict(part("sums/"))
+            self.sums.load_state_dict(section(tensors, "sums/"))
         if self.count:
-            self.merged = part("merged/")
+            self.merged = section(tensors, "merged/")
             self._load(self.merged)
