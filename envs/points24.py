@@ -33,10 +33,13 @@ from turbo.envs.picture import as_array, draw_line, draw_row
 CARDS = 4
 SIGNS = ("+", "-", "*", "/", "(", ")", "=")
 SPLITS = ("all", "seen", "unseen")
+SHORT_RULES = "Make the target with the four cards. Reply in JSON.\n"
 
 
 class Points24(gym.Env):
     """Options are the constructor's; `reset(options={"hand": ["10", "4", "5", "A"]})` sets a deal.
+
+    `reset(options={"target": 36})` asks for another number in this episode alone, as an exercise.
 
     hands: sorted tuples of four values; only these are dealt, in their natural proportions.
     split: deal all hands, only those not held out ("seen"), or only the held-out ones ("unseen").
@@ -70,10 +73,6 @@ class Points24(gym.Env):
         shape = (self.canvas[1], self.canvas[0], 3)
         self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
         self._strip = canvas[1] // 5 if draw_formula else 0
-        self._fixed = {
-            "short": f"Make {target} with the four cards. Reply in JSON.\n",
-            "full": _full_rules(target, faces_ten, self.actions),
-        }
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
         super().reset(seed=seed)
@@ -85,10 +84,9 @@ class Points24(gym.Env):
         self.suits = tuple(SUITS[i] for i in self.np_random.integers(len(SUITS), size=CARDS))
         jitter = self.np_random.uniform(-1, 1, (CARDS, 2))
         self._table = draw_row(self.ranks, self.suits, jitter, self.canvas, self._strip)
-        self.game = FormulaGame(
-            self.ranks, self.values, self.target, "+-*/()", self.expert_solutions
-        )
-        self.solvable = solvable(self.values, self.target)
+        target = (options or {}).get("target", self.target)
+        self.game = FormulaGame(self.ranks, self.values, target, "+-*/()", self.expert_solutions)
+        self.solvable = solvable(self.values, target)
         self._draw()
         return self._observe(), self._info(False)
 
@@ -136,8 +134,11 @@ class Points24(gym.Env):
 
     def prompt(self, style: str = "full") -> Prompt:
         check_style(style)
-        label = "formula" if style == "short" else "The formula so far"
-        return Prompt(self._fixed[style], f'{label}: "{self.game.formula}"')
+        game = self.game
+        if style == "short":
+            return Prompt(SHORT_RULES, f'target: {game.target}, formula: "{game.formula}"')
+        rules = _full_rules(game.target, self.faces_ten, self.actions)
+        return Prompt(rules, f'The formula so far: "{game.formula}"')
 
     def read_answer(self, text: str) -> Answer:
         return read_json_answer(text, KEYS, self.actions)
@@ -196,6 +197,7 @@ def _ordered_draws(hand: tuple[int, ...], faces_ten: bool) -> int:
     return draws * (4 ** hand.count(10) if faces_ten else 1)
 
 
+@lru_cache(maxsize=128)
 def _full_rules(target: int, faces_ten: bool, actions: Sequence[str]) -> str:
     faces = "J, Q and K count 10" if faces_ten else "J counts 11, Q 12 and K 13"
     listed = ", ".join(f'"{action}"' for action in actions)

@@ -9,9 +9,11 @@ q = softmax(u), the outputs per row and their gradients with respect to z are
     forward_kl = sum q (log q - log p)       d = p - q
 
 and then grad_hidden = (dz / temperature) W. The rows are taken in chunks: forward keeps only the
-inputs and [T] numbers, backward computes the chunk's logits again. The weight's gradient is
-computed only if the weight requires one; the teacher's side never gets any. Small problems keep
-their [T, V] log-probabilities and leave the backward to autograd, which is faster.
+inputs and [T] numbers, backward computes the chunk's logits again. Small problems, of one chunk,
+keep their [T, V] log-probabilities instead. The weight's gradient is computed only if the weight
+requires one; the teacher's side never gets any. On a CPU the passes over [T, V] are what costs, so
+banned entries enter as a bias of -1e30 of the matrix product: p is 0 there, log p - log q is 0, and
+nothing has to be masked.
 
 Left out: the Triton kernel, an online softmax over blocks of V (a chunk holds whole rows here),
 and second derivatives. A NaN or infinity in the inputs propagates to its own row.
@@ -21,23 +23,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import choose_impl
-from .reference import (
-    IGNORED_TARGET,
-    PolicyHeadOutput,
-    head_log_softmax,
-    policy_head_reference,
-)
+from .reference import IGNORED_TARGET, PolicyHeadOutput, policy_head_reference
 
 STUDENT_OUTPUTS = ("logprob", "entropy")
 TEACHER_OUTPUTS = ("teacher_logprob", "reverse_kl", "forward_kl")
 OUTPUTS = STUDENT_OUTPUTS + TEACHER_OUTPUTS
 CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MB in fp32, for each of student and teacher
 CUDA_CHUNK_ELEMENTS = 1 << 27  # a GPU needs taller chunks to be busy: 512 MB
-EAGER_ELEMENTS = 1 << 22  # up to this many logits in all, keep them
+KEPT_ELEMENTS = 1 << 22  # up to this many logits in all, keep the log-probabilities
 
 
 def policy_head(
@@ -62,7 +60,8 @@ def policy_head(
         _check_teacher(hidden, weight, teacher_hidden, teacher_weight)
         teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
     default = CUDA_CHUNK_ELEMENTS if hidden.is_cuda else CHUNK_ELEMENTS
-    head = _Head(temperature, banned, want, chunk_elements or default)
+    keep = chunk_elements is None and targets.numel() * weight.shape[0] <= KEPT_ELEMENTS
+    head = _Head(temperature, banned, want, chunk_elements or default, keep)
     if choose_impl(impl, hidden.device) == "reference":
         return _reference(hidden, weight, targets, teacher_hidden, teacher_weight, bias, head)
 
@@ -72,10 +71,7 @@ def policy_head(
         hidden, targets = hidden[counted], targets[counted]
         teacher_hidden = None if teacher_hidden is None else teacher_hidden[counted]
     inputs = (hidden, weight, bias, targets, teacher_hidden, teacher_weight)
-    if chunk_elements is None and targets.numel() * weight.shape[0] <= EAGER_ELEMENTS:
-        values = _row_outputs(*_log_probs(*inputs, head), targets, head)
-    else:
-        values = _ChunkedHead.apply(*inputs, head)
+    values = _ChunkedHead.apply(*inputs, head)
     if counted.numel() < rows:
         values = [value.new_zeros(rows).index_copy(0, counted, value) for value in values]
     return PolicyHeadOutput(**dict(zip(want, values, strict=True)))
@@ -89,6 +85,7 @@ class _Head:
     banned: Tensor | None
     want: tuple[str, ...]
     chunk_elements: int
+    keep: bool  # the log-probabilities, for the backward
 
     @property
     def needs_teacher(self) -> bool:
@@ -105,63 +102,86 @@ def _log_probs(
     head: _Head,
 ) -> tuple[Tensor, Tensor | None]:
     """log p and, if an output needs it, log q of the given rows.  # [t, V]"""
-    log_p = head_log_softmax(hidden, weight, bias, head.banned, head.temperature)
+    ban = None if head.banned is None else _ban_bias(head.banned, weight.dtype)
+    log_p = _log_softmax(hidden, weight, bias, ban, head.temperature)
     if not head.needs_teacher:
         return log_p, None
-    with torch.no_grad():
-        log_q = head_log_softmax(
-            teacher_hidden, teacher_weight, bias, head.banned, head.temperature
-        )
-    return log_p, log_q
+    return log_p, _log_softmax(teacher_hidden, teacher_weight, bias, ban, head.temperature)
 
 
-def _finite(log_p: Tensor, banned: Tensor | None) -> Tensor:
-    """log p where it multiplies p: banned entries have p = 0, and 0 * log 0 shall be 0."""
-    return log_p if banned is None else log_p.masked_fill(banned, 0.0)
+def _ban_bias(banned: Tensor, dtype: torch.dtype) -> Tensor:
+    """What keeps the banned entries from ever being sampled, and is finite.  # [V]"""
+    low = -3e4 if dtype == torch.float16 else -1e30
+    return torch.zeros(banned.shape, dtype=dtype, device=banned.device).masked_fill_(banned, low)
+
+
+def _log_softmax(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ban: Tensor | None, temperature: float
+) -> Tensor:
+    """log softmax((h W^T + bias) / temperature), in fp32 or wider; about -1e30 where banned."""
+    logits = F.linear(hidden, weight, ban)  # [t, V]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if bias is not None:
+        logits += bias
+    if temperature != 1.0:
+        logits /= temperature
+    return logits.log_softmax(-1)
 
 
 def _row_outputs(
     log_p: Tensor, log_q: Tensor | None, targets: Tensor, head: _Head
 ) -> tuple[Tensor, ...]:
-    """The wanted outputs, in the order of `want`; differentiable by autograd.  # [t] each"""
-    finite_log_p = _finite(log_p, head.banned)
-    finite_log_q = None if log_q is None else _finite(log_q, head.banned)
+    """The wanted outputs, in the order of `want`.  # [t] each"""
+
+    def of_target(logs: Tensor) -> Tensor:
+        values = logs.gather(1, targets[:, None])[:, 0]
+        return (
+            values if head.banned is None else values.masked_fill(head.banned[targets], -torch.inf)
+        )
+
     p = log_p.exp() if {"entropy", "reverse_kl"} & set(head.want) else None
     outputs = []
     for name in head.want:
         if name == "logprob":
-            outputs.append(log_p.gather(1, targets[:, None])[:, 0])
+            outputs.append(of_target(log_p))
         elif name == "entropy":
-            outputs.append(-(p * finite_log_p).sum(-1))
+            outputs.append(-torch.linalg.vecdot(p, log_p))
         elif name == "teacher_logprob":
-            outputs.append(log_q.gather(1, targets[:, None])[:, 0])
+            outputs.append(of_target(log_q))
         elif name == "reverse_kl":
-            outputs.append((p * (finite_log_p - finite_log_q)).sum(-1))
+            outputs.append(torch.linalg.vecdot(p, log_p - log_q))
         else:  # forward_kl
-            outputs.append((log_q.exp() * (finite_log_q - finite_log_p)).sum(-1))
+            outputs.append(torch.linalg.vecdot(log_q.exp(), log_q - log_p))
     return tuple(outputs)
 
 
 def _grad_logits(
     log_p: Tensor, log_q: Tensor | None, targets: Tensor, head: _Head, grads: dict[str, Tensor]
 ) -> Tensor:
-    """d loss / d z of a chunk, from d loss / d output per row.  # [t, V]"""
-    p = log_p.exp()
-    dz = torch.zeros_like(p)
-    # two of the formulas are p (x - sum p x):  x = - log p for the entropy, log p - log q for R
-    if "entropy" in grads:
-        dz -= grads["entropy"][:, None] * _finite(log_p, head.banned)
+    """d loss / d z of a chunk, from d loss / d output per row.  # [t, V]
+
+    All four formulas are p times something, less what is added last:
+    x - sum p x with x = - log p for the entropy and x = log p - log q for R, -1 for log p[target],
+    +1 for the forward KL.
+    """
+    p, x = log_p.exp(), None
     if "reverse_kl" in grads:
-        ratio = _finite(log_p, head.banned) - _finite(log_q, head.banned)
-        dz += grads["reverse_kl"][:, None] * ratio
-    if "entropy" in grads or "reverse_kl" in grads:
-        dz = p * (dz - (p * dz).sum(-1, keepdim=True))
+        x = (log_p - log_q).mul_(grads["reverse_kl"][:, None])
+    if "entropy" in grads:
+        x = torch.zeros_like(p) if x is None else x
+        x.addcmul_(grads["entropy"][:, None], log_p, value=-1)
+    constant = p.new_zeros(len(p)) if x is None else -torch.linalg.vecdot(p, x)  # [t]
+    constant = constant - grads.get("logprob", 0) + grads.get("forward_kl", 0)
+    p_times = constant[:, None] if x is None else x.add_(constant[:, None])
+    dz = p * p_times
     if "logprob" in grads:
-        dz -= grads["logprob"][:, None] * p
-        dz.scatter_add_(1, targets[:, None], grads["logprob"][:, None])
+        reached = grads["logprob"]
+        if head.banned is not None:  # nothing makes a banned target likelier
+            reached = reached.masked_fill(head.banned[targets], 0.0)
+        dz.scatter_add_(1, targets[:, None], reached[:, None])
     if "forward_kl" in grads:
-        dz += grads["forward_kl"][:, None] * (p - log_q.exp())
-    return dz if head.banned is None else dz.masked_fill_(head.banned, 0.0)
+        dz.addcmul_(grads["forward_kl"][:, None], log_q.exp(), value=-1)
+    return dz
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -175,7 +195,9 @@ class _ChunkedHead(torch.autograd.Function):
         chunks = []
         for rows in _chunks(targets.numel(), weight.shape[0], head.chunk_elements):
             inputs = _take(rows, hidden, weight, bias, targets, teacher_hidden, teacher_weight)
-            chunks.append(_row_outputs(*_log_probs(*inputs, head), targets[rows], head))
+            logs = _log_probs(*inputs, head)
+            chunks.append(_row_outputs(*logs, targets[rows], head))
+        ctx.logs = logs if head.keep and len(chunks) == 1 else None
         outputs = tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
         teacher_only = [
             o for name, o in zip(head.want, outputs, strict=True) if name == "teacher_logprob"
@@ -197,9 +219,10 @@ class _ChunkedHead(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
         for rows in _chunks(targets.numel(), weight.shape[0], head.chunk_elements):
             inputs = _take(rows, hidden, weight, bias, targets, teacher_hidden, teacher_weight)
-            row_grads = {name: grad[rows] for name, grad in grads.items()}
-            dz = _grad_logits(*_log_probs(*inputs, head), targets[rows], head, row_grads)
-            dz /= head.temperature  # now with respect to h W^T + bias
+            # divided by the temperature: with respect to h W^T + bias
+            row_grads = {name: grad[rows] / head.temperature for name, grad in grads.items()}
+            logs = ctx.logs or _log_probs(*inputs, head)
+            dz = _grad_logits(*logs, targets[rows], head, row_grads)
             if needs_bias:
                 grad_bias += dz.sum(0)
             dz = dz.to(weight.dtype)

@@ -26,7 +26,7 @@ from turbo.gae import gae
 from turbo.kernels.policy_head import policy_head
 from turbo.model import ValueHead
 from turbo.parallel import Crew
-from turbo.score import final_hidden, teacher_kl
+from turbo.score import final_hidden, read_answers, teacher_kl
 from turbo.teacher import Teacher
 from turbo.update import Learner, StepData, old_logprobs, prepare, step_values
 
@@ -313,8 +313,9 @@ def test_fault_10_only_answer_tokens_meet_the_vocabulary_and_environments_are_ba
     def projected():
         """Rows that meet the vocabulary in a minibatch, in scoring, and in playing."""
         rows.clear()
+        reading = read_answers(vlm, teacher, rollout, list(range(n)))
         Learner(vlm, lora, None, Crew(), config).gradients(
-            rollout, data, list(range(n)), n, teacher, 0.5
+            rollout, data, list(range(n)), n, reading, 0.5
         )
         minibatch = list(rows)
         rows.clear()

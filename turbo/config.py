@@ -259,18 +259,22 @@ class SftConfig:
     """seed of everything"""
     size: Literal["", "small", "medium", "nano"] = ""
     """size of the model (empty: the one of the environment)"""
-    steps: int = 900
+    steps: int = 2000
     """optimiser steps of the language model"""
-    deals: int = 48
+    deals: int = 24
     """deals per step"""
     states: int = 4
-    """states per deal: the first, and others at random (0: all)"""
+    """states per deal, each of an episode of its own (0: every state of one episode)"""
     solutions: int = 8
     """card games: the expert begins with one of so many solutions"""
+    other_targets: float = 0.0
+    """Points24: share of the deals that ask for another target than 24, as further exercises"""
     read_out_steps: int = 250
     """steps of the read-out that teaches the vision tower to see"""
     learning_rate: float = 2e-3
-    """peak learning rate"""
+    """peak learning rate of AdamW: embeddings, norms, vision tower"""
+    muon_learning_rate: float = 3e-3
+    """peak learning rate of Muon: the matrices of the text layers"""
     eval_episodes: int = 500
     """episodes of each evaluation at the end"""
     workers: int = 0
@@ -281,7 +285,7 @@ class SftConfig:
 
 # Measured in docs/LOG.md: enough to begin reinforcement learning, far from the optimum.
 SFT_DEFAULTS: dict[str, dict] = {
-    "points24": {},
+    "points24": dict(other_targets=0.75),
     "ezpoints": dict(steps=150, deals=32, read_out_steps=120),
     "numberline": dict(steps=100, deals=32),
     "blackjack": dict(steps=100, deals=32),
@@ -297,10 +301,14 @@ def sft_defaults(env: str) -> SftConfig:
 
 def check_sft(c: SftConfig) -> None:
     """Refuse settings that cannot work."""
-    for flag in ("steps", "deals", "solutions", "read_out_steps", "learning_rate", "eval_episodes"):
+    rates = ("learning_rate", "muon_learning_rate")
+    for flag in ("steps", "deals", "solutions", "read_out_steps", *rates, "eval_episodes"):
         if not getattr(c, flag) > 0:
             name = "--" + flag.replace("_", "-")
             raise ValueError(f"{name} must be more than 0, got {getattr(c, flag)}")
     for flag in ("seed", "states", "workers"):
         if getattr(c, flag) < 0:
             raise ValueError(f"--{flag} must be zero or more, got {getattr(c, flag)}")
+    if not 0 <= c.other_targets <= 1 or (c.other_targets and c.env != "points24"):
+        rule = "a share from 0 to 1, and 0 except with points24"
+        raise ValueError(f"--other-targets must be {rule}, got {c.other_targets}")

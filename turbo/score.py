@@ -7,6 +7,8 @@ length, and only answer tokens reach the head.
 Left out: gradients (`turbo.backprop`); what the scores are used for (`turbo.train`).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,35 @@ def score_answers(hidden: Tensor, head: Tensor, batch: TokenBatch, **options) ->
     n = len(batch.targets)
     out = policy_head(hidden, head, pad_to(batch.targets, len(hidden)), **options)
     return PolicyHeadOutput(**{k: None if v is None else v[:n] for k, v in vars(out).items()})
+
+
+@dataclass
+class TeacherReading:
+    """What a teacher makes of a rollout's answers: read once, used in every epoch."""
+
+    hidden: dict[int, Tensor]  # step -> normed hidden states [T, D] that predict its answer tokens
+    head: Tensor  # [V, D]
+
+    def of(self, steps: list[int]) -> Tensor:
+        """The hidden states of these steps' answer tokens end to end, [N, D]."""
+        return torch.cat([self.hidden[i] for i in steps])
+
+
+@torch.no_grad()
+def read_answers(
+    vlm: VisionLanguageModel, w: TextWeights, rollout: Rollout, rows: list[int]
+) -> TeacherReading:
+    """Read the answers of the steps `rows` with other weights, the teacher's."""
+    steps, hidden = [rollout.steps[i] for i in rows], {}
+    for group in micro_batches([len(s.suffix) + len(s.tokens) for s in steps], 64):
+        mine = [steps[i] for i in group]
+        pictures, owner = local_pictures(mine)
+        prefix = vlm.prefix(w, rollout.features[pictures], rollout.fixed, rollout.grid)
+        batch = pad_rows([s.suffix for s in mine], [s.tokens for s in mine], vlm.pad)
+        read = answer_hidden(vlm, w, prefix, owner, batch)[: len(batch.targets)]
+        parts = read.split([len(s.tokens) for s in mine])
+        hidden.update(zip([rows[i] for i in group], parts, strict=True))
+    return TeacherReading(hidden, w.head)
 
 
 @torch.no_grad()

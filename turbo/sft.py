@@ -33,6 +33,8 @@ from turbo.model import TextWeights, VisionLanguageModel, pick_dtype
 from turbo.parallel import Crew, cores, run_crew
 from turbo.prompts import suffix_text
 
+OTHER_TARGETS = (10, 61)  # targets of further exercises in Points24, two digits like 24
+
 
 @dataclass
 class Demonstration:
@@ -59,33 +61,49 @@ def perception_labels(fields: dict) -> list[str]:
     return [str(v) for v in labels]
 
 
-def demonstrate(env, vlm: VisionLanguageModel, seed: int, states: int = 0) -> Demonstration:
-    """Play one deal as the expert does; deals without a demonstration are skipped.
+def demonstrate(
+    env, vlm: VisionLanguageModel, seed: int, states: int = 0, other_targets: float = 0.0
+) -> Demonstration:
+    """Answers of the expert in one deal; deals without a demonstration are skipped.
 
-    `states` keeps so many states of the episode, the first among them (0: all).
+    `states` 0 keeps every state of one episode. Else every one of so many states is of an episode
+    of its own, the first state or a later one with equal chance. A share `other_targets` of these
+    episodes asks for another target: one picture, many exercises.
     """
     rng = np.random.default_rng(seed)
     while True:
-        picture, _ = env.reset(seed=int(rng.integers(2**31)))
-        suffixes, answers, labels, done = [], [], [], False
-        fixed = env.prompt("short").fixed
-        while not done:
-            text = env.expert_answer(rng)
-            if text is None:
-                break
-            suffixes.append(vlm.encode(suffix_text(env.prompt("short").state)))
-            answers.append([*vlm.encode(text), vlm.end])
-            answer = env.read_answer(text)
-            labels = labels or perception_labels(answer.fields)
-            _, _, terminated, truncated, _ = env.step(env.actions.index(answer.action))
-            done = terminated or truncated
-        if answers:
-            keep = range(len(answers))
-            if states and len(answers) > states:
-                later = 1 + rng.choice(len(answers) - 1, states - 1, replace=False)
-                keep = [0, *sorted(later.tolist())]
-            chosen = [[rows[i] for i in keep] for rows in (suffixes, answers)]
-            return Demonstration(picture, fixed, *chosen, labels)
+        deal = int(rng.integers(2**31))
+        picture, _ = env.reset(seed=deal)
+        demo = Demonstration(picture, env.prompt("short").fixed, [], [], [])
+        for _ in range(max(1, states)):
+            target = None
+            if rng.random() < other_targets:
+                target = {"target": int(rng.integers(*OTHER_TARGETS))}
+            env.reset(seed=deal, options=target)
+            rows = expert_rows(env, rng)
+            if states and rows:
+                later = len(rows) > 1 and rng.random() < 0.5
+                rows = [rows[int(rng.integers(1, len(rows))) if later else 0]]
+            demo.suffixes += [vlm.encode(suffix_text(state)) for state, _ in rows]
+            demo.answers += [[*vlm.encode(text), vlm.end] for _, text in rows]
+        if demo.answers:
+            text = vlm.decode(demo.answers[0])
+            demo.labels = perception_labels(env.read_answer(text).fields)
+            return demo
+
+
+def expert_rows(env, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Prompt and answer in every state of an episode that the expert plays; none without a plan."""
+    rows, done = [], False
+    while not done:
+        text = env.expert_answer(rng)
+        if text is None:
+            break
+        rows.append((env.prompt("short").state, text))
+        action = env.actions.index(env.read_answer(text).action)
+        _, _, terminated, truncated, _ = env.step(action)
+        done = terminated or truncated
+    return rows
 
 
 def backward_demos(
@@ -199,22 +217,20 @@ def warm_start(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> 
 
 
 def train_language(vlm, env, crew: Crew, c: SftConfig, say: Callable[[str], None]) -> float:
-    """Cross-entropy on expert answers, AdamW, cosine; the mean loss of the last 50 steps."""
+    """Cross-entropy on expert answers, cosine; the mean loss of the last 50 steps."""
     parameters = [p for p in vlm.module.parameters() if p.requires_grad]
     visual = list(vlm.module.model.visual.parameters())
-    matrices = [p for p in parameters if p.dim() >= 2]
-    others = [p for p in parameters if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=0.01), dict(params=others, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=c.learning_rate, betas=(0.9, 0.98))
+    optimizers = language_optimizers(vlm.module, c)
     rng = np.random.default_rng([c.seed, 2, crew.rank])
     started, recent = time.perf_counter(), []
     for step in range(c.steps):
         rate = min(1, (step + 1) / 50) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / c.steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = c.learning_rate * rate
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
         deals = rng.integers(2**31, size=c.deals // crew.size)
-        demos = [demonstrate(env, vlm, int(s), states=c.states) for s in deals]
-        optimizer.zero_grad(set_to_none=True)
+        demos = [demonstrate(env, vlm, int(s), c.states, c.other_targets) for s in deals]
+        vlm.module.zero_grad(set_to_none=True)
         weights = vlm.weights()
         local = cut(weights)
         vision, loss, count = backward_demos(vlm, local, demos)
@@ -225,7 +241,8 @@ def train_language(vlm, env, crew: Crew, c: SftConfig, say: Callable[[str], None
         crew.sum_([p.grad for p in parameters])
         torch._foreach_div_([p.grad for p in parameters], count)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         recent = [*recent[-49:], loss / count]
         if step % 100 == 99:
             speed = (step + 1) / (time.perf_counter() - started)
@@ -234,6 +251,32 @@ def train_language(vlm, env, crew: Crew, c: SftConfig, say: Callable[[str], None
                 f"{(c.steps - step - 1) / speed / 60:.1f} minutes left"
             )
     return float(np.mean(recent))
+
+
+def language_optimizers(module: nn.Module, c: SftConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the text layers, AdamW for all else.
+
+    Muon orthogonalises the momentum of a matrix (Jordan et al. 2024), scaled as Liu et al. (2025)
+    do to match the size of AdamW's steps.
+    """
+    muon, matrices, others = [], [], []
+    for name, p in module.named_parameters():
+        layer = p.dim() == 2 and "language_model.layers." in name
+        (muon if layer else matrices if p.dim() >= 2 else others).append(p)
+    groups = [dict(params=matrices, weight_decay=0.01), dict(params=others, weight_decay=0.0)]
+    found = [
+        torch.optim.AdamW(groups, lr=c.learning_rate, betas=(0.9, 0.98)),
+        torch.optim.Muon(
+            muon,
+            lr=c.muon_learning_rate,
+            weight_decay=0.01,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+    ]
+    for optimizer in found:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return found
 
 
 def parameter_count(module: nn.Module) -> int:

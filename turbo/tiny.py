@@ -57,7 +57,8 @@ def corpus(episodes: int = 400, seed: int = 0) -> Iterator[str]:
     for game in GAMES:
         env = make(game, **tiny_kwargs(game))
         for episode in range(episodes * (4 if game == "points24" else 1)):
-            env.reset(seed=seed + episode)
+            target = {"target": 10 + episode % 51} if game == "points24" and episode % 2 else None
+            env.reset(seed=seed + episode, options=target)
             done = False
             while not done:
                 answer = env.expert_answer(rng)

@@ -29,7 +29,7 @@ from turbo.measure import all_episodes, certainty, outcomes
 from turbo.parallel import Crew, cores, run_crew
 from turbo.rollout import Episode, Rollout, mix
 from turbo.run import Run, model_sha256
-from turbo.score import teacher_kl
+from turbo.score import TeacherReading, read_answers, teacher_kl
 from turbo.scribe import Scribe
 from turbo.update import StepData, prepare
 
@@ -44,9 +44,10 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
     rollout = run.table.collect(weights, (c.seed, update), c.steps_per_update)
     seconds = {"rollout": clock.lap()}
 
-    # score: KL of every thought to the teacher, where the reward or the advantage needs it
+    # score and weigh: KL of every thought to the teacher where the reward or the advantage needs
+    # it; for a loss the teacher reads the answers that are trained on
     guided = c.guidance == "kl" and run.teacher.weights is not None and run.beta > 0
-    kl = None
+    kl = teacher = None
     if guided and c.kl_placement != "loss":
         kl = teacher_kl(
             run.vlm,
@@ -57,11 +58,12 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
             token_range=c.guidance_range,
             temperature=c.temperature,
         )
+    data = prepare(run.vlm, weights, rollout, kl, run.beta, run.value_head, run.crew, c)
+    if guided and c.kl_placement == "loss":
+        teacher = read_answers(run.vlm, run.teacher.weights, rollout, data.rows)
     seconds["score"] = clock.lap()
 
-    # weigh and learn
-    data = prepare(run.vlm, weights, rollout, kl, run.beta, run.value_head, run.crew, c)
-    teacher = run.teacher.weights if guided and c.kl_placement == "loss" else None
+    # learn
     figures = learn(run, rollout, data, teacher)
     if kl is not None:
         figures["teacher_kl"] = kl.mean().item()
@@ -101,7 +103,9 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
     return metrics, episodes
 
 
-def learn(run: Run, rollout: Rollout, data: StepData, teacher) -> dict[str, float]:
+def learn(
+    run: Run, rollout: Rollout, data: StepData, teacher: TeacherReading | None
+) -> dict[str, float]:
     """The PPO epochs of one update; mean figures over its minibatches."""
     c = run.config
     for group in run.optimizer.param_groups:

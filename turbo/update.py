@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from turbo.backprop import backward_rows, backward_weights, cut
-from turbo.batch import TokenBatch
+from turbo.batch import TokenBatch, pad_to
 from turbo.config import TrainConfig
 from turbo.gae import explained_variance, gae, group_advantages
 from turbo.kl import kl_estimate, mean_over
@@ -22,7 +22,7 @@ from turbo.parallel import Crew
 from turbo.ppo import ppo_loss, step_logprob, value_loss
 from turbo.rollout import Rollout, Step
 from turbo.score import (
-    answer_hidden,
+    TeacherReading,
     final_hidden,
     guided_tokens,
     local_pictures,
@@ -137,7 +137,7 @@ class Learner:
         data: StepData,
         rows: list[int],  # this worker's steps of the minibatch
         total: int,  # steps of the minibatch, over all workers
-        teacher: TextWeights | None,
+        teacher: TeacherReading | None,  # of these rows at least
         beta: float,
     ) -> dict[str, Tensor]:
         """Set the `.grad` of LoRA factors and critic, summed over the crew; figures for the log."""
@@ -166,18 +166,13 @@ class _Minibatch:
     def run(self) -> None:
         """Forward and backward over all micro-batches."""
         vlm, rollout = self.l.vlm, self.rollout
-        pictures, self.owner = local_pictures(self.steps)
+        pictures, owner = local_pictures(self.steps)
         features = rollout.features[pictures]
-        self.teacher_prefix = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                place = (features, rollout.fixed, rollout.grid)
-                self.teacher_prefix = vlm.prefix(self.teacher, *place)
         backward_rows(
             vlm,
             self.weights,
             vlm.prefix(self.weights, features, rollout.fixed, rollout.grid),
-            self.owner,
+            owner,
             [s.suffix for s in self.steps],
             [s.tokens for s in self.steps],
             self.loss,
@@ -217,9 +212,7 @@ class _Minibatch:
         shared = dict(temperature=c.temperature, banned=vlm.banned)
         if self.teacher is None:
             return score_answers(h, w.head, batch, want=("logprob",), **shared)
-        with torch.no_grad():
-            owner = [self.owner[i] for i in rows]
-            theirs = answer_hidden(vlm, self.teacher, self.teacher_prefix, owner, batch)
+        theirs = pad_to(self.teacher.of(self.index[rows].tolist()), len(h))
         kind = {"full": "reverse_kl", "forward": "forward_kl"}.get(
             c.kl_estimator, "teacher_logprob"
         )

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turbo.envs.cards import is_held_out, tokenize
+from turbo.envs.cards import evaluate, is_held_out, tokenize
 from turbo.envs.formula import aim_of
 from turbo.envs.points24 import Points24
 
@@ -217,12 +217,28 @@ def test_actions_are_exact_not_substrings():
         assert env.read_answer(form % wrong).action is None
 
 
+def test_another_target_for_one_episode():
+    env, rng = deal(), np.random.default_rng(0)
+    env.reset(seed=0, options={"hand": HAND, "target": 36})
+    assert env.prompt("short").state == 'target: 36, formula: ""'
+    assert "exactly 36" in env.prompt("full").fixed and "24," not in env.prompt("full").fixed
+    reward = 0.0
+    while reward == 0.0:
+        answer = env.read_answer(env.expert_answer(rng))
+        assert env.judge(answer).right
+        _, reward, _, _, info = env.step(env.actions.index(answer.action))
+    assert reward == 10.0 and info["success"] and evaluate(env.game.tokens) == 36
+    env.reset(seed=0)
+    assert env.prompt("short").state == 'target: 24, formula: ""'
+    assert "exactly 24" in env.prompt("full").fixed
+
+
 def test_prompts_keep_their_fixed_part():
     env = deal()
     fixed = {style: env.prompt(style).fixed for style in ("short", "full")}
     play(env, "( 10 -")
     assert env.prompt("short").text == (
-        'Make 24 with the four cards. Reply in JSON.\nformula: "(10-"'
+        'Make the target with the four cards. Reply in JSON.\ntarget: 24, formula: "(10-"'
     )
     assert {style: env.prompt(style).fixed for style in fixed} == fixed
     assert env.prompt("full").state.endswith('"(10-"')

@@ -251,6 +251,6 @@ def test_bad_arguments_are_named(message):
 
 
 def test_triton_is_announced_as_missing():
-    assert module.EAGER_ELEMENTS > 0
+    assert module.KEPT_ELEMENTS > 0
     with pytest.raises(NotImplementedError, match="triton"):
         policy_head(HIDDEN, WEIGHT, TARGETS, impl="triton")

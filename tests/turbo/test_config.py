@@ -158,7 +158,8 @@ def test_every_setting_is_explained():
 def test_sft_settings(env):
     c = sft_defaults(env)
     check_sft(c)
-    for name in ("steps", "deals", "solutions", "read_out_steps", "learning_rate", "eval_episodes"):
+    rates = ("learning_rate", "muon_learning_rate")
+    for name in ("steps", "deals", "solutions", "read_out_steps", *rates, "eval_episodes"):
         with pytest.raises(
             ValueError, match=f"^--{name.replace('_', '-')} must be more than 0, got 0"
         ):
@@ -166,3 +167,6 @@ def test_sft_settings(env):
     for name in ("seed", "states", "workers"):
         with pytest.raises(ValueError, match=f"^--{name} must be zero or more, got -1"):
             check_sft(dataclasses.replace(c, **{name: -1}))
+    for wrong in (-0.1, 1.1) if env == "points24" else (0.5,):
+        with pytest.raises(ValueError, match="^--other-targets must be a share from 0 to 1"):
+            check_sft(dataclasses.replace(c, other_targets=wrong))

@@ -12,6 +12,7 @@ from turbo.gae import gae
 from turbo.model import ValueHead
 from turbo.parallel import Crew
 from turbo.rollout import Episode, Rollout, Step
+from turbo.score import read_answers
 from turbo.update import FIGURES, Learner, StepData, moments, old_logprobs, prepare, step_values
 
 ESTIMATORS = ("full", "forward", "clip", "abs", "k1", "k3")
@@ -108,9 +109,10 @@ def test_gradients_are_those_of_the_loss_written_down_plainly(fitted, played, ch
 
     with torch.no_grad():
         weights = None if teacher is None else fitted.weights(teacher)
+    reading = None if teacher is None else read_answers(fitted, weights, rollout, rows)
     learner = Learner(fitted, lora, head, Crew(), config)
     assert [id(p) for p in learner.parameters()] == [id(p) for p in parameters]
-    sums = learner.gradients(rollout, data, rows, len(rows), weights, BETA)
+    sums = learner.gradients(rollout, data, rows, len(rows), reading, BETA)
     for p, want in zip(parameters, wanted, strict=True):
         torch.testing.assert_close(p.grad, want, rtol=1e-3, atol=1e-5)
     largest = max(w.abs().max().item() for w in wanted)
@@ -137,10 +139,11 @@ def test_two_workers_sum_to_one(fitted, played):
     learner = Learner(fitted, lora, head, Crew(), config)
 
     def gradient(rows, total):
-        sums = learner.gradients(rollout, data, rows, total, teacher, 0.5)
+        sums = learner.gradients(rollout, data, rows, total, reading, 0.5)
         return [p.grad.clone() for p in learner.parameters()], sums
 
     rows = list(range(21))
+    reading = read_answers(fitted, teacher, rollout, rows)
     whole, sums = gradient(rows, 21)
     parts = [gradient(rows[:13], 21), gradient(rows[13:], 21), gradient([], 21)]
     for i, want in enumerate(whole):
@@ -185,7 +188,8 @@ def test_the_teacher_has_no_gradient(fitted, played):
     with torch.no_grad():
         teacher = fitted.weights(lora)
     learner = Learner(fitted, lora, None, Crew(), config)
-    learner.gradients(rollout, data, list(range(10)), 10, teacher, 1.0)
+    reading = read_answers(fitted, teacher, rollout, list(range(10)))
+    learner.gradients(rollout, data, list(range(10)), 10, reading, 1.0)
     assert max(p.grad.abs().max() for p in learner.parameters()) < 1e-4
 
 
