@@ -30,14 +30,14 @@ from turbo.config import TrainConfig
 from turbo.run import model_sha256
 from turbo.train import parse
 
-# About 12,000 steps; the coefficient multiplies a mean over some 40 thought tokens.
+# About 14,000 steps; the coefficient multiplies a mean over some 40 thought tokens.
 HARSH = (
-    "--temperature 1.0 --learning-rate 3e-3 --final-learning-rate 3e-3 --epochs 4 --minibatch 64 "
-    "--updates 6 --steps-per-update 1536 --eval-temperature 1.0 --eval-episodes 300"
+    "--temperature 1.0 --learning-rate 2e-3 --final-learning-rate 2e-3 --epochs 2 --minibatch 64 "
+    "--updates 8 --steps-per-update 1536 --eval-temperature 1.0 --eval-episodes 300"
 )
 # What is shown -> its variants: a label, and the arguments of turbo.train.
 DEMONSTRATIONS: dict[str, list[tuple[str, str]]] = {
-    "points24": [("GTR-Turbo", "points24")],
+    "points24": [("GTR-Turbo", "points24"), ("plain PPO", "points24 --guidance none")],
     "hour": [("GTR-Turbo", "points24 --updates 600")],
     "ezpoints": [("GTR-Turbo", "ezpoints")],
     "collapse": [

@@ -168,5 +168,5 @@ def test_sft_settings(env):
         with pytest.raises(ValueError, match=f"^--{name} must be zero or more, got -1"):
             check_sft(dataclasses.replace(c, **{name: -1}))
     for wrong in (-0.1, 1.1) if env == "points24" else (0.5,):
-        with pytest.raises(ValueError, match="^--other-targets must be a share from 0 to 1"):
+        with pytest.raises(ValueError, match=r"^--other-targets must be a share from 0 to 1"):
             check_sft(dataclasses.replace(c, other_targets=wrong))
