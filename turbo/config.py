@@ -32,7 +32,7 @@ class TrainConfig:
     """replace the run directory if it exists"""
     seed: int = 0
     """seed of everything: deals, sampling, initial factors, minibatch order"""
-    updates: int = 36
+    updates: int = 34
     """policy updates; each one is a rollout, its PPO epochs, and a new checkpoint in the history"""
     minutes: float = 0.0
     """stop after so many minutes even if updates are left (0: no limit)"""
@@ -72,7 +72,7 @@ class TrainConfig:
     """PPO clip range of the step's ratio"""
     value_coef: float = 0.5
     """weight of the critic's loss (gae)"""
-    epochs: int = 4
+    epochs: int = 2
     """passes over each rollout"""
     minibatch: int = 256
     """environment steps per optimiser step"""
@@ -82,9 +82,9 @@ class TrainConfig:
     """skip steps whose answer had a negative log-likelihood below this: next to no gradient"""
 
     # Optimiser
-    learning_rate: float = 4e-4
+    learning_rate: float = 5e-4
     """peak learning rate of AdamW"""
-    final_learning_rate: float = 4e-5
+    final_learning_rate: float = 5e-5
     """learning rate at the end of the cosine"""
     grad_clip: float = 0.5
     """bound on the gradient's norm"""
@@ -146,7 +146,11 @@ class TrainConfig:
 GAME_DEFAULTS: dict[str, dict] = {
     "points24": {},
     "ezpoints": dict(
-        updates=30, steps_per_update=1024, learning_rate=1e-3, final_learning_rate=1e-4
+        updates=30,
+        steps_per_update=1024,
+        epochs=4,
+        learning_rate=1e-3,
+        final_learning_rate=1e-4,
     ),
     "numberline": dict(updates=20, steps_per_update=1024),
     "blackjack": dict(updates=30, steps_per_update=1024, group_size=16),
