@@ -12,8 +12,11 @@ Left out: several machines, GPUs.
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait as wait_for
 from queue import Empty
 from threading import BrokenBarrierError
 
@@ -133,21 +136,46 @@ def run_crew(size: int, program: Callable, *arguments, board: int = 1 << 20):
     ]
     for process in others:
         process.start()
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(others, barrier, over), daemon=True)
+    watch.start()
     try:
         return program(Crew(0, size, barrier, shared, queues), *arguments)
     except BaseException:
         barrier.abort()
         raise
     finally:
+        over.set()
         for process in others:
             process.join(5)
             if process.is_alive():
-                process.terminate()
+                process.kill()
+
+
+def _watch(others: list, barrier, over: threading.Event) -> None:
+    """See to it that nobody waits for a worker that was killed from outside."""
+    left = {process.sentinel: rank for rank, process in enumerate(others, 1)}
+    while left:
+        for sentinel in wait_for(list(left)):
+            rank = left.pop(sentinel)
+            others[rank - 1].join()
+            code = others[rank - 1].exitcode
+            if code and not over.is_set():
+                if code < 0:
+                    print(f"worker {rank} was ended by signal {-code}", file=sys.stderr)
+                barrier.abort()
+
+
+def _follow() -> None:
+    """A worker whose worker 0 is gone has nobody to work for."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(program, arguments, rank, size, barrier, board, queues) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # worker 0 decides when to stop
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # worker 0 decides when to stop
+    threading.Thread(target=_follow, daemon=True).start()
     try:
         program(Crew(rank, size, barrier, board, queues), *arguments)
     except BaseException:

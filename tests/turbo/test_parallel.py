@@ -2,6 +2,7 @@
 
 import ast
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -112,3 +113,23 @@ def test_cores():
     crew = Crew()
     crew.wait()
     assert crew.leads and crew.size == 1
+
+
+def worker_killed(crew, number):
+    if not crew.leads:
+        os.kill(os.getpid(), number)
+    return crew.total(1.0)[0]
+
+
+def test_a_worker_that_is_killed_keeps_nobody_waiting(capfd):
+    started = time.perf_counter()
+    with pytest.raises(RuntimeError, match="another worker failed"):
+        run_crew(2, worker_killed, signal.SIGKILL)
+    assert time.perf_counter() - started < 60
+    assert "worker 1 was ended by signal 9" in capfd.readouterr().err
+
+
+def test_workers_leave_signals_to_the_first():
+    """Ctrl-C, or `timeout`, reach the whole process group."""
+    assert run_crew(2, worker_killed, signal.SIGTERM) == 2.0
+    assert run_crew(2, worker_killed, signal.SIGINT) == 2.0
