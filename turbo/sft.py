@@ -3,9 +3,10 @@
     loss = - mean over answer tokens of log p(token | picture, prompt, answer so far)
 
 First a linear read-out of the cards is trained on the vision tower alone (without it the cards stay
-unread for hundreds of steps), then the whole model on all states of expert episodes. Hands are
-split by multiset: the warm start sees only `seen` hands, so that memory and generalisation can be
-told apart. Run as `python -m turbo.sft points24 --out DIR`.
+unread for hundreds of steps), then the whole model on states of expert episodes. Hands are split by
+multiset: the warm start sees only `seen` hands, so that memory and generalisation can be told
+apart. In Points24 most exercises ask for another target than 24: too many to learn by heart, so
+that more is learned than hands. Run as `python -m turbo.sft points24 --out DIR`.
 
 Left out: reinforcement learning (`turbo.train`).
 """
@@ -38,7 +39,7 @@ OTHER_TARGETS = (10, 61)  # targets of further exercises in Points24, two digits
 
 @dataclass
 class Demonstration:
-    """One expert episode: its picture, and each state's prompt suffix and answer (token ids)."""
+    """The expert's answers in one deal, as token ids, each behind the suffix of its prompt."""
 
     picture: np.ndarray  # [H, W, 3] uint8
     fixed: str
