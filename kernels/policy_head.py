@@ -102,15 +102,15 @@ def _log_probs(
     head: _Head,
 ) -> tuple[Tensor, Tensor | None]:
     """log p and, if an output needs it, log q of the given rows.  # [t, V]"""
-    ban = None if head.banned is None else _ban_bias(head.banned, weight.dtype)
+    ban = None if head.banned is None else ban_bias(head.banned, weight.dtype)
     log_p = _log_softmax(hidden, weight, bias, ban, head.temperature)
     if not head.needs_teacher:
         return log_p, None
     return log_p, _log_softmax(teacher_hidden, teacher_weight, bias, ban, head.temperature)
 
 
-def _ban_bias(banned: Tensor, dtype: torch.dtype) -> Tensor:
-    """What keeps the banned entries from ever being sampled, and is finite.  # [V]"""
+def ban_bias(banned: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to logits so that `banned` [V] is never sampled; finite.  # [V]"""
     low = -3e4 if dtype == torch.float16 else -1e30
     return torch.zeros(banned.shape, dtype=dtype, device=banned.device).masked_fill_(banned, low)
 

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbo.batch import micro_batches, round_up
+from turbo.kernels.policy_head import ban_bias
 from turbo.model import PrefixKV, TextWeights, VisionLanguageModel, causal_mask
 
 
@@ -85,7 +86,7 @@ class Decoder:
             )
         self.vlm, self.weights, self.temperature = vlm, weights, temperature
         self.max_new, self.generator = max_new_tokens, generator
-        self.bias = ban_bias(vlm)
+        self.bias = ban_bias(vlm.banned, vlm.text.dtype)
         self.cache = _Cache(vlm, slots)
         self.rows: dict[int, _Row] = {}
         self.passes = self.guessed = self.accepted = 0
@@ -269,8 +270,3 @@ class _Cache:
             return pair[0], pair[1]
 
         return text.forward(weights, x, rope, causal_mask(length, past, text.dtype), attend)
-
-
-def ban_bias(vlm: VisionLanguageModel) -> Tensor:
-    """Additive logits [V] in the compute dtype: -1e30 on banned tokens, 0 elsewhere."""
-    return torch.zeros(vlm.text.vocabulary, dtype=vlm.text.dtype).masked_fill_(vlm.banned, -1e30)

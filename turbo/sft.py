@@ -34,8 +34,6 @@ from turbo.model import TextWeights, VisionLanguageModel, pick_dtype
 from turbo.parallel import Crew, cores, run_crew
 from turbo.prompts import suffix_text
 
-OTHER_TARGETS = (10, 61)  # targets of further exercises in Points24, two digits like 24
-
 
 @dataclass
 class Demonstration:
@@ -73,24 +71,22 @@ def demonstrate(
     """
     rng = np.random.default_rng(seed)
     while True:
-        deal = int(rng.integers(2**31))
-        picture, _ = env.reset(seed=deal)
-        demo = Demonstration(picture, env.prompt("short").fixed, [], [], [])
+        deal, suffixes, answers = int(rng.integers(2**31)), [], []
         for _ in range(max(1, states)):
             target = None
             if rng.random() < other_targets:
-                target = {"target": int(rng.integers(*OTHER_TARGETS))}
-            env.reset(seed=deal, options=target)
+                target = {"target": int(rng.integers(*tiny.OTHER_TARGETS))}
+            picture, _ = env.reset(seed=deal, options=target)
             rows = expert_rows(env, rng)
             if states and rows:
                 later = len(rows) > 1 and rng.random() < 0.5
                 rows = [rows[int(rng.integers(1, len(rows))) if later else 0]]
-            demo.suffixes += [vlm.encode(suffix_text(state)) for state, _ in rows]
-            demo.answers += [[*vlm.encode(text), vlm.end] for _, text in rows]
-        if demo.answers:
-            text = vlm.decode(demo.answers[0])
-            demo.labels = perception_labels(env.read_answer(text).fields)
-            return demo
+            suffixes += [vlm.encode(suffix_text(state)) for state, _ in rows]
+            answers += [[*vlm.encode(text), vlm.end] for _, text in rows]
+        if answers:
+            labels = perception_labels(env.read_answer(vlm.decode(answers[0])).fields)
+            fixed = env.prompt("short").fixed
+            return Demonstration(picture, fixed, suffixes, answers, labels)
 
 
 def expert_rows(env, rng: np.random.Generator) -> list[tuple[str, str]]:

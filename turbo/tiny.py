@@ -27,6 +27,7 @@ from turbo.envs.make import make, tiny_kwargs
 
 GAMES = ("points24", "ezpoints", "numberline", "blackjack")
 VOCABULARY = 640
+OTHER_TARGETS = (10, 61)  # from and below: further exercises in Points24, two digits like 24
 PATCH, MERGE = 14, 2
 
 # Sizes that were tried are in docs/LOG.md. Head dimension is 32 throughout.
@@ -57,7 +58,9 @@ def corpus(episodes: int = 400, seed: int = 0) -> Iterator[str]:
     for game in GAMES:
         env = make(game, **tiny_kwargs(game))
         for episode in range(episodes * (4 if game == "points24" else 1)):
-            target = {"target": 10 + episode % 51} if game == "points24" and episode % 2 else None
+            low, end = OTHER_TARGETS
+            other = {"target": low + episode % (end - low)}
+            target = other if game == "points24" and episode % 2 else None
             env.reset(seed=seed + episode, options=target)
             done = False
             while not done:

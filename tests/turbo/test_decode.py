@@ -7,7 +7,8 @@ import pytest
 import tiny_models
 import torch
 
-from turbo.decode import Decoder, Request, ban_bias
+from turbo.decode import Decoder, Request
+from turbo.kernels.policy_head import ban_bias
 from turbo.prompts import suffix_text
 
 LETTERS = "xyzw"  # what the models of the chi-square tests may say, beside the end
@@ -186,7 +187,7 @@ def test_specials_are_never_sampled(vlm, prompt):
     assert len(tokens) >= 2200
     assert not vlm.banned[torch.tensor(tokens)].any()
     assert len(set(tokens)) > 500
-    assert (ban_bias(vlm) < 0).sum() == 6
+    assert (ban_bias(vlm.banned, vlm.text.dtype) < 0).sum() == 6
     free = tiny_models.with_banned(vlm, list(range(640)))
     decoder = decoder_for(free, prompt, 64, temperature=50.0, max_new=40)
     for slot in range(64):
