@@ -5,6 +5,7 @@ memory between them; autograd of a composed RMSNorm alone makes sixteen. Here ea
 as few passes as its formula needs:
 
     rms_norm   y = x r w,  r = (mean(x^2) + eps)^-1/2      dx = r (g w) - x r^3 mean(g w x)
+               (without w where the next matrix has it: (x r w) M^T = (x r) (M w)^T)
     swiglu     y = silu(a) b                               da = silu'(a) (g b),  db = g silu(a)
 
 Left out: Triton versions; a GPU uses the composed operations of PyTorch.
@@ -17,12 +18,13 @@ from torch import Tensor
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
         # mean(x^2) as a norm: one pass and no temporary of x's size
         r = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         r = r.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
         ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight).to(dtype)
+        y = x * r
+        return (y if weight is None else y.mul_(weight)).to(dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -31,9 +33,9 @@ class _RmsNorm(torch.autograd.Function):
         dw = None
         if ctx.needs_input_grad[1]:
             dw = (grad * x).mul_(r).flatten(0, -2).sum(0)
-        gw = grad * weight
+        gw = grad if weight is None else grad * weight
         mean = torch.linalg.vecdot(gw, x).unsqueeze(-1).div_(x.shape[-1])
-        dx = gw.mul_(r).addcmul_(x, mean * r**3, value=-1)
+        dx = (gw * r).addcmul_(x, mean * r**3, value=-1)
         return dx, dw, None, None
 
 
@@ -55,10 +57,10 @@ class _Swiglu(torch.autograd.Function):
         return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     """RMSNorm over the last dimension (Zhang & Sennrich 2019).
 
-    x [..., D], weight [D]; computed in x's dtype, returned in `dtype`.
+    x [..., D], weight [D] or None for ones; computed in x's dtype, returned in `dtype`.
     """
     return _RmsNorm.apply(x, weight, eps, dtype)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from turbo.batch import micro_batches, round_up
 from turbo.kernels.policy_head import ban_bias
-from turbo.model import PrefixKV, TextWeights, VisionLanguageModel, causal_mask
+from turbo.model import KEYS, PrefixKV, TextWeights, VisionLanguageModel, causal_mask
 
 
 @dataclass
@@ -57,6 +57,7 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
+    whole: list[int] = field(default_factory=list)  # the guess that the draft was cut from
     limit: int = 1 << 30  # longest draft: short after a refusal, free again after a confirmation
     hidden: Tensor | None = None
 
@@ -122,15 +123,14 @@ class Decoder:
     def _draft(self, row: _Row) -> list[int]:
         """Guessed tokens behind those already sampled; the end token is left to the model."""
         room = min(self.max_new - len(row.tokens) - 1, row.limit)
-        written = self.vlm.decode(row.tokens) if row.tokens else ""
-        guess = row.request.guess(written)
-        if room <= 0 or len(guess) <= len(written):
-            return []
-        ids = self.vlm.encode(guess)
         n = len(row.tokens)
-        if ids[:n] != row.tokens:  # the model splits the text otherwise than the tokenizer would
-            ids, n = self.vlm.encode(guess[len(written) :]), 0
-        return ids[n : n + room]
+        if len(row.whole) <= n or row.whole[:n] != row.tokens:
+            written = self.vlm.decode(row.tokens) if row.tokens else ""
+            guess = row.request.guess(written)
+            row.whole = self.vlm.encode(guess)
+            if row.whole[:n] != row.tokens:  # the model splits the text otherwise
+                row.whole = row.tokens + self.vlm.encode(guess[len(written) :])
+        return row.whole[n : n + max(room, 0)]
 
     def _forward(self, rows: list[_Row]) -> tuple[Tensor, list[int]]:
         """Run pending and draft tokens.
@@ -156,24 +156,22 @@ class Decoder:
     def _verify(self, rows: list[_Row], hidden: Tensor, counts: list[int]) -> None:
         """Accept or replace the guesses of every row; append what was sampled."""
         logits = F.linear(hidden, self.weights.head, self.bias)[: sum(counts)].float()  # [N, V]
-        logits = logits.div_(self.temperature)
-        norm = torch.logsumexp(logits, -1)
+        logprobs = torch.log_softmax(logits.div_(self.temperature), -1)
         n = torch.tensor(counts)
         end = n.cumsum(0) - 1  # where each row predicts the token behind its draft
         drafts = torch.tensor([t for r in rows for t in [*r.draft, 0]])
-        logp = logits.gather(1, drafts[:, None])[:, 0] - norm
+        logp = logprobs.gather(1, drafts[:, None])[:, 0]
         refused = torch.rand(len(drafts), generator=self.generator) >= logp.exp()
         refused[end] = True  # nothing was guessed there
         place = torch.where(refused, torch.arange(len(drafts)), len(drafts))
         row_of = torch.repeat_interleave(torch.arange(len(rows)), n)
         first = torch.full((len(rows),), len(drafts)).scatter_reduce(0, row_of, place, "amin")
-        logits, norm = logits.index_select(0, first), norm[first]  # [R, V], the first refusals
-        others = logits.clone()
+        logprobs = logprobs.index_select(0, first)  # [R, V] where guesses were first refused
+        others = logprobs.clone()
         inside = (first != end).nonzero()[:, 0]
         others[inside, drafts[first[inside]]] = -1e30
-        noise = torch.empty_like(others).exponential_(generator=self.generator)
-        new = (torch.softmax(others, -1) / noise).argmax(-1)
-        new_logp = (logits.gather(1, new[:, None])[:, 0] - norm).tolist()
+        new = self._draw(torch.softmax(others, -1))
+        new_logp = logprobs.gather(1, new[:, None])[:, 0].tolist()
         taken = (first - (end + 1 - n)).tolist()  # accepted guesses of each row
         logp, new, offset = logp.tolist(), new.tolist(), 0
         for i, row in enumerate(rows):
@@ -188,6 +186,13 @@ class Decoder:
             self.guessed += len(row.draft)
             self.accepted += k
             offset += counts[i]
+
+    def _draw(self, p: Tensor) -> Tensor:
+        """[R] one token a row, by inversion of the distributions p [R, V]."""
+        below = p.cumsum(-1, dtype=torch.float64)
+        u = torch.rand(len(p), 1, dtype=torch.float64, generator=self.generator)
+        drawn = torch.searchsorted(below, u * below[:, -1:], right=True)[:, 0]
+        return drawn.clamp_(max=p.shape[1] - 1)  # past the end where p is not a number
 
 
 def _similar(rows: list[_Row], size: int = 64) -> list[list[_Row]]:
@@ -241,17 +246,19 @@ class _Cache:
             return self._run_fresh(weights, x, slot)
         at = start[:, None] + torch.arange(length)  # [R, L] place behind the prefix
         rope = text.text_rope(at + self.next_position)
-        used = round_up(self.past + int(start.max()) + length, 16)
-        used = min(used, self.past + self.room)
+        used = round_up(self.past + int(start.max()) + length, KEYS)
         blocked = torch.arange(used) > (at + self.past)[..., None]  # [R, L, S]
         mask = torch.zeros(blocked.shape, dtype=text.dtype).masked_fill_(blocked, -1e30)
         mask = mask[:, None, None]
         # Padding may point past the cache; it lands in the last place, which no token ever uses.
         place = (at + self.past).clamp(max=self.past + self.room - 1)
+        _, heads, width, hd = self.keys[0].shape
+        row = (slot[:, None] * heads + torch.arange(heads))[..., None] * width + place[:, None]
+        row = row.flatten()  # [R * Hkv * L] where the cache, as a matrix of hd columns, is written
 
         def attend(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            self.keys[i][slot[:, None], :, place] = k.transpose(1, 2)
-            self.values[i][slot[:, None], :, place] = v.transpose(1, 2)
+            self.keys[i].view(-1, hd).index_copy_(0, row, k.reshape(-1, hd))
+            self.values[i].view(-1, hd).index_copy_(0, row, v.reshape(-1, hd))
             return self.keys[i][slot, :, :used], self.values[i][slot, :, :used]
 
         return text.forward(weights, x, rope, mask, attend)

@@ -25,18 +25,19 @@ from turbo.kernels.pointwise import rms_norm, swiglu
 from turbo.lora import Lora, effective
 
 TEXT_PREFIX = "model.language_model."
+KEYS = (
+    32  # keys are attended to in multiples of this: what is left over costs softmax up to 4 times
+)
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer, projections fused; matrices in the compute dtype, norms in float32."""
+    """One decoder layer in the compute dtype: projections fused, each with the norm before it."""
 
-    norm1: Tensor  # [D]
     # queries (scaled by hd**-0.5), keys, values, turned queries, turned keys
     qkv: Tensor  # [(2*H + 3*Hkv)*hd, D]
     qkv_bias: Tensor  # [(2*H + 3*Hkv)*hd]
     out: Tensor  # [D, H*hd]
-    norm2: Tensor  # [D]
     gate_up: Tensor  # [2*I, D]
     down: Tensor  # [D, I]
 
@@ -79,16 +80,13 @@ class TextModel:
             a = p + "self_attn."
             qkv = self._turned(*(m[a + f"{x}_proj.weight"] for x in "qkv"))
             bias = self._turned(*(m[a + f"{x}_proj.bias"] for x in "qkv"))
+            gate_up = torch.cat([m[p + "mlp.gate_proj.weight"], m[p + "mlp.up_proj.weight"]])
             layers.append(
                 LayerWeights(
-                    norm1=m[p + "input_layernorm.weight"],
-                    qkv=cast(qkv),
+                    qkv=cast(qkv * m[p + "input_layernorm.weight"]),
                     qkv_bias=cast(bias),
                     out=cast(m[a + "o_proj.weight"]),
-                    norm2=m[p + "post_attention_layernorm.weight"],
-                    gate_up=cast(
-                        torch.cat([m[p + "mlp.gate_proj.weight"], m[p + "mlp.up_proj.weight"]])
-                    ),
+                    gate_up=cast(gate_up * m[p + "post_attention_layernorm.weight"]),
                     down=cast(m[p + "mlp.down_proj.weight"]),
                 )
             )
@@ -138,7 +136,7 @@ class TextModel:
         w: TextWeights,
         x: Tensor,  # [R, L, D] float32 embeddings
         rope: tuple[Tensor, Tensor],
-        mask: Tensor,  # additive, broadcastable to [R, Hkv, G, L, S]
+        mask: Tensor,  # additive, broadcastable to [R, Hkv, G, L, S], S at least the number of keys
         attend,  # (layer, k [R, Hkv, L, hd], v) -> all keys and values to attend to [R, Hkv, S, hd]
     ) -> Tensor:
         """Hidden states [R, L, D] before the final norm."""
@@ -146,7 +144,7 @@ class TextModel:
         n_q, n_k = self.heads * self.head_dim, self.kv_heads * self.head_dim
         cos, sin = rope
         for i, layer in enumerate(w.layers):
-            h = rms_norm(x, layer.norm1, self.eps, self.dtype)
+            h = rms_norm(x, None, self.eps, self.dtype)
             y = F.linear(h, layer.qkv, layer.qkv_bias)
             qk = torch.addcmul(y[..., : n_q + n_k] * cos, y[..., n_q + 2 * n_k :], sin)
             q = qk[..., :n_q].view(r, length, self.heads, self.head_dim)
@@ -154,7 +152,7 @@ class TextModel:
             v = y[..., n_q + n_k : n_q + 2 * n_k].view(r, length, self.kv_heads, -1).transpose(1, 2)
             k, v = attend(i, k, v)
             x = x + F.linear(_attention(q, k, v, mask), layer.out)
-            h = rms_norm(x, layer.norm2, self.eps, self.dtype)
+            h = rms_norm(x, None, self.eps, self.dtype)
             x = x + F.linear(swiglu(F.linear(h, layer.gate_up)), layer.down)
         return x
 
@@ -167,10 +165,12 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Grouped-query attention by two batched products.
 
     On a CPU in bfloat16 it is several times faster to train than SDPA.
-    q [R, L, H, hd] (scaled), k and v [R, Hkv, S, hd], mask additive -> [R, L, H*hd]
+    q [R, L, H, hd] (scaled), k and v [R, Hkv, <= S, hd], mask [..., S] additive -> [R, L, H*hd]
     """
     r, length, heads, hd = q.shape
-    kv, s = k.shape[1], k.shape[2]
+    kv, s = k.shape[1], mask.shape[-1]
+    if k.shape[2] < s:  # the mask is rounded up: fill with keys that nothing attends to
+        k, v = (F.pad(x, (0, 0, 0, s - k.shape[2])) for x in (k, v))
     g = heads // kv
     q = q.view(r, length, kv, g, hd).permute(0, 2, 3, 1, 4).reshape(r * kv, g * length, hd)
     k = k.reshape(r * kv, s, hd).transpose(1, 2)
@@ -184,9 +184,12 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def causal_mask(length: int, past: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask [length, past + length]: query i sees the past and the keys up to itself."""
-    blocked = torch.ones(length, past + length, dtype=torch.bool).triu(past + 1)
-    return torch.zeros(length, past + length, dtype=dtype).masked_fill_(blocked, -1e30)
+    """Additive mask [length, S >= past + length]: query i sees the past and the keys up to itself.
+
+    S is a multiple of `KEYS`.
+    """
+    blocked = torch.ones(length, round_up(past + length, KEYS), dtype=torch.bool).triu(past + 1)
+    return torch.zeros(blocked.shape, dtype=dtype).masked_fill_(blocked, -1e30)
 
 
 @dataclass

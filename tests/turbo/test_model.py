@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from turbo import prompts, tiny
 from turbo.lora import new_lora
-from turbo.model import ValueHead, VisionLanguageModel, causal_mask, load, pick_dtype
+from turbo.model import KEYS, ValueHead, VisionLanguageModel, causal_mask, load, pick_dtype
 
 FIXED = "Make 12 with the two cards. Reply in JSON.\n"
 ANSWER = '{"cards": ["10", "2"], "thoughts": "2 10: 10+2=12, so 10+2, next +", "action": "+"}'
@@ -189,7 +189,8 @@ def test_factors_of_another_model_are_refused(vlm):
 def test_causal_mask():
     mask = causal_mask(3, 2, torch.float32)
     seen = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    assert (mask == 0).int().tolist() == seen
+    assert (mask[:, :5] == 0).int().tolist() == seen
+    assert mask.shape == (3, KEYS) and (mask[:, 5:] == -1e30).all()
     assert mask[0, 3] == -1e30
 
 
