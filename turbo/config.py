@@ -84,7 +84,7 @@ class TrainConfig:
     # Optimiser
     learning_rate: float = 5e-4
     """peak learning rate of AdamW"""
-    final_learning_rate: float = 5e-5
+    final_learning_rate: float = 2.5e-4
     """learning rate at the end of the cosine"""
     grad_clip: float = 0.5
     """bound on the gradient's norm"""

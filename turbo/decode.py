@@ -99,7 +99,6 @@ class Decoder:
     def ask(self, slot: int, request: Request) -> None:
         """Begin an answer in a slot that has none under way."""
         self.rows[slot] = _Row(slot, request, list(request.suffix))
-        self.cache.reserve(round_up(len(request.suffix) + self.max_new))
 
     @torch.no_grad()
     def advance(self) -> list[tuple[int, Sample]]:
@@ -202,35 +201,40 @@ def _similar(rows: list[_Row], size: int = 64) -> list[list[_Row]]:
 
 
 class _Cache:
-    """Keys and values per slot, of prefix and the rest: per layer [slots, Hkv, P + room, hd]."""
+    """Keys and values per slot, of prefix and the rest: per layer [slots, Hkv, width, hd]."""
 
     def __init__(self, vlm: VisionLanguageModel, slots: int):
-        self.vlm, self.slots, self.room = vlm, slots, 0
+        self.vlm, self.slots, self.width = vlm, slots, 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.past = self.next_position = 0
+        self.past = self.next_position = 0  # of the prefix
 
     def put_prefix(self, slot: int, prefix: PrefixKV, number: int) -> None:
         """Copy one prompt prefix into a slot."""
         if not self.keys:
             self.past, self.next_position = prefix.length, prefix.next_position
-            _, heads, length, hd = prefix.keys[0].shape
+            _, heads, _, hd = prefix.keys[0].shape
             # One slot more than there are environments, for rows that only fill up a batch.
-            empty = prefix.keys[0].new_zeros(self.slots + 1, heads, length + self.room, hd)
-            self.keys = [empty.clone() for _ in prefix.keys]
-            self.values = [empty.clone() for _ in prefix.keys]
+            empty = prefix.keys[0].new_zeros(self.slots + 1, heads, 0, hd)
+            self.keys, self.values = [empty] * len(prefix.keys), [empty] * len(prefix.keys)
+            self._reserve(self.past)
         for own, new in zip(self.keys, prefix.keys, strict=True):
             own[slot, :, : self.past] = new[number]
         for own, new in zip(self.values, prefix.values, strict=True):
             own[slot, :, : self.past] = new[number]
 
-    def reserve(self, room: int) -> None:
-        """Make place for `room` tokens behind the prefix of every slot."""
-        if room > self.room:
-            more = room + 16 - self.room
-            self.keys = [F.pad(k, (0, 0, 0, more)) for k in self.keys]
-            self.values = [F.pad(v, (0, 0, 0, more)) for v in self.values]
-            self.room += more
+    def _reserve(self, tokens: int) -> int:
+        """Make place for `tokens` in every slot; how many of them to attend to."""
+        used = round_up(tokens, KEYS)
+        if used > self.width:
+            more = (0, 0, 0, used - self.width)
+            self.keys, self.values = ([F.pad(x, more) for x in y] for y in (self.keys, self.values))
+            self.width = used
+        return used
+
+    def _take(self, cache: Tensor, slot: Tensor, used: int) -> Tensor:
+        """[R, Hkv, used, hd] of the slots; whole slots are copied four times as fast as parts."""
+        return cache.index_select(0, slot) if used == self.width else cache[slot, :, :used]
 
     def run(self, weights: TextWeights, ids: Tensor, rows: list[_Row]) -> Tensor:
         """Hidden states [R, L, D] of ids [R, L] behind what each row has in the cache.
@@ -241,25 +245,26 @@ class _Cache:
         blank = len(ids) - len(rows)
         slot = torch.tensor([row.slot for row in rows] + [self.slots] * blank)
         start = torch.tensor([row.position for row in rows] + [0] * blank)
+        used = self._reserve(self.past + int(start.max()) + length)
         x = F.embedding(ids, weights.embed).float()
         if int(start.max()) == 0:  # a prompt is read: everything lies in one piece
             return self._run_fresh(weights, x, slot)
         at = start[:, None] + torch.arange(length)  # [R, L] place behind the prefix
         rope = text.text_rope(at + self.next_position)
-        used = round_up(self.past + int(start.max()) + length, KEYS)
-        blocked = torch.arange(used) > (at + self.past)[..., None]  # [R, L, S]
+        at += self.past
+        blocked = torch.arange(used) > at[..., None]  # [R, L, S]
         mask = torch.zeros(blocked.shape, dtype=text.dtype).masked_fill_(blocked, -1e30)
         mask = mask[:, None, None]
-        # Padding may point past the cache; it lands in the last place, which no token ever uses.
-        place = (at + self.past).clamp(max=self.past + self.room - 1)
         _, heads, width, hd = self.keys[0].shape
-        row = (slot[:, None] * heads + torch.arange(heads))[..., None] * width + place[:, None]
-        row = row.flatten()  # [R * Hkv * L] where the cache, as a matrix of hd columns, is written
+        place = (slot[:, None] * heads + torch.arange(heads))[..., None] * width + at[:, None]
+        place = place.flatten()  # [R * Hkv * L] rows of the cache as a matrix of hd columns
 
         def attend(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            self.keys[i].view(-1, hd).index_copy_(0, row, k.reshape(-1, hd))
-            self.values[i].view(-1, hd).index_copy_(0, row, v.reshape(-1, hd))
-            return self.keys[i][slot, :, :used], self.values[i][slot, :, :used]
+            pair = []
+            for cache, new in ((self.keys[i], k), (self.values[i], v)):
+                cache.view(-1, hd).index_copy_(0, place, new.reshape(-1, hd))
+                pair.append(self._take(cache, slot, used))
+            return pair[0], pair[1]
 
         return text.forward(weights, x, rope, mask, attend)
 
@@ -267,12 +272,11 @@ class _Cache:
         """Hidden states of embeddings x [R, L, D] right behind the prefixes of the slots."""
         text, past, length = self.vlm.text, self.past, x.shape[1]
         rope = text.text_rope(torch.arange(length) + self.next_position)
-        kept = min(length, self.room)  # beyond there is only padding
 
         def attend(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             pair = []
             for cache, new in ((self.keys[i], k), (self.values[i], v)):
-                cache[slot, :, past : past + kept] = new[:, :, :kept]
+                cache[slot, :, past : past + length] = new
                 pair.append(torch.cat([cache[slot, :, :past], new], 2))
             return pair[0], pair[1]
 

@@ -134,7 +134,7 @@ class TextModel:
     def forward(
         self,
         w: TextWeights,
-        x: Tensor,  # [R, L, D] float32 embeddings
+        x: Tensor,  # [R, L, D] float32 embeddings; overwritten where no gradient is asked for
         rope: tuple[Tensor, Tensor],
         mask: Tensor,  # additive, broadcastable to [R, Hkv, G, L, S], S at least the number of keys
         attend,  # (layer, k [R, Hkv, L, hd], v) -> all keys and values to attend to [R, Hkv, S, hd]
@@ -143,6 +143,7 @@ class TextModel:
         r, length, _ = x.shape
         n_q, n_k = self.heads * self.head_dim, self.kv_heads * self.head_dim
         cos, sin = rope
+        add = torch.add if torch.is_grad_enabled() else Tensor.add_
         for i, layer in enumerate(w.layers):
             h = rms_norm(x, None, self.eps, self.dtype)
             y = F.linear(h, layer.qkv, layer.qkv_bias)
@@ -151,9 +152,9 @@ class TextModel:
             k = qk[..., n_q:].view(r, length, self.kv_heads, self.head_dim).transpose(1, 2)
             v = y[..., n_q + n_k : n_q + 2 * n_k].view(r, length, self.kv_heads, -1).transpose(1, 2)
             k, v = attend(i, k, v)
-            x = x + F.linear(_attention(q, k, v, mask), layer.out)
+            x = add(x, F.linear(_attention(q, k, v, mask), layer.out))
             h = rms_norm(x, None, self.eps, self.dtype)
-            x = x + F.linear(swiglu(F.linear(h, layer.gate_up)), layer.down)
+            x = add(x, F.linear(swiglu(F.linear(h, layer.gate_up)), layer.down))
         return x
 
     def final_norm(self, w: TextWeights, hidden: Tensor) -> Tensor:

@@ -47,7 +47,9 @@ def test_whole_groups_of_whole_episodes(fitted, steps):
 
 
 def test_records_of_steps(fitted):
-    rollout = tiny_models.play(fitted, steps=60, temperature=1.0, format_valid=3.0, format_invalid=-2.0)
+    rollout = tiny_models.play(
+        fitted, steps=60, temperature=1.0, format_valid=3.0, format_invalid=-2.0
+    )
     legal, illegal = tiny_models.legal_and_illegal(rollout)
     assert legal and illegal
     assert rollout.features.shape[1:] == (8, fitted.text.dim)
