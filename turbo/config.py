@@ -60,8 +60,8 @@ class TrainConfig:
     # Objective
     advantage: Literal["group", "gae"] = "group"
     """group: return minus the mean of the deal's other environments; gae: the paper's critic"""
-    baseline: Literal["loo", "mean"] = "loo"
-    """group baseline: the mean of the others (leave one out), or of all"""
+    baseline: Literal["state", "loo", "mean"] = "state"
+    """group baseline: the others' mean from the same state on; of whole episodes; own included"""
     gamma: float = 0.9
     """discount of gae"""
     gae_lambda: float = 0.95

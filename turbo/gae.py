@@ -18,6 +18,7 @@ reset belongs to another episode. A step cut off by the end of a rollout counts 
 Left out: which reward is used (format terms, guidance) and where values come from.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +105,53 @@ def group_advantages(episode_returns: Tensor, group: Tensor, baseline: str = "lo
         advantages = advantages * size / (size - 1).clamp(min=1)
     advantages = torch.where(size > 1, advantages, 0.0)
     return advantages.to(torch.promote_types(episode_returns.dtype, torch.float32))
+
+
+def state_advantages(
+    rewards: Tensor, lengths: Sequence[int], groups: Sequence[int], states: Sequence[Hashable]
+) -> Tensor:
+    """Advantages without a critic, step by step: episodes of a group are compared where they meet.
+
+    `rewards` [N] and `states` (N, equal where the same was observed) of episodes laid end to end,
+    their lengths and groups. From a state that other episodes of the group have passed too,
+
+        A_t = G_t - mean of their returns from it,      G_t = r_t + r_{t+1} + ... to the end
+
+    and a state that no other has seen takes the advantage of the last one that was shared. So a
+    step is credited with what it changed: where all that came by a state won, or lost, whatever
+    they did there gets 0, though others of the group fared otherwise. The baseline knows nothing of
+    the episode's own future, hence leaves the gradient unbiased. The grouping by state is that of
+    GiGPO (arXiv 2505.10978), here leave-one-out and instead of the comparison of whole episodes.
+    """
+    if rewards.shape != (sum(lengths),) or len(states) != sum(lengths):
+        raise ValueError(
+            f"rewards {tuple(rewards.shape)} and {len(states)} states: expected one for each of "
+            f"{sum(lengths)} steps"
+        )
+    end = torch.zeros(len(states), dtype=torch.bool)
+    end[torch.tensor(lengths).cumsum(0) - 1] = True
+    to_go = discounted_returns(rewards, end, 1.0).tolist()
+    episodes, start = [], 0  # per episode: state -> the return from its first visit
+    totals: dict[Hashable, tuple[float, int]] = {}  # (group, state) -> sum of them, how many
+    for length, group in zip(lengths, groups, strict=True):
+        first: dict[Hashable, float] = {}
+        for t in range(start, start + length):
+            first.setdefault(states[t], to_go[t])
+        for state, value in first.items():
+            total, count = totals.get((group, state), (0.0, 0))
+            totals[group, state] = total + value, count + 1
+        episodes.append(first)
+        start += length
+    advantages, t = [], 0
+    for first, length, group in zip(episodes, lengths, groups, strict=True):
+        advantage = 0.0  # of an episode that nothing can be compared with
+        for state in states[t : t + length]:
+            total, count = totals[group, state]
+            if count > 1:
+                advantage = first[state] - (total - first[state]) / (count - 1)
+            advantages.append(advantage)
+        t += length
+    return torch.tensor(advantages, dtype=torch.promote_types(rewards.dtype, torch.float32))
 
 
 def normalize(advantages: Tensor, mask: Tensor | None = None, eps: float = 1e-8) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from turbo.backprop import backward_rows, backward_weights, cut
 from turbo.batch import TokenBatch, pad_to
 from turbo.config import TrainConfig
-from turbo.gae import explained_variance, gae, group_advantages
+from turbo.gae import explained_variance, gae, group_advantages, state_advantages
 from turbo.kl import kl_estimate, mean_over
 from turbo.lora import Lora
 from turbo.model import TextWeights, VisionLanguageModel
@@ -71,9 +71,13 @@ def prepare(
     else:
         episode = torch.repeat_interleave(torch.arange(len(count)), torch.tensor(count))
         total = torch.zeros(len(count)).index_add(0, episode, reward)
-        group = torch.tensor([e.group for e in rollout.episodes])
-        by_episode = group_advantages(total, group, c.baseline)
-        advantages = (by_episode / (moments(total, crew)[1] + 1e-6))[episode]
+        groups = [e.group for e in rollout.episodes]
+        if c.baseline == "state":
+            states = [(s.picture, tuple(s.suffix)) for s in steps]
+            advantages = state_advantages(reward, count, groups, states)
+        else:
+            advantages = group_advantages(total, torch.tensor(groups), c.baseline)[episode]
+        advantages = advantages / (moments(total, crew)[1] + 1e-6)
     if kl is not None and c.kl_placement == "advantage":
         advantages = advantages - beta * kl
     old = old_logprobs(steps, c.thought_coef)

@@ -1,5 +1,6 @@
 """turbo/gae.py against loops in fp64, and the ways in which episodes end."""
 
+import random
 import time
 
 import pytest
@@ -7,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turbo.gae import discounted_returns, explained_variance, gae, group_advantages, normalize
+from turbo.gae import (
+    discounted_returns,
+    explained_variance,
+    gae,
+    group_advantages,
+    normalize,
+    state_advantages,
+)
 
 
 def loop_gae(rewards, values, next_values, terminated, truncated, gamma, lam):
@@ -177,3 +185,55 @@ def test_explained_variance():
     assert explained_variance(returns, returns) == 1.0
     assert explained_variance(torch.full((3,), 5.0), returns).item() == pytest.approx(0.0, abs=1e-6)
     assert explained_variance(returns, torch.ones(3)).isnan()
+
+
+def brute_force_state_advantages(rewards, lengths, groups, states):
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+
+    def first_return(i, state):
+        steps = range(starts[i], starts[i] + lengths[i])
+        at = next((t for t in steps if states[t] == state), None)
+        return None if at is None else sum(rewards[at : starts[i] + lengths[i]])
+
+    out = []
+    for i, length in enumerate(lengths):
+        for t in range(starts[i], starts[i] + length):
+            advantage = 0.0
+            for u in range(starts[i], t + 1):  # the last state up to here that others have seen
+                returns = [
+                    first_return(j, states[u])
+                    for j in range(len(lengths))
+                    if j != i and groups[j] == groups[i]
+                ]
+                returns = [r for r in returns if r is not None]
+                if returns:
+                    advantage = first_return(i, states[u]) - sum(returns) / len(returns)
+            out.append(advantage)
+    return out
+
+
+@given(st.integers(0, 10_000))
+def test_state_advantages_equal_brute_force(seed):
+    draw = random.Random(seed)
+    lengths = [draw.randint(1, 5) for _ in range(draw.randint(1, 7))]
+    groups = [draw.randint(0, 1) for _ in lengths]
+    count = sum(lengths)
+    states = [draw.choice("abc") for _ in range(count)]
+    rewards = [float(draw.randint(-1, 3)) for _ in range(count)]
+    got = state_advantages(torch.tensor(rewards), lengths, groups, states)
+    expected = brute_force_state_advantages(rewards, lengths, groups, states)
+    torch.testing.assert_close(got, torch.tensor(expected))
+
+
+def test_state_advantages_credit_the_step_that_decided():
+    # One group begins at s. Two go by a and win, one goes by b and loses, one goes by c alone.
+    states = ["s", "a", "s", "a", "s", "b", "s", "c"]
+    rewards = torch.tensor([0.0, 10, 0, 10, 0, 0, 0, 10])
+    got = state_advantages(rewards, [2] * 4, [0] * 4, states)
+    by_episode = [10 - 20 / 3, 10 - 20 / 3, -10.0, 10 - 20 / 3]
+    expected = [by_episode[0], 0.0, by_episode[1], 0.0, -10.0, -10.0, by_episode[3], by_episode[3]]
+    torch.testing.assert_close(got, torch.tensor(expected))
+    apart = state_advantages(rewards, [2] * 4, [0, 1, 2, 3], states)
+    assert apart.eq(0).all()
+    with pytest.raises(ValueError, match="expected one for each of 8 steps"):
+        state_advantages(rewards[:3], [2] * 4, [0] * 4, states)

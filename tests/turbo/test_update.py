@@ -8,7 +8,7 @@ import tiny_models
 import torch
 
 import turbo.update
-from turbo.gae import gae
+from turbo.gae import gae, state_advantages
 from turbo.model import ValueHead
 from turbo.parallel import Crew
 from turbo.rollout import Episode, Rollout, Step
@@ -285,6 +285,23 @@ def test_advantages_of_a_group(fitted, played, baseline, placement):
     torch.testing.assert_close(got.advantages, want, rtol=1e-4, atol=1e-5)
     assert not got.returns.any() and math.isnan(got.explained_variance)
     assert want.abs().max() > 0.1
+
+
+def test_advantages_where_episodes_meet(fitted, played):
+    rollout, *_ = played
+    got = prepared(fitted, played, None, baseline="state")
+    lengths = [len(e.steps) for e in rollout.episodes]
+    states = [(s.picture, tuple(s.suffix)) for s in rollout.steps]
+    groups = [e.group for e in rollout.episodes]
+    want = state_advantages(rewards(rollout), lengths, groups, states)
+    totals = torch.stack([part.sum() for part in rewards(rollout).split(lengths)])
+    torch.testing.assert_close(
+        got.advantages, want / totals.std(correction=0), rtol=1e-4, atol=1e-5
+    )
+    whole = prepared(fitted, played, None, baseline="loo").advantages
+    first = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
+    torch.testing.assert_close(got.advantages[first], whole[first], rtol=1e-4, atol=1e-5)
+    assert (got.advantages != whole).any()
 
 
 def test_the_spread_of_returns_leaves_guidance_and_format_out(fitted, played):
