@@ -32,7 +32,7 @@ class TrainConfig:
     """replace the run directory if it exists"""
     seed: int = 0
     """seed of everything: deals, sampling, initial factors, minibatch order"""
-    updates: int = 34
+    updates: int = 36
     """policy updates; each one is a rollout, its PPO epochs, and a new checkpoint in the history"""
     minutes: float = 0.0
     """stop after so many minutes even if updates are left (0: no limit)"""
@@ -82,9 +82,9 @@ class TrainConfig:
     """skip steps whose answer had a negative log-likelihood below this: next to no gradient"""
 
     # Optimiser
-    learning_rate: float = 5e-4
+    learning_rate: float = 7e-4
     """peak learning rate of AdamW"""
-    final_learning_rate: float = 2.5e-4
+    final_learning_rate: float = 3e-4
     """learning rate at the end of the cosine"""
     grad_clip: float = 0.5
     """bound on the gradient's norm"""
@@ -104,7 +104,7 @@ class TrainConfig:
     """where the KL enters: as a loss with a true gradient, in the reward, or in the advantage"""
     kl_estimator: Literal["full", "forward", "clip", "abs", "k1", "k3"] = "full"
     """full and forward: exact over the vocabulary; the others from the sampled token"""
-    kl_coef: str = "0.5"
+    kl_coef: str = "5"
     """strength of the guidance, or `auto`: steered to be --kl-share of the return's spread"""
     kl_share: float = 0.1
     """with --kl-coef auto: guidance as a share of the return's spread"""
