@@ -32,7 +32,7 @@ class TrainConfig:
     """replace the run directory if it exists"""
     seed: int = 0
     """seed of everything: deals, sampling, initial factors, minibatch order"""
-    updates: int = 36
+    updates: int = 42
     """policy updates; each one is a rollout, its PPO epochs, and a new checkpoint in the history"""
     minutes: float = 0.0
     """stop after so many minutes even if updates are left (0: no limit)"""
