@@ -1,4 +1,4 @@
-.PHONY: help install test test-fast test-gpu lint format bench results metrics wheel ci clean
+.PHONY: help install test test-fast test-gpu lint format bench bench-kernels bench-gpu results metrics wheel ci clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,16 @@ format: ## ruff: apply the fixes and the format
 
 bench: ## the speed of training updates, into bench/results/
 	python -m bench.train_step
+
+bench-kernels: ## the kernels against their rivals, into bench/results/ and kernels/README.md
+	for what in ties ema policy_head; do python -m bench.$$what; done
+	python -m bench.report --write
+
+bench-gpu: ## all that needs a GPU, within 25 minutes; a part that fails stops no other
+	-timeout 420 python -m bench.ties
+	-timeout 120 python -m bench.ema
+	-timeout 840 python -m bench.policy_head
+	-python -m bench.report --write
 
 results: ## train and draw what the README shows, into docs/results/; resumes
 	@set -e; for what in points24 ezpoints collapse; do python -m bench.learn --what $$what; done

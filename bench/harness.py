@@ -87,9 +87,9 @@ def environment() -> dict[str, str | int]:
     }
 
 
-def results_file(folder: Path = RESULTS) -> Path:
-    """The CSV file of this processor."""
-    return folder / f"{slug(processor())}.csv"
+def results_file(folder: Path = RESULTS, name: str = "") -> Path:
+    """The CSV file of this processor, or of the device called `name`."""
+    return folder / f"{slug(name or processor())}.csv"
 
 
 def append_rows(path: Path, rows: Iterable[Mapping], columns: Sequence[str] = COLUMNS) -> None:

@@ -33,7 +33,7 @@ from turbo.train import parse
 # About 24,000 steps; the coefficient multiplies a mean over some 40 thought tokens.
 HARSH = (
     "--temperature 1.0 --learning-rate 2e-3 --final-learning-rate 2e-3 --epochs 2 --minibatch 64 "
-    "--updates 8 --steps-per-update 1536 --eval-temperature 1.0 --eval-episodes 300"
+    "--baseline loo --updates 8 --steps-per-update 1536 --eval-temperature 1.0 --eval-episodes 300"
 )
 # What is shown -> its variants: a label, and the arguments of turbo.train.
 DEMONSTRATIONS: dict[str, list[tuple[str, str]]] = {

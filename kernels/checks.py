@@ -15,6 +15,12 @@ def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def fits_triton(base: Tensor, factors: Sequence[Tensor]) -> bool:
+    """Whether the merge kernels take these: factors of one dtype, nothing in fp64."""
+    one_dtype = len({factor.dtype for factor in factors}) == 1
+    return one_dtype and torch.float64 not in (base.dtype, factors[0].dtype)
+
+
 def check_streaming(weighting: str, alpha: float) -> None:
     """A weighting that can be kept as running sums, and its alpha."""
     if weighting not in ("sma", "ema"):
@@ -80,8 +86,10 @@ def check_weights(weights: Sequence[float], expected: int) -> list[float]:
 
 def check_thresholds(thresholds: Sequence[Tensor | float], expected: int) -> list[float]:
     """One number >= 0 per checkpoint; returns them as floats."""
-    thresholds = [float(threshold) for threshold in thresholds]
     check_length("thresholds", thresholds, expected)
+    if all(isinstance(threshold, Tensor) for threshold in thresholds):  # one transfer for all
+        thresholds = torch.stack([threshold.double() for threshold in thresholds]).tolist()
+    thresholds = [float(threshold) for threshold in thresholds]
     if not all(threshold >= 0 for threshold in thresholds):  # also catches NaN
         raise ValueError(f"thresholds: expected numbers >= 0, got {thresholds}")
     return thresholds
@@ -132,8 +140,12 @@ def check_lora_merge(
     lora_b: Sequence[Tensor],
     scales: Sequence[float],
     weights: Sequence[float],
+    device: torch.device | None = None,
 ) -> tuple[list[float], list[float]]:
-    """All arguments of a merge from factors; returns scales and weights as floats."""
+    """All arguments of a merge from factors; returns scales and weights as floats.
+
+    The factors lie on `device`, or where the base does.
+    """
     check_floating("base", base)
     if base.dim() != 2:
         raise ValueError(f"base: expected [out, in], got {tuple(base.shape)}")
@@ -141,7 +153,7 @@ def check_lora_merge(
         raise ValueError("lora_a: expected at least one checkpoint, got an empty history")
     scales = check_factors(lora_a, lora_b, scales, tuple(base.shape))
     for i, factor in enumerate(lora_a):
-        check_same(f"lora_a[{i}] device", factor.device, "base", base.device)
+        check_same(f"lora_a[{i}] device", factor.device, "base", device or base.device)
     return scales, check_weights(weights, len(lora_a))
 
 

@@ -8,15 +8,20 @@ q = softmax(u), the outputs per row and their gradients with respect to z are
     reverse_kl = R = sum p (log p - log q)   d = p (log p - log q - R)
     forward_kl = sum q (log q - log p)       d = p - q
 
-and then grad_hidden = (dz / temperature) W. The rows are taken in chunks: forward keeps only the
-inputs and [T] numbers, backward computes the chunk's logits again. Small problems, of one chunk,
-keep their [T, V] log-probabilities instead. The weight's gradient is computed only if the weight
-requires one; the teacher's side never gets any. On a CPU the passes over [T, V] are what costs, so
-banned entries enter as a bias of -1e30 of the matrix product: p is 0 there, log p - log q is 0, and
-nothing has to be masked.
+and then grad_hidden = (dz / temperature) W. With a = log sum e^z and b = log sum e^u,
 
-Left out: the Triton kernel, an online softmax over blocks of V (a chunk holds whole rows here),
-and second derivatives. A NaN or infinity in the inputs propagates to its own row.
+    entropy    = a - sum p z
+    reverse_kl = sum p (z - u) - a + b     forward_kl = sum q (u - z) - b + a
+
+so running sums over the vocabulary suffice, kept relative to the largest logit seen so far
+(`Sums`). The vocabulary is taken in parts of all rows at once: W is read once a direction. Forward
+keeps only the inputs and [T] numbers, backward computes each part's logits again; small problems,
+of one part, keep their logits instead. The weight's gradient is computed only if the weight
+requires one; the teacher's side never gets any. Banned entries enter as a bias of -1e30 of the
+matrix product: p is 0 there, and nothing has to be masked.
+
+The Triton kernels (policy_head_triton.py) form the same sums and gradients. Left out: second
+derivatives. A NaN or infinity in a hidden state propagates to its own row.
 """
 
 from collections.abc import Sequence
@@ -33,9 +38,11 @@ from .reference import IGNORED_TARGET, PolicyHeadOutput, policy_head_reference
 STUDENT_OUTPUTS = ("logprob", "entropy")
 TEACHER_OUTPUTS = ("teacher_logprob", "reverse_kl", "forward_kl")
 OUTPUTS = STUDENT_OUTPUTS + TEACHER_OUTPUTS
-CHUNK_ELEMENTS = 1 << 22  # logits held at once: 16 MB in fp32, for each of student and teacher
-CUDA_CHUNK_ELEMENTS = 1 << 27  # a GPU needs taller chunks to be busy: 512 MB
-KEPT_ELEMENTS = 1 << 22  # up to this many logits in all, keep the log-probabilities
+DIFFERENTIABLE = ("logprob", "entropy", "reverse_kl", "forward_kl")
+CHUNK_ELEMENTS = 1 << 21  # logits held at once: 8 MB in fp32, for each of student and teacher
+CUDA_CHUNK_ELEMENTS = 1 << 26  # a GPU needs larger chunks to be busy: 128 MB of dz in bf16
+KEPT_ELEMENTS = 1 << 22  # up to this many logits in all, keep them for the backward
+ALIGNED = 128  # parts of the vocabulary are multiples of it
 
 
 def policy_head(
@@ -50,7 +57,7 @@ def policy_head(
     banned: Tensor | None = None,  # [V] bool, True: the entry has probability 0 under both
     want: Sequence[str] | None = None,  # names of PolicyHeadOutput; default: all that can be
     impl: str | None = None,
-    chunk_elements: int | None = None,  # bound on logits held at once; given, it always chunks
+    chunk_elements: int | None = None,  # bound on logits held at once; given, none are kept
 ) -> PolicyHeadOutput:
     """The wanted outputs, in fp32 (fp64 for fp64 inputs); the others are None and cost nothing."""
     want = _check_want(want, teacher_hidden is not None)
@@ -60,9 +67,12 @@ def policy_head(
         _check_teacher(hidden, weight, teacher_hidden, teacher_weight)
         teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
     default = CUDA_CHUNK_ELEMENTS if hidden.is_cuda else CHUNK_ELEMENTS
-    keep = chunk_elements is None and targets.numel() * weight.shape[0] <= KEPT_ELEMENTS
-    head = _Head(temperature, banned, want, chunk_elements or default, keep)
-    if choose_impl(impl, hidden.device) == "reference":
+    how = choose_impl(impl, hidden.device, has_triton=True)
+    triton = how == "triton" and hidden.dtype != torch.float64
+    small = targets.numel() * weight.shape[0] <= KEPT_ELEMENTS
+    keep = small and chunk_elements is None and not triton
+    head = _Head(temperature, banned, want, chunk_elements or default, keep, triton)
+    if how == "reference":
         return _reference(hidden, weight, targets, teacher_hidden, teacher_weight, bias, head)
 
     counted = (targets != IGNORED_TARGET).nonzero()[:, 0]  # [T'], rows that have a target
@@ -70,8 +80,9 @@ def policy_head(
     if counted.numel() < rows:
         hidden, targets = hidden[counted], targets[counted]
         teacher_hidden = None if teacher_hidden is None else teacher_hidden[counted]
-    inputs = (hidden, weight, bias, targets, teacher_hidden, teacher_weight)
-    values = _ChunkedHead.apply(*inputs, head)
+    if not head.needs_teacher:
+        teacher_hidden = teacher_weight = None
+    values = _OnlineHead.apply(hidden, weight, bias, targets, teacher_hidden, teacher_weight, head)
     if counted.numel() < rows:
         values = [value.new_zeros(rows).index_copy(0, counted, value) for value in values]
     return PolicyHeadOutput(**dict(zip(want, values, strict=True)))
@@ -85,28 +96,12 @@ class _Head:
     banned: Tensor | None
     want: tuple[str, ...]
     chunk_elements: int
-    keep: bool  # the log-probabilities, for the backward
+    keep: bool  # the logits, for the backward
+    triton: bool
 
     @property
     def needs_teacher(self) -> bool:
         return any(name in TEACHER_OUTPUTS for name in self.want)
-
-
-def _log_probs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    head: _Head,
-) -> tuple[Tensor, Tensor | None]:
-    """log p and, if an output needs it, log q of the given rows.  # [t, V]"""
-    ban = None if head.banned is None else ban_bias(head.banned, weight.dtype)
-    log_p = _log_softmax(hidden, weight, bias, ban, head.temperature)
-    if not head.needs_teacher:
-        return log_p, None
-    return log_p, _log_softmax(teacher_hidden, teacher_weight, bias, ban, head.temperature)
 
 
 def ban_bias(banned: Tensor, dtype: torch.dtype) -> Tensor:
@@ -115,90 +110,163 @@ def ban_bias(banned: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(banned.shape, dtype=dtype, device=banned.device).masked_fill_(banned, low)
 
 
-def _log_softmax(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ban: Tensor | None, temperature: float
-) -> Tensor:
-    """log softmax((h W^T + bias) / temperature), in fp32 or wider; about -1e30 where banned."""
-    logits = F.linear(hidden, weight, ban)  # [t, V]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if bias is not None:
-        logits += bias
-    if temperature != 1.0:
-        logits /= temperature
-    return logits.log_softmax(-1)
+@dataclass(frozen=True)
+class Sides:
+    """Both sides' inputs."""
+
+    hidden: Tensor  # [T, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    targets: Tensor  # [T]
+    teacher_hidden: Tensor | None  # [T, D'], None where no output needs it
+    teacher_weight: Tensor | None  # [V, D']
+
+    def logits(self, part: slice, head: _Head) -> tuple[Tensor, Tensor | None]:
+        """Logits z and u of one part of the vocabulary, in fp32 or wider.  # [T, width]"""
+        ban = None
+        if head.banned is not None:
+            ban = ban_bias(head.banned[part], self.weight.dtype)
+        sides = [(self.hidden, self.weight)]
+        if head.needs_teacher:
+            sides.append((self.teacher_hidden, self.teacher_weight))
+        logits = []
+        for hidden, weight in sides:
+            x = F.linear(hidden, weight[part], ban)
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            if self.bias is not None:
+                x += self.bias[part]
+            if head.temperature != 1.0:
+                x /= head.temperature
+            logits.append(x)
+        return (*logits, None)[:2]
 
 
-def _row_outputs(
-    log_p: Tensor, log_q: Tensor | None, targets: Tensor, head: _Head
-) -> tuple[Tensor, ...]:
-    """The wanted outputs, in the order of `want`.  # [t] each"""
+@dataclass
+class Sums:
+    """Sums over the vocabulary, each relative to its largest logit.  # [T] each"""
 
-    def of_target(logs: Tensor) -> Tensor:
-        values = logs.gather(1, targets[:, None])[:, 0]
-        return (
-            values if head.banned is None else values.masked_fill(head.banned[targets], -torch.inf)
+    m: Tensor  # max z
+    p: Tensor  # sum e^(z-m)
+    pz: Tensor  # sum e^(z-m) (z-m)
+    z_target: Tensor
+    n: Tensor | None = None  # max u
+    q: Tensor | None = None  # sum e^(u-n)
+    pd: Tensor | None = None  # sum e^(z-m) (z-u)
+    qd: Tensor | None = None  # sum e^(u-n) (u-z)
+    u_target: Tensor | None = None
+
+    def join(self, other: "Sums") -> "Sums":
+        """The sums over two parts of the vocabulary together."""
+        m = torch.maximum(self.m, other.m)
+        mine, yours = (self.m - m).exp(), (other.m - m).exp()
+        out = Sums(
+            m,
+            self.p * mine + other.p * yours,
+            (self.pz + self.p * (self.m - m)) * mine + (other.pz + other.p * (other.m - m)) * yours,
+            self.z_target + other.z_target,
         )
+        if self.n is None:
+            return out
+        out.pd = self.pd * mine + other.pd * yours
+        out.n = torch.maximum(self.n, other.n)
+        mine, yours = (self.n - out.n).exp(), (other.n - out.n).exp()
+        out.q = self.q * mine + other.q * yours
+        out.qd = self.qd * mine + other.qd * yours
+        out.u_target = self.u_target + other.u_target
+        return out
 
-    p = log_p.exp() if {"entropy", "reverse_kl"} & set(head.want) else None
-    outputs = []
-    for name in head.want:
-        if name == "logprob":
-            outputs.append(of_target(log_p))
-        elif name == "entropy":
-            outputs.append(-torch.linalg.vecdot(p, log_p))
-        elif name == "teacher_logprob":
-            outputs.append(of_target(log_q))
-        elif name == "reverse_kl":
-            outputs.append(torch.linalg.vecdot(p, log_p - log_q))
-        else:  # forward_kl
-            outputs.append(torch.linalg.vecdot(log_q.exp(), log_q - log_p))
-    return tuple(outputs)
+    def outputs(self, banned: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        """Every output, and a, b, entropy and reverse KL for the backward [4, T].
+
+        `banned` [T] marks rows whose target cannot be sampled.
+        """
+        log_p = self.p.log()  # of the sum; the largest logit is kept apart, so that digits remain
+        a, entropy = self.m + log_p, log_p - self.pz / self.p
+        b = reverse = torch.zeros_like(a)
+        out = {"logprob": (self.z_target - self.m) - log_p, "entropy": entropy}
+        if self.n is not None:
+            log_q = self.q.log()
+            b, a_less_b = self.n + log_q, (self.m - self.n) + (log_p - log_q)
+            reverse = self.pd / self.p - a_less_b
+            out["teacher_logprob"] = (self.u_target - self.n) - log_q
+            out["reverse_kl"], out["forward_kl"] = reverse, self.qd / self.q + a_less_b
+        if banned is not None:
+            for name in {"logprob", "teacher_logprob"} & set(out):
+                out[name] = out[name].masked_fill(banned, -torch.inf)
+        return out, torch.stack([a, b, entropy, reverse])
 
 
-def _grad_logits(
-    log_p: Tensor, log_q: Tensor | None, targets: Tensor, head: _Head, grads: dict[str, Tensor]
-) -> Tensor:
-    """d loss / d z of a chunk, from d loss / d output per row.  # [t, V]
+def _part_sums(
+    z: Tensor, u: Tensor | None, targets: Tensor, part: slice, want: tuple[str, ...]
+) -> Sums:
+    """The sums of one part of the vocabulary, from its logits [T, width]; only those wanted."""
 
-    All four formulas are p times something, less what is added last:
-    x - sum p x with x = - log p for the entropy and x = log p - log q for R, -1 for log p[target],
-    +1 for the forward KL.
+    def of_target(x: Tensor) -> Tensor:
+        inside = (targets >= part.start) & (targets < part.stop)
+        place = (targets - part.start).clamp(0, x.shape[1] - 1)
+        return torch.where(inside, x.gather(1, place[:, None])[:, 0], 0.0)
+
+    m = z.amax(1)
+    shifted = z - m[:, None]
+    p = shifted.exp()
+    zero = torch.zeros_like(m)
+    pz = torch.linalg.vecdot(p, shifted) if "entropy" in want else zero
+    sums = Sums(m, p.sum(1), pz, of_target(z))
+    if u is None:
+        return sums
+    d = torch.sub(z, u, out=shifted)
+    sums.pd = torch.linalg.vecdot(p, d) if "reverse_kl" in want else zero
+    sums.n = u.amax(1)
+    q = torch.sub(u, sums.n[:, None], out=p).exp_()
+    sums.q, sums.u_target = q.sum(1), of_target(u)
+    sums.qd = -torch.linalg.vecdot(q, d) if "forward_kl" in want else zero
+    return sums
+
+
+def _part_gradient(z: Tensor, u: Tensor | None, targets: Tensor, part: slice, rows: Tensor):
+    """d loss / d z of one part of the vocabulary.  # [T, width]
+
+    rows [8, T]: a, b, entropy H, reverse KL R; d loss / d logprob, H, R, forward KL: l, h, r, f.
+    The four formulas in one: dz = p ((r - h) z - r u + c) - f q + l onehot(target), where
+    c = h (a - H) - r (a - b + R) - l + f.
     """
-    p, x = log_p.exp(), None
-    if "reverse_kl" in grads:
-        x = (log_p - log_q).mul_(grads["reverse_kl"][:, None])
-    if "entropy" in grads:
-        x = torch.zeros_like(p) if x is None else x
-        x.addcmul_(grads["entropy"][:, None], log_p, value=-1)
-    constant = p.new_zeros(len(p)) if x is None else -torch.linalg.vecdot(p, x)  # [t]
-    constant = constant - grads.get("logprob", 0) + grads.get("forward_kl", 0)
-    p_times = constant[:, None] if x is None else x.add_(constant[:, None])
-    dz = p * p_times
-    if "logprob" in grads:
-        reached = grads["logprob"]
-        if head.banned is not None:  # nothing makes a banned target likelier
-            reached = reached.masked_fill(head.banned[targets], 0.0)
-        dz.scatter_add_(1, targets[:, None], reached[:, None])
-    if "forward_kl" in grads:
-        dz.addcmul_(grads["forward_kl"][:, None], log_q.exp(), value=-1)
-    return dz
+    a, b, entropy, reverse, of_logprob, of_entropy, of_reverse, of_forward = rows
+    c = of_entropy * (a - entropy) - of_reverse * (a - b + reverse) - of_logprob + of_forward
+    x = torch.addcmul(c[:, None], z, (of_reverse - of_entropy)[:, None])
+    if u is not None:
+        x.addcmul_(u, of_reverse[:, None], value=-1)
+    x.mul_((z - a[:, None]).exp_())
+    inside = (targets >= part.start) & (targets < part.stop)
+    place = (targets - part.start).clamp(0, x.shape[1] - 1)
+    x.scatter_add_(1, place[:, None], torch.where(inside, of_logprob, 0.0)[:, None])
+    if u is not None and of_forward.any():
+        x.addcmul_((u - b[:, None]).exp_(), of_forward[:, None], value=-1)
+    return x
 
 
-class _ChunkedHead(torch.autograd.Function):
-    """The head over chunks of rows, with the gradients written out above."""
+class _OnlineHead(torch.autograd.Function):
+    """The head by online sums over parts of the vocabulary, with the gradients written out."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, teacher_hidden, teacher_weight, head):
-        ctx.head = head
+        sides = Sides(hidden, weight, bias, targets, teacher_hidden, teacher_weight)
+        ctx.head, ctx.logits = head, None
         ctx.set_materialize_grads(False)  # an output that the loss does not use has gradient None
-        ctx.save_for_backward(hidden, weight, bias, targets, teacher_hidden, teacher_weight)
-        chunks = []
-        for rows in _chunks(targets.numel(), weight.shape[0], head.chunk_elements):
-            inputs = _take(rows, hidden, weight, bias, targets, teacher_hidden, teacher_weight)
-            logs = _log_probs(*inputs, head)
-            chunks.append(_row_outputs(*logs, targets[rows], head))
-        ctx.logs = logs if head.keep and len(chunks) == 1 else None
-        outputs = tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+        if head.triton:
+            from .policy_head_triton import head_sums
+
+            sums = head_sums(sides, head)
+        else:
+            sums = None
+            for part in _parts(hidden, weight, head):
+                logits = sides.logits(part, head)
+                more = _part_sums(*logits, targets, part, head.want)
+                sums = more if sums is None else sums.join(more)
+            ctx.logits = logits if head.keep else None
+        never = None if head.banned is None else head.banned[targets]
+        values, rows = sums.outputs(never)
+        ctx.save_for_backward(hidden, weight, bias, targets, teacher_hidden, teacher_weight, rows)
+        outputs = tuple(values[name] for name in head.want)
         teacher_only = [
             o for name, o in zip(head.want, outputs, strict=True) if name == "teacher_logprob"
         ]
@@ -208,42 +276,58 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):
-        hidden, weight, bias, targets, teacher_hidden, teacher_weight = ctx.saved_tensors
-        head = ctx.head
-        named = zip(head.want, grad_outputs, strict=True)
-        grads = {name: grad for name, grad in named if grad is not None}
+        *inputs, rows = ctx.saved_tensors
+        sides, head = Sides(*inputs), ctx.head
+        hidden, weight, bias, targets = inputs[:4]
+        named = dict(zip(head.want, grad_outputs, strict=True))
+        zero = torch.zeros_like(rows[0])
+        grads = torch.stack([zero if named.get(n) is None else named[n] for n in DIFFERENTIABLE])
+        if head.banned is not None:  # nothing makes a banned target likelier
+            grads[0].masked_fill_(head.banned[targets], 0.0)
+        # divided by the temperature: with respect to h W^T + bias
+        rows = torch.cat([rows, grads / head.temperature])  # [8, T]
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
-        for rows in _chunks(targets.numel(), weight.shape[0], head.chunk_elements):
-            inputs = _take(rows, hidden, weight, bias, targets, teacher_hidden, teacher_weight)
-            # divided by the temperature: with respect to h W^T + bias
-            row_grads = {name: grad[rows] / head.temperature for name, grad in grads.items()}
-            logs = ctx.logs or _log_probs(*inputs, head)
-            dz = _grad_logits(*logs, targets[rows], head, row_grads)
+        grad_hidden = torch.zeros_like(hidden, dtype=rows.dtype) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=rows.dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=rows.dtype) if needs_bias else None
+        for part in _parts(hidden, weight, head):
+            if head.triton:
+                from .policy_head_triton import part_gradient
+
+                dz = part_gradient(sides, head, part, rows)
+            else:
+                logits = ctx.logits or sides.logits(part, head)
+                dz = _part_gradient(*logits, targets, part, rows)
             if needs_bias:
-                grad_bias += dz.sum(0)
+                grad_bias[part] = dz.sum(0, dtype=rows.dtype)
             dz = dz.to(weight.dtype)
             if needs_hidden:
-                grad_hidden[rows] = dz @ weight
+                _add_product(grad_hidden, dz, weight[part])
             if needs_weight:
-                grad_weight += dz.T @ hidden[rows]
-        grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
-        grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+                _add_product(grad_weight[part], dz.T, hidden)
+        grads = zip((grad_hidden, grad_weight, grad_bias), inputs, strict=False)
+        return *(None if g is None else g.to(x.dtype) for g, x in grads), None, None, None, None
 
 
-def _chunks(rows: int, vocabulary: int, elements: int) -> list[slice]:
-    """At least one chunk, even of no rows, so that outputs always have something to join."""
-    step = max(1, elements // vocabulary)
-    return [slice(start, start + step) for start in range(0, max(rows, 1), step)]
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right; the sum over parts of the vocabulary is in total's dtype."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        total += torch.mm(left, right, out_dtype=total.dtype)
+    else:
+        total += left @ right
 
 
-def _take(rows, hidden, weight, bias, targets, teacher_hidden, teacher_weight):
-    teacher_rows = None if teacher_hidden is None else teacher_hidden[rows]
-    return hidden[rows], weight, bias, targets[rows], teacher_rows, teacher_weight
+def _parts(hidden: Tensor, weight: Tensor, head: _Head) -> list[slice]:
+    """Parts of the vocabulary whose logits may exist at once."""
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    width = max(1, head.chunk_elements // max(rows, 1))
+    if head.keep or width >= vocabulary:
+        return [slice(0, vocabulary)]
+    if width >= ALIGNED:
+        width -= width % ALIGNED
+    return [slice(at, min(at + width, vocabulary)) for at in range(0, vocabulary, width)]
 
 
 def _reference(hidden, weight, targets, teacher_hidden, teacher_weight, bias, head):

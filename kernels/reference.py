@@ -7,6 +7,10 @@ TIES (arXiv 2306.01708), for task vectors tau_1..tau_K of one weight matrix and 
     merge       merged = sum_i w_i tau_i [sign tau_i = s] / sum_i w_i [sign tau_i = s], 0 if s = 0
     result      base + lam * merged
 
+EMA: average + alpha * (new - average), which is (1 - alpha) * average + alpha * new.
+
+NF4: code = the nearest of 16 levels to x / max |x|, in blocks of 64 values.
+
 Policy head, for student logits z and teacher logits u over the vocabulary (both / temperature):
 
     p = softmax(z)   q = softmax(u)   logprob = log p[target]   entropy = - sum p log p
@@ -97,6 +101,49 @@ def linear_merge_reference(
     stacked = torch.stack(list(task_vectors))
     w = _per_checkpoint(torch.as_tensor(weights, dtype=stacked.dtype), stacked)
     return base + lam * (w * stacked).sum(0) / w.sum()
+
+
+# ----------------------------------------------------------------------------------------- EMA
+
+
+def ema_reference(average: Tensor, new: Tensor, alpha: float) -> Tensor:
+    """(1 - alpha) * average + alpha * new."""
+    return average + alpha * (new - average)
+
+
+# ----------------------------------------------------------------------------------------- NF4
+
+# The levels of NF4 (arXiv 2305.14314, appendix E): quantiles of a normal distribution.
+NF4_LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+def nf4_reference(values: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
+    """(level of each value / its block's largest magnitude, that magnitude), by nearest distance.
+
+    values [n], n a multiple of `block` -> levels 0..15 [n], magnitudes [n / block]
+    """
+    blocks = values.view(-1, block)
+    absmax = blocks.abs().amax(1)
+    scaled = blocks / absmax.clamp(min=1e-38)[:, None]
+    distance = (scaled[..., None] - torch.tensor(NF4_LEVELS).to(values)).abs()  # [., block, 16]
+    return distance.argmin(-1).view(-1), absmax
 
 
 # --------------------------------------------------------------------------------- policy head

@@ -14,7 +14,8 @@ The sums are additive, so a history that only grows need not be kept at all: `St
 Precision: products and sums in fp32, or in fp64 if a factor is fp64. The threshold pass and the
 merge pass call the same function on the same tiles, so both see the same bits of tau. Where P + N
 is zero but for rounding, the elected sign, and with it the result, is decided by that rounding.
-Left out: the Triton kernels, and autograd (a merge is not differentiated).
+The Triton kernels are in ties_triton.py; fp64, dense task vectors, the linear merge and streaming
+run as PyTorch on any device. Left out: autograd (a merge is not differentiated).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,9 +37,11 @@ from .checks import (
     check_weights,
     compute_dtype,
     find_sums,
+    fits_triton,
 )
 from .dispatch import choose_impl
 from .reference import (
+    kept_count,
     linear_merge_reference,
     merge_trimmed,
     ties_merge_reference,
@@ -73,8 +76,14 @@ def trim_threshold(
     check_density(density)
     check_factors([lora_a], [lora_b], [scale])
     shape, dtype = (lora_b.shape[0], lora_a.shape[1]), compute_dtype([lora_a, lora_b])
-    if choose_impl(impl, lora_a.device) == "reference":
+    how = choose_impl(impl, lora_a.device, has_triton=True)
+    if how == "reference":
         return trim_threshold_reference(dense_task_vectors([lora_a], [lora_b], [scale])[0], density)
+    k = kept_count(shape[0] * shape[1], density)
+    if how == "triton" and dtype == torch.float32 and k:
+        from . import ties_triton
+
+        return ties_triton.trim_threshold(lora_a, lora_b, float(scale), k)
 
     def tiles() -> Iterator[Tensor]:
         for rows in row_tiles(*shape):
@@ -101,11 +110,16 @@ def ties_merge_lora(
     thresholds = check_thresholds(thresholds, len(weights))
     out = check_out(out, base)
     dtype = compute_dtype([*lora_a, *lora_b])
-    if choose_impl(impl, base.device) == "reference":
+    how = choose_impl(impl, base.device, has_triton=True)
+    if how == "reference":
         tau = dense_task_vectors(lora_a, lora_b, scales)
         trimmed = torch.stack([trim_at(t, h) for t, h in zip(tau, thresholds, strict=True)])
         exact_weights = torch.tensor(weights, dtype=torch.float64)
         return out.copy_(merge_trimmed(base.double(), trimmed, exact_weights, lam))
+    if how == "triton" and fits_triton(base, [*lora_a, *lora_b]):
+        from . import ties_triton
+
+        return ties_triton.merge(base, lora_a, lora_b, scales, weights, thresholds, lam, out)
 
     def tau_tile(i: int, rows: slice) -> Tensor:
         own = compute_dtype([lora_a[i], lora_b[i]])  # as its threshold was computed

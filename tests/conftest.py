@@ -1,4 +1,6 @@
-"""One thread for each test process, and tests that need a CUDA device skipped without one."""
+"""One thread for each test process; without a CUDA device Triton kernels are interpreted."""
+
+import os
 
 import pytest
 import torch
@@ -6,6 +8,8 @@ from hypothesis import settings
 
 settings.register_profile("unhurried", deadline=None)  # other work may share the cores
 settings.load_profile("unhurried")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 torch.set_num_threads(1)  # two processes share the cores; more threads would only contend
 
 

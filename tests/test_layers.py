@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = {
     # 0: usable without the rest
     0: """
-        kernels.checks kernels.dispatch kernels.ema kernels.nf4 kernels.pointwise
-        kernels.policy_head kernels.policy_head_triton kernels.reference kernels.ties
-        kernels.ties_triton kernels.tiles
+        kernels.checks kernels.dispatch kernels.ema kernels.ema_triton kernels.nf4
+        kernels.nf4_triton kernels.pointwise kernels.policy_head kernels.policy_head_triton
+        kernels.reference kernels.ties kernels.ties_triton kernels.tiles kernels.tiles_triton
         envs.alfworld envs.base envs.blackjack envs.cards envs.ezpoints envs.formula envs.guess
         envs.make envs.numberline envs.picture envs.points24
     """,
@@ -113,7 +113,7 @@ def import_problem(module: str, name: str, at_top: bool) -> str | None:
             return f"imports {root}; environments are plain numpy"
         if root == "turbo" and name != "turbo" and not name.startswith("turbo.envs"):
             return f"imports {name}; environments know each other only"
-    if at_top and name in LAYERS and name.endswith("_triton"):
+    if at_top and name in LAYERS and name.endswith("_triton") and not module.endswith("_triton"):
         return f"imports {name} at the top; import it where the kernel is launched"
     is_kernel_file = root == "triton" and module.endswith("_triton")
     if at_top and root in OPTIONAL and not is_kernel_file:

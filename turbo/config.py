@@ -151,6 +151,8 @@ GAME_DEFAULTS: dict[str, dict] = {
         epochs=4,
         learning_rate=1e-3,
         final_learning_rate=1e-4,
+        baseline="loo",
+        kl_coef="0.5",
     ),
     "numberline": dict(updates=20, steps_per_update=1024),
     "blackjack": dict(updates=30, steps_per_update=1024, group_size=16),

@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 
-from turbo.kernels import policy_head as module
 from turbo.kernels.policy_head import OUTPUTS, policy_head
 from turbo.kernels.reference import policy_head_reference
 
-PATHS = {"eager": None, "one row a chunk": 1, "chunks of three": 3 * 23, "one chunk": 1 << 20}
+PATHS = {"kept": None, "one entry a part": 1, "parts of six": 6 * 11, "one part": 1 << 20}
 
 
 def make(rows=11, width=6, vocabulary=23, dtype=torch.float64, seed=0, ignored=True):
@@ -248,9 +247,3 @@ def test_bad_arguments_are_named(message):
     good = {"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS}
     with pytest.raises(ValueError, match=message):
         policy_head(**good | BAD[message])
-
-
-def test_triton_is_announced_as_missing():
-    assert module.KEPT_ELEMENTS > 0
-    with pytest.raises(NotImplementedError, match="triton"):
-        policy_head(HIDDEN, WEIGHT, TARGETS, impl="triton")

@@ -335,8 +335,6 @@ def test_bad_arguments_are_named(case):
 
 def test_other_bad_arguments():
     a, b = torch.ones(3, 7), torch.ones(6, 3)
-    with pytest.raises(NotImplementedError, match="triton"):
-        call(impl="triton")
     for density in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="density"):
             ties.trim_threshold(a, b, 1.0, density)

@@ -1,0 +1,153 @@
+"""A kernel against its rivals: agreement first, then time in turn (A B A B), then peak memory.
+
+    peak bytes   what exists at once beyond the inputs, while one call runs
+    floor        the least time that the arithmetic or the traffic takes on this machine, measured
+                 by a plain matrix product or copy in the same process
+
+A variant that fails, or whose package is missing, is reported and left out; the others go on. Rows
+are appended to the CSV file race by race, so that a run that is cut short keeps what it measured.
+
+Left out: what is compared (`bench.ties`, `bench.ema`, `bench.policy_head`).
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.harness import Spread, append_rows, environment, measurement, results_file, spread
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One variant's figures."""
+
+    seconds: Spread
+    peak_bytes: int
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's as `harness.environment` gives it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return str(environment()["processor"])
+
+
+def race(
+    benchmark: str,
+    shape: str,
+    variants: dict[str, Call],
+    *,
+    device: str = "cpu",
+    repeats: int = 5,
+    floor: float | None = None,
+    save: bool = True,
+) -> dict[str, Timed]:
+    """Time all variants in turn and measure their memory; print, record and return the figures."""
+    running, peaks = {}, {}
+    for name, call in variants.items():
+        try:
+            call()  # warms up: compiles, fills caches
+            peaks[name] = peak_bytes(call, device)
+            running[name] = call
+        except Exception as error:  # whatever a rival raises, the others are measured
+            why = str(error).strip().splitlines() or [type(error).__name__]
+            print(f"{benchmark} {shape}: {name} is left out: {why[0][:160]}")
+    seconds: dict[str, list[float]] = {name: [] for name in running}
+    for _ in range(repeats):
+        for name, call in running.items():
+            seconds[name].append(_seconds(call, device))
+    timed = {name: Timed(spread(s), peaks[name]) for name, s in seconds.items()}
+    _print(benchmark, shape, timed, floor, device)
+    if save and timed:
+        _record(benchmark, shape, timed, floor, device)
+    return timed
+
+
+def peak_bytes(call: Call, device: str) -> int:
+    """The most memory that exists at once during a call, beyond what existed before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = call()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        result = call()
+    del result
+    now = most = 0
+    events = trace.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def _seconds(call: Call, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    del result
+    return time.perf_counter() - start
+
+
+def _print(
+    benchmark: str, shape: str, timed: dict[str, Timed], floor: float | None, device: str
+) -> None:
+    table = Table(title=f"{benchmark} {shape}\n{device_name(device)}, torch {torch.__version__}")
+    for column in ("variant", "ms (p20-p80)", "times the first", "peak MB", "of the floor"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    ours = next(iter(timed.values())).seconds.median if timed else 1.0
+    for name, t in timed.items():
+        s = t.seconds
+        table.add_row(
+            name,
+            f"{1e3 * s.median:,.2f} ({1e3 * s.p20:,.2f}-{1e3 * s.p80:,.2f})",
+            f"{s.median / ours:.2f}",
+            f"{t.peak_bytes / 1e6:,.1f}",
+            f"{floor / s.median:.0%}" if floor else "",
+        )
+    Console().print(table)
+
+
+def _record(
+    benchmark: str, shape: str, timed: dict[str, Timed], floor: float | None, device: str
+) -> None:
+    where, rows = environment(), []
+    where["processor"] = device_name(device)
+    for name, t in timed.items():
+        once = spread([t.peak_bytes])
+        rows.append(measurement(benchmark, name, shape, "seconds", "s", t.seconds))
+        rows.append(measurement(benchmark, name, shape, "peak_bytes", "bytes", once))
+        if floor:
+            share = spread([floor / t.seconds.median])
+            rows.append(measurement(benchmark, name, shape, "floor_share", "0..1", share))
+    append_rows(results_file(name=device_name(device)), [where | row for row in rows])
+
+
+def product_rate(dtype: torch.dtype, device: str) -> float:
+    """Floating point operations a second of a plain square matrix product."""
+    size = 8192 if device == "cuda" else 2048
+    a = torch.randn(size, size, device=device).to(dtype)
+    times = [_seconds(lambda: a @ a, device) for _ in range(6)]
+    return 2 * size**3 / min(times[1:])
+
+
+def copy_rate(device: str) -> float:
+    """Bytes a second, read and written, of a plain copy."""
+    count = 1 << (28 if device == "cuda" else 26)
+    a, b = (torch.zeros(count, dtype=torch.float32, device=device) for _ in range(2))
+    times = [_seconds(lambda: b.copy_(a), device) for _ in range(6)]
+    return 8 * count / min(times[1:])

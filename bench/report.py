@@ -1,0 +1,92 @@
+"""The Markdown table of what was measured: `python -m bench.report`.
+
+Reads every bench/results/<device>.csv and prints, for each device and shape, the latest figures of
+each variant. `--write` puts the table behind "## Measured" in kernels/README.md.
+"""
+
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from bench.harness import RESULTS, ROOT
+
+PAGE = ROOT / "kernels" / "README.md"
+MARK = "## Measured\n"
+KERNELS = ("ties", "ties-threshold", "ties-memory", "ema", "policy_head")
+
+
+@dataclass
+class Config:
+    """Print the Markdown tables of the kernels' measurements."""
+
+    write: bool = False
+    """put them into kernels/README.md instead of printing them"""
+
+
+def latest(path: Path) -> dict[tuple[str, str], dict[str, dict[str, dict]]]:
+    """(benchmark, shape) -> variant -> metric -> the last such row of a CSV file."""
+    found: dict = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["benchmark"].startswith(KERNELS):
+                race = found.setdefault((row["benchmark"], row["shape"]), {})
+                race.setdefault(row["variant"], {})[row["metric"]] = row
+    return found
+
+
+def section(path: Path) -> list[str]:
+    """The table of one device, as lines; none where no kernel was measured."""
+    races = latest(path)
+    if not races:
+        return []
+    any_row = next(iter(next(iter(next(iter(races.values())).values())).values()))
+    lines = [
+        f"{any_row['processor']}, {any_row['cores']} cores, torch {any_row['torch']}; medians, and "
+        f"the memory that a call needs beyond its inputs. Data: [bench/results/{path.name}]"
+        f"(../bench/results/{path.name}).",
+        "",
+        "| kernel | shape | variant | ms | times the first | peak MB | of the floor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (benchmark, shape), variants in races.items():
+        first = None
+        for variant, metrics in variants.items():
+            seconds = float(metrics["seconds"]["median"])
+            first = first or seconds
+            peak = float(metrics["peak_bytes"]["median"]) / 1e6
+            share = metrics.get("floor_share")
+            floor = f"{float(share['median']):.0%}" if share else ""
+            lines.append(
+                f"| {benchmark} | {shape} | {variant} | {1e3 * seconds:,.2f} "
+                f"| {seconds / first:.2f} | {peak:,.1f} | {floor} |"
+            )
+    return [*lines, ""]
+
+
+def report() -> str:
+    """All tables."""
+    lines = [line for path in sorted(RESULTS.glob("*.csv")) for line in section(path)]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print or write the tables; returns the exit status."""
+    c = tyro.cli(Config, args=argv, prog="bench.report")
+    if not c.write:
+        print(report())
+        return 0
+    page = PAGE.read_text(encoding="utf-8")
+    head, mark, _ = page.partition(MARK)
+    if not mark:
+        print(f"error: {PAGE.relative_to(ROOT)} has no line {MARK.strip()!r}", file=sys.stderr)
+        return 2
+    PAGE.write_text(f"{head}{MARK}\n{report()}", encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""TIES from LoRA factors against dense implementations: `python -m bench.ties`.
+
+On a CPU: one matrix of 2,048 x 2,048, rank 64, 8 checkpoints, against peft's `ties` on the dense
+task vectors (which are made beforehand, at peft's gain), with thresholds at hand and with them
+computed; then the peak memory for 2, 8 and 32 checkpoints. On a GPU: also all 196 text matrices of
+Qwen2.5-VL-7B's shapes, rank 128, 30 checkpoints.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+import tyro
+
+from bench.race import device_name, product_rate, race
+from turbo.kernels.ties import linear_merge_lora, ties_merge_lora, trim_threshold
+
+DENSITY = 0.8
+QWEN_7B = {  # matrices of one of 28 layers: [out, in]
+    "q_proj": (3584, 3584),
+    "k_proj": (512, 3584),
+    "v_proj": (512, 3584),
+    "o_proj": (3584, 3584),
+    "gate_proj": (18944, 3584),
+    "up_proj": (18944, 3584),
+    "down_proj": (3584, 18944),
+}
+
+
+@dataclass
+class Config:
+    """Race the TIES merge against its rivals."""
+
+    size: int = 2048
+    """rows and columns of the matrix"""
+    rank: int = 64
+    """rank of the factors"""
+    checkpoints: int = 8
+    """task vectors that are merged"""
+    repeats: int = 5
+    """timed turns"""
+    save: bool = True
+    """append the rows to bench/results/"""
+
+
+def make(shape: tuple[int, int], rank: int, count: int, dtype: torch.dtype, device: str) -> tuple:
+    """A base and `count` random pairs of factors with scale 1."""
+    torch.manual_seed(0)
+    rows, columns = shape
+    base = torch.randn(rows, columns, device=device).to(dtype)
+    a = [torch.randn(rank, columns, device=device).to(dtype) for _ in range(count)]
+    b = [torch.randn(rows, rank, device=device).to(dtype) for _ in range(count)]
+    return base, a, b, [1.0] * count
+
+
+def peft_ties(base: torch.Tensor, task_vectors: list[torch.Tensor]) -> torch.Tensor:
+    """base + peft's TIES with unit weights."""
+    from peft.utils.merge_utils import ties
+
+    weights = torch.ones(len(task_vectors), device=base.device)
+    return base + ties(task_vectors, weights, DENSITY)
+
+
+def compare(c: Config, device: str) -> None:
+    """One matrix, every implementation."""
+    base, a, b, scales = make((c.size, c.size), c.rank, c.checkpoints, torch.float32, device)
+    weights = [1.0] * c.checkpoints
+    dense = [y @ x for x, y in zip(a, b, strict=True)]
+
+    def levels() -> list[torch.Tensor]:
+        return [trim_threshold(x, y, 1.0, DENSITY) for x, y in zip(a, b, strict=True)]
+
+    known = levels()
+    got, wanted = ties_merge_lora(base, a, b, scales, weights, known), peft_ties(base, dense)
+    # Where votes cancel but for rounding, and at the threshold, either answer is right.
+    differ = ((got - wanted).abs() > 1e-3).float().mean().item()
+    print(f"differs from peft's in {differ:.1e} of the entries (rounding at the threshold)")
+    if differ > 1e-3:
+        raise RuntimeError(f"ours and peft's TIES differ in {differ:.2%} of the entries")
+    flops = 2 * c.size**2 * c.rank * c.checkpoints
+    race(
+        "ties",
+        f"{c.size}x{c.size} r={c.rank} K={c.checkpoints} float32",
+        {
+            "ours, thresholds at hand": lambda: ties_merge_lora(base, a, b, scales, weights, known),
+            "ours, thresholds computed": lambda: ties_merge_lora(
+                base, a, b, scales, weights, levels()
+            ),
+            "peft ties, task vectors at hand": lambda: peft_ties(base, dense),
+            "ours, linear merge": lambda: linear_merge_lora(base, a, b, scales, weights),
+        },
+        device=device,
+        repeats=c.repeats,
+        floor=flops / product_rate(torch.float32, device),
+        save=c.save,
+    )
+
+
+def memory(c: Config, device: str) -> None:
+    """Peak memory of the merge as the history grows."""
+    for count in (2, 8, 32):
+        base, a, b, scales = make((c.size, c.size), 16, count, torch.float32, device)
+        arguments = (base, a, b, scales, [1.0] * count, [0.5] * count)
+        race(
+            "ties-memory",
+            f"{c.size}x{c.size} r=16 K={count} float32",
+            {"ours": lambda arguments=arguments: ties_merge_lora(*arguments)},
+            device=device,
+            repeats=2,
+            save=c.save,
+        )
+
+
+def whole_model(c: Config) -> None:
+    """All text matrices of a 7B model, 30 checkpoints: a merge, and one checkpoint's thresholds."""
+    count, rank, dtype, device = 30, 128, torch.bfloat16, "cuda"
+    layer = [make(shape, rank, count, dtype, device) for shape in QWEN_7B.values()]
+    out = [torch.empty_like(base) for base, *_ in layer]
+    known = [
+        [trim_threshold(x, y, 1.0, DENSITY) for x, y in zip(a, b, strict=True)]
+        for _, a, b, _ in layer
+    ]
+
+    def merge() -> None:
+        for _ in range(28):  # the same seven matrices stand for every layer
+            for (base, a, b, scales), levels, into in zip(layer, known, out, strict=True):
+                ties_merge_lora(base, a, b, scales, [1.0] * count, levels, out=into)
+
+    def thresholds() -> None:
+        for _ in range(28):
+            for _, a, b, _ in layer:
+                trim_threshold(a[0], b[0], 1.0, DENSITY)
+
+    flops = 28 * sum(2 * rows * columns * rank for rows, columns in QWEN_7B.values())
+    rate = product_rate(dtype, device)
+    options = dict(device=device, repeats=c.repeats, save=c.save)
+    shape = f"qwen2.5-vl-7b r={rank} bfloat16"
+    race("ties", f"{shape} K={count}", {"ours": merge}, floor=count * flops / rate, **options)
+    race("ties-threshold", shape, {"ours": thresholds}, floor=flops / rate, **options)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, show and record; returns the exit status."""
+    c = tyro.cli(Config, args=argv, prog="bench.ties")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"on {device_name(device)}")
+    compare(c, device)
+    memory(c, device)
+    if device == "cuda":
+        whole_model(c)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""The Triton kernels of the EMA: a list of tensors in one launch, and base + s B A tile by tile.
+
+The list is cut into blocks; a program finds its tensor and its place there in two small tables.
+Random bits are Philox numbers of (seed + block, entry): no state is kept, and the same seed gives
+the same bits. Equations and rounding: ema.py.
+
+Importing this needs triton. Left out: fp64, which ema.py computes with PyTorch.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles_triton import (
+    BLOCK_COLUMNS,
+    BLOCK_RANK,
+    BLOCK_ROWS,
+    TRITON_DTYPES,
+    addresses,
+    rounded,
+    tau_tile,
+)
+
+BLOCK = 4096
+
+
+@triton.jit
+def _lerp(old, fresh, alpha):
+    """As torch.lerp: from the nearer end, so that alpha = 1 gives `fresh`, an infinity included."""
+    near = old + alpha * (fresh - old)
+    return tl.where(alpha < 0.5, near, fresh - (fresh - old) * (1 - alpha))
+
+
+@triton.jit
+def _ema_list(
+    average_addresses,  # [tensors] int64
+    new_addresses,
+    sizes,  # [tensors] int64
+    tensor_of_block,  # [blocks] int32
+    start_of_block,  # [blocks] int64
+    alpha,
+    seed,
+    AVERAGE: tl.constexpr,
+    NEW: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    tensor = tl.load(tensor_of_block + block)
+    average = tl.load(average_addresses + tensor).to(tl.pointer_type(AVERAGE))
+    new = tl.load(new_addresses + tensor).to(tl.pointer_type(NEW))
+    entry = tl.arange(0, BLOCK)
+    at = tl.load(start_of_block + block) + entry
+    inside = at < tl.load(sizes + tensor)
+    old = tl.load(average + at, mask=inside, other=0.0).to(tl.float32)
+    fresh = tl.load(new + at, mask=inside, other=0.0).to(tl.float32)
+    x = rounded(_lerp(old, fresh, alpha), AVERAGE, seed + block, entry, STOCHASTIC)
+    tl.store(average + at, x, mask=inside)
+
+
+@triton.jit
+def _ema_lora(
+    average,
+    base,
+    a,
+    b,
+    rank,
+    scale,
+    rows,
+    columns,
+    alpha,
+    seed,
+    STOCHASTIC: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+):
+    row, column = tl.program_id(0) * BM, tl.program_id(1) * BN
+    tau = tau_tile(a, b, rank, scale, rows, columns, row, column, BM, BN, BR)
+    m, n = tl.arange(0, BM), tl.arange(0, BN)
+    inside = (row + m[:, None] < rows) & (column + n[None, :] < columns)
+    at = (row + m[:, None]).to(tl.int64) * columns + column + n[None, :]
+    old = tl.load(average + at, mask=inside, other=0.0).to(tl.float32)
+    fresh = tl.load(base + at, mask=inside, other=0.0).to(tl.float32) + tau
+    block = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    entry = m[:, None] * BN + n[None, :]
+    dtype: tl.constexpr = average.dtype.element_ty
+    x = rounded(_lerp(old, fresh, alpha), dtype, seed + block, entry, STOCHASTIC)
+    tl.store(average + at, x, mask=inside)
+
+
+def ema_list_(
+    average: Sequence[Tensor], new: Sequence[Tensor], alpha: float, seed: int | None
+) -> None:
+    """`ema.ema_update_` of contiguous tensors; one launch for each pair of dtypes among them."""
+    pairs = [(a, n) for a, n in zip(average, new, strict=True) if a.numel()]
+
+    def dtypes(pair: tuple[Tensor, Tensor]) -> tuple[str, str]:
+        return str(pair[0].dtype), str(pair[1].dtype)
+
+    launched = 0
+    for _, group in groupby(sorted(pairs, key=dtypes), key=dtypes):
+        old, fresh = zip(*group, strict=True)
+        device, kind = old[0].device, (old[0].dtype, fresh[0].dtype)
+        sizes = torch.tensor([tensor.numel() for tensor in old], device=device)
+        blocks = (sizes + BLOCK - 1) // BLOCK
+        count = sum(triton.cdiv(tensor.numel(), BLOCK) for tensor in old)
+        tensors = torch.arange(len(old), device=device)
+        tensor_of_block = tensors.repeat_interleave(blocks, output_size=count)
+        first_block = blocks.cumsum(0) - blocks
+        start_of_block = torch.arange(count, device=device) - first_block[tensor_of_block]
+        _ema_list[(count,)](
+            addresses(old),
+            addresses(fresh),
+            sizes,
+            tensor_of_block.int(),
+            start_of_block * BLOCK,
+            alpha,
+            (seed or 0) + launched,
+            AVERAGE=TRITON_DTYPES[kind[0]],
+            NEW=TRITON_DTYPES[kind[1]],
+            STOCHASTIC=seed is not None and kind[0] == torch.bfloat16,
+            BLOCK=BLOCK,
+        )
+        launched += count
+
+
+def ema_lora_(
+    average: Tensor,
+    base: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    alpha: float,
+    seed: int | None,
+) -> None:
+    """`ema.ema_update_lora_` of contiguous tensors."""
+    rows, columns = base.shape
+    _ema_lora[(triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS))](
+        average,
+        base,
+        lora_a.contiguous(),
+        lora_b.contiguous(),
+        lora_a.shape[0],
+        scale,
+        rows,
+        columns,
+        alpha,
+        seed or 0,
+        STOCHASTIC=seed is not None and average.dtype == torch.bfloat16,
+        BM=BLOCK_ROWS,
+        BN=BLOCK_COLUMNS,
+        BR=BLOCK_RANK,
+    )
