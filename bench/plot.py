@@ -109,12 +109,13 @@ def _legend(runs: Sequence[Recorded]) -> list:
     from matplotlib.lines import Line2D
 
     c, groups = runs[0].config, by_label(runs)
-    seeds = max(len(group) for group in groups.values())
-    smoothed = f"mean of {seeds} seeds, smoothed" if seeds > 1 else "smoothed"
+    many = any(len(group) > 1 for group in groups.values())
+    smoothed = "mean" if many else "smoothed"
+    seeds = {k: f"{k} ({len(group)} seed{'s'[: len(group) > 1]})" for k, group in groups.items()}
     grey = "#555555"
     return [
         *(
-            Line2D([], [], color=LOOKS[k][0], marker=LOOKS[k][1], linewidth=2, label=k)
+            Line2D([], [], color=LOOKS[k][0], marker=LOOKS[k][1], linewidth=2, label=seeds[k])
             for k in groups
         ),
         Line2D(
