@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.harness import Spread, append_rows, environment, measurement, results_file, spread
+from turbo.checkpoint import processor
 
 Call = Callable[[], object]
 
@@ -32,10 +33,10 @@ class Timed:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or the processor's as `harness.environment` gives it."""
+    """The GPU's name, or the processor's."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return str(environment()["processor"])
+    return processor()
 
 
 def race(

@@ -31,7 +31,7 @@ from .checks import (
 )
 from .dispatch import choose_impl
 from .reference import NF4_LEVELS
-from .tiles import accumulate_, elect_and_average, just_below, row_tiles, task_vector_tile
+from .tiles import just_below, merged_tile, row_tiles, task_vector_tile
 
 BLOCK = 64
 SMALLEST = 1e-38  # a block of zeros is divided by it
@@ -110,17 +110,18 @@ def ties_merge_lora_nf4(
         from .nf4_triton import merge
 
         return merge(base, lora_a, lora_b, scales, weights, thresholds, lam, out)
+
+    def tau_tile(i: int, rows: slice) -> Tensor:
+        own = compute_dtype([lora_a[i], lora_b[i]])  # as its threshold was computed
+        return task_vector_tile(lora_a[i], lora_b[i], scales[i], rows, own).to(dtype)
+
     bounds = [just_below(threshold, dtype) for threshold in thresholds]
     writer = _Writer(out)
     for rows in row_tiles(*shape):
         span = rows.start * shape[1], rows.stop * shape[1]
         old = _read(base, *span).view(-1, shape[1]) if coded else base[rows]
-        sums = torch.zeros(4, *old.shape, dtype=dtype, device=base.device)
-        for a, b, scale, weight, bound in zip(lora_a, lora_b, scales, weights, bounds, strict=True):
-            own = compute_dtype([a, b])  # as its threshold was computed
-            accumulate_(sums, task_vector_tile(a, b, scale, rows, own).to(dtype), bound, weight)
-        merged = torch.add(old, elect_and_average(sums), alpha=lam).to(kind)
-        writer.write(merged.reshape(-1))
+        merged = merged_tile(old, rows, tau_tile, bounds, weights, lam, dtype)
+        writer.write(merged.to(kind).reshape(-1))
     writer.close()
     return out
 
@@ -133,13 +134,18 @@ def empty_nf4(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     return Nf4Matrix(codes, absmax, shape, dtype)
 
 
+def middles(device: torch.device) -> Tensor:
+    """What lies between neighbouring levels: where one code ends and the next begins.  # [15]"""
+    levels = torch.tensor(NF4_LEVELS, device=device)
+    return (levels[:-1] + levels[1:]) / 2
+
+
 class _Writer:
     """Codes a stream of values block by block; what does not fill a block waits for the next."""
 
     def __init__(self, out: Nf4Matrix):
         self.out, self.done = out, 0
-        levels = torch.tensor(NF4_LEVELS, device=out.device)
-        self.middles = (levels[:-1] + levels[1:]) / 2
+        self.middles = middles(out.device)
         self.waiting = torch.empty(0, dtype=out.dtype, device=out.device)
 
     def write(self, values: Tensor) -> None:

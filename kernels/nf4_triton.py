@@ -6,13 +6,11 @@ computes both with PyTorch. Layout: nf4.py.
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .nf4 import BLOCK, SMALLEST, Nf4Matrix
-from .reference import NF4_LEVELS
+from .nf4 import BLOCK, SMALLEST, Nf4Matrix, middles
 from .ties_triton import launch, merged_tile
 
 
@@ -76,12 +74,10 @@ def merge(
     out: Nf4Matrix,
 ) -> Nf4Matrix:
     """`nf4.ties_merge_lora_nf4`, checked already, in one launch; 64 divides the columns."""
-    levels = torch.tensor(NF4_LEVELS, device=base.device)
-    middles = (levels[:-1] + levels[1:]) / 2
     lora_a, lora_b = [a.contiguous() for a in lora_a], [b.contiguous() for b in lora_b]
     grid, arguments, blocks = launch(base, lora_a, lora_b, scales, weights, thresholds, lam)
     if blocks["BN"] != BLOCK:
         raise ValueError(f"BLOCK_COLUMNS: expected {BLOCK} to write NF4, got {blocks['BN']}")
-    outputs = (out.codes, out.absmax, middles, SMALLEST)
+    outputs = (out.codes, out.absmax, middles(base.device), SMALLEST)
     _merge_nf4[grid](base.contiguous(), *outputs, *arguments, **blocks)
     return out

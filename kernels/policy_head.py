@@ -143,7 +143,7 @@ class Sides:
 
 @dataclass
 class Sums:
-    """Sums over the vocabulary, each relative to its largest logit.  # [T] each"""
+    """Sums over the vocabulary, or a part of it, relative to its largest logit.  # [T] each"""
 
     m: Tensor  # max z
     p: Tensor  # sum e^(z-m)
@@ -155,24 +155,18 @@ class Sums:
     qd: Tensor | None = None  # sum e^(u-n) (u-z)
     u_target: Tensor | None = None
 
-    def join(self, other: "Sums") -> "Sums":
-        """The sums over two parts of the vocabulary together."""
-        m = torch.maximum(self.m, other.m)
-        mine, yours = (self.m - m).exp(), (other.m - m).exp()
-        out = Sums(
-            m,
-            self.p * mine + other.p * yours,
-            (self.pz + self.p * (self.m - m)) * mine + (other.pz + other.p * (other.m - m)) * yours,
-            self.z_target + other.z_target,
-        )
-        if self.n is None:
-            return out
-        out.pd = self.pd * mine + other.pd * yours
-        out.n = torch.maximum(self.n, other.n)
-        mine, yours = (self.n - out.n).exp(), (other.n - out.n).exp()
-        out.q = self.q * mine + other.q * yours
-        out.qd = self.qd * mine + other.qd * yours
-        out.u_target = self.u_target + other.u_target
+    def join(self) -> "Sums":
+        """The sums of the whole vocabulary from those of its parts, fields [parts, T] -> [T]."""
+        m = self.m.amax(0)
+        shift = self.m - m
+        shrink = shift.exp()
+        pz = ((self.pz + self.p * shift) * shrink).sum(0)
+        out = Sums(m, (self.p * shrink).sum(0), pz, self.z_target.sum(0))
+        if self.n is not None:
+            out.pd, out.n = (self.pd * shrink).sum(0), self.n.amax(0)
+            shrink = (self.n - out.n).exp()
+            out.q, out.qd = (self.q * shrink).sum(0), (self.qd * shrink).sum(0)
+            out.u_target = self.u_target.sum(0)
         return out
 
     def outputs(self, banned: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
@@ -201,10 +195,10 @@ def _part_sums(
 ) -> Sums:
     """The sums of one part of the vocabulary, from its logits [T, width]; only those wanted."""
 
+    inside, place = _targets_in(part, targets)
+
     def of_target(x: Tensor) -> Tensor:
-        inside = (targets >= part.start) & (targets < part.stop)
-        place = (targets - part.start).clamp(0, x.shape[1] - 1)
-        return torch.where(inside, x.gather(1, place[:, None])[:, 0], 0.0)
+        return torch.where(inside, x.gather(1, place)[:, 0], 0.0)
 
     m = z.amax(1)
     shifted = z - m[:, None]
@@ -223,6 +217,18 @@ def _part_sums(
     return sums
 
 
+def _stack(one: Sums, two: Sums) -> Sums:
+    """The sums of two parts of the vocabulary, fields [2, T]."""
+    pairs = zip(vars(one).values(), vars(two).values(), strict=True)
+    return Sums(*(None if x is None else torch.stack([x, y]) for x, y in pairs))
+
+
+def _targets_in(part: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Which targets lie in a part of the vocabulary [T], and a column of it for each [T, 1]."""
+    inside = (targets >= part.start) & (targets < part.stop)
+    return inside, (targets - part.start).clamp(0, part.stop - part.start - 1)[:, None]
+
+
 def _part_gradient(z: Tensor, u: Tensor | None, targets: Tensor, part: slice, rows: Tensor):
     """d loss / d z of one part of the vocabulary.  # [T, width]
 
@@ -236,9 +242,8 @@ def _part_gradient(z: Tensor, u: Tensor | None, targets: Tensor, part: slice, ro
     if u is not None:
         x.addcmul_(u, of_reverse[:, None], value=-1)
     x.mul_((z - a[:, None]).exp_())
-    inside = (targets >= part.start) & (targets < part.stop)
-    place = (targets - part.start).clamp(0, x.shape[1] - 1)
-    x.scatter_add_(1, place[:, None], torch.where(inside, of_logprob, 0.0)[:, None])
+    inside, place = _targets_in(part, targets)
+    x.scatter_add_(1, place, torch.where(inside, of_logprob, 0.0)[:, None])
     if u is not None and of_forward.any():
         x.addcmul_((u - b[:, None]).exp_(), of_forward[:, None], value=-1)
     return x
@@ -261,7 +266,7 @@ class _OnlineHead(torch.autograd.Function):
             for part in _parts(hidden, weight, head):
                 logits = sides.logits(part, head)
                 more = _part_sums(*logits, targets, part, head.want)
-                sums = more if sums is None else sums.join(more)
+                sums = more if sums is None else _stack(sums, more).join()
             ctx.logits = logits if head.keep else None
         never = None if head.banned is None else head.banned[targets]
         values, rows = sums.outputs(never)
@@ -290,14 +295,18 @@ class _OnlineHead(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=rows.dtype) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=rows.dtype) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=rows.dtype) if needs_bias else None
-        for part in _parts(hidden, weight, head):
-            if head.triton:
-                from .policy_head_triton import part_gradient
+        if head.triton:
+            from .policy_head_triton import part_gradients
 
-                dz = part_gradient(sides, head, part, rows)
-            else:
+            gradient = part_gradients(sides, head, rows)
+        else:
+
+            def gradient(part: slice) -> Tensor:
                 logits = ctx.logits or sides.logits(part, head)
-                dz = _part_gradient(*logits, targets, part, rows)
+                return _part_gradient(*logits, targets, part, rows)
+
+        for part in _parts(hidden, weight, head):
+            dz = gradient(part)
             if needs_bias:
                 grad_bias[part] = dz.sum(0, dtype=rows.dtype)
             dz = dz.to(weight.dtype)

@@ -9,6 +9,8 @@ the head is left to the matrix library. Neither direction holds [T, V].
 Importing this needs triton. Left out: fp64, which policy_head.py computes with PyTorch.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -212,33 +214,25 @@ def head_sums(sides: Sides, head) -> Sums:
     if rows:
         shape = (1 / head.temperature, *sizes, per_split)
         _forward[(across, splits)](*matrices, parts, *shape, **blocks)
-    return _join(parts, head.needs_teacher)
+    m, p, pz, z_target, *teacher = parts.unbind(1)  # [splits, T] each
+    n, q, pd, qd, u_target = teacher if head.needs_teacher else [None] * 5
+    return Sums(m, p, pz, z_target, n, q, pd, qd, u_target).join()
 
 
-def _join(parts: Tensor, teacher: bool) -> Sums:
-    """`Sums.join` of all parts [splits, 9, T] at once."""
-    m, p, pz, z_target, n, q, pd, qd, u_target = parts.unbind(1)  # [splits, T] each
-    top = m.amax(0)
-    shrink = (m - top).exp()
-    shifted = pz + p * (m - top)
-    out = Sums(top, (p * shrink).sum(0), (shifted * shrink).sum(0), z_target.sum(0))
-    if teacher:
-        out.pd, out.n, out.u_target = (pd * shrink).sum(0), n.amax(0), u_target.sum(0)
-        shrink = (n - out.n).exp()
-        out.q, out.qd = (q * shrink).sum(0), (qd * shrink).sum(0)
-    return out
-
-
-def part_gradient(sides: Sides, head, part: slice, rows: Tensor) -> Tensor:
-    """`policy_head._part_gradient`, from the inputs, in the dtype of the head.  # [T, width]"""
+def part_gradients(sides: Sides, head, rows: Tensor) -> Callable[[slice], Tensor]:
+    """`policy_head._part_gradient` of any part, from the inputs, in the dtype of the head."""
     matrices, sizes, blocks = _arguments(sides, head)
-    width = part.stop - part.start
-    dz = sides.weight.new_empty(sizes[0], width)
-    if sizes[0]:
-        grid = (triton.cdiv(sizes[0], blocks["BT"]), triton.cdiv(width, blocks["BV"]))
-        place = (1 / head.temperature, part.start, width)
-        _grad_logits[grid](*matrices, rows, dz, *place, *sizes, **blocks)
-    return dz
+
+    def gradient(part: slice) -> Tensor:
+        width = part.stop - part.start
+        dz = sides.weight.new_empty(sizes[0], width)
+        if sizes[0]:
+            grid = (triton.cdiv(sizes[0], blocks["BT"]), triton.cdiv(width, blocks["BV"]))
+            place = (1 / head.temperature, part.start, width)
+            _grad_logits[grid](*matrices, rows, dz, *place, *sizes, **blocks)
+        return dz
+
+    return gradient
 
 
 def _arguments(sides: Sides, head) -> tuple[tuple, tuple, dict]:

@@ -76,11 +76,24 @@ def merge_tiles(
     """out = base + lam * TIES of the task vectors whose tiles `tau_tile(i, rows)` computes."""
     bounds = [just_below(threshold, dtype) for threshold in thresholds]
     for rows in tiles:
-        sums = torch.zeros(4, *base[rows].shape, dtype=dtype, device=base.device)
-        for i, (bound, weight) in enumerate(zip(bounds, weights, strict=True)):
-            accumulate_(sums, tau_tile(i, rows), bound, weight)
-        out[rows] = torch.add(base[rows], elect_and_average(sums), alpha=lam)
+        out[rows] = merged_tile(base[rows], rows, tau_tile, bounds, weights, lam, dtype)
     return out
+
+
+def merged_tile(
+    base: Tensor,
+    rows: slice,
+    tau_tile: Callable[[int, slice], Tensor],
+    bounds: list[float],
+    weights: list[float],
+    lam: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The tile `rows` of `merge_tiles`, whose base is given; not yet rounded to base's dtype."""
+    sums = torch.zeros(4, *base.shape, dtype=dtype, device=base.device)
+    for i, (bound, weight) in enumerate(zip(bounds, weights, strict=True)):
+        accumulate_(sums, tau_tile(i, rows), bound, weight)
+    return torch.add(base, elect_and_average(sums), alpha=lam)
 
 
 def dense_task_vectors(lora_a, lora_b, scales) -> list[Tensor]:
