@@ -25,7 +25,7 @@ MODULES = {
     # 2: the model and its weights
     2: "checkpoint lora merge model tiny",
     # 3: the model at work
-    3: "backprop decode guidance measure rollout run score scribe teacher update",
+    3: "backprop corrector decode guidance measure rollout run score scribe teacher update",
     # 4: what is run
     4: "__main__ eval export sft train view",
 }
