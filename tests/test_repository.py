@@ -11,7 +11,7 @@ import turbo
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("kernels", "envs", "turbo", "tests", "bench", "examples", "docs")
-INSTALLED = ("kernels", "envs", "turbo")
+SHOWN = ("kernels", "envs", "turbo", "examples")
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".json", ".jsonl", ".cfg", ".sh", ""}
 
 MAX_FILE_LINES = 420
@@ -53,7 +53,7 @@ def definitions(body):
             yield from definitions(node.body)
 
 
-PYTHON = files(INSTALLED, {".py"})
+PYTHON = files(SHOWN, {".py"})
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=name_of)
