@@ -78,12 +78,20 @@ def settings(flags: str, seed: int) -> TrainConfig:
     return c
 
 
+def decisive(c: TrainConfig) -> dict:
+    """The settings on which a run's outcome depends."""
+    return {k: v for k, v in asdict(c).items() if k not in NOT_SETTINGS}
+
+
+def digest(c: TrainConfig, model: str) -> str:
+    """A short hash of the settings and of the model's hash."""
+    return hashlib.sha256(json.dumps([decisive(c), model], sort_keys=True).encode()).hexdigest()[:8]
+
+
 def run_folder(runs: Path, what: str, label: str, c: TrainConfig, model: str) -> Path:
     """Where the run of these settings, from the model of this hash, is kept."""
-    fixed = {k: v for k, v in asdict(c).items() if k not in NOT_SETTINGS}
-    content = json.dumps([fixed, model], sort_keys=True).encode()
     words = "-".join([what, *label.lower().split(), f"seed{c.seed}"])
-    return runs / f"{words}-{hashlib.sha256(content).hexdigest()[:8]}"
+    return runs / f"{words}-{digest(c, model)}"
 
 
 def command(path: Path, flags: str, seed: int) -> list[str]:

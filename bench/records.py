@@ -54,7 +54,7 @@ def is_complete(path: Path, c: TrainConfig) -> bool:
     if not (path / checkpoint.METRICS).is_file():
         return False
     records = read_jsonl(path / checkpoint.METRICS)
-    if not records or "eval_success_rate" not in records[0]:
+    if not records or (c.eval_start and "eval_success_rate" not in records[0]):
         return False
     last = records[-1]
     ended = last["update"] >= c.updates or 0 < 60 * c.minutes <= last["elapsed"]

@@ -96,6 +96,12 @@ class VisualEnv(Protocol):
 
     def judge(self, answer: Answer) -> Verdict: ...
 
+    def snapshot(self) -> "VisualEnv":
+        """This environment as it is now: it can be asked, guess and judge after this one moved on.
+
+        It is not to be played.
+        """
+
     def optimum(self) -> Optimum: ...
 
     def deal_key(self) -> tuple:

@@ -9,6 +9,7 @@ Left out: bets, splits, doubling, bonuses for a natural.
 """
 
 import re
+from copy import copy
 from fractions import Fraction
 from functools import lru_cache
 from typing import ClassVar, NamedTuple
@@ -233,6 +234,11 @@ class Blackjack(gym.Env):
         if named not in ACTIONS:
             return Verdict(perception, None, None)
         return Verdict(perception, named == self._thought()[1], named == answer.action)
+
+    def snapshot(self) -> "Blackjack":
+        twin = copy(self)
+        twin.player = list(self.player)
+        return twin
 
     def optimum(self) -> Optimum:
         best = best_overall()

@@ -6,6 +6,7 @@ order is random. Steps and rewards are those of Points24; truncated after `max_t
 Left out: the expert and the answer format (formula.py).
 """
 
+from copy import copy
 from typing import ClassVar
 
 import gymnasium as gym
@@ -129,6 +130,11 @@ class EZPoints(gym.Env):
 
     def judge(self, answer: Answer) -> Verdict:
         return judge(answer, self.game)
+
+    def snapshot(self) -> "EZPoints":
+        twin = copy(self)
+        twin.game = self.game.copy()
+        return twin
 
     def optimum(self) -> Optimum:
         return Optimum(1.0, WIN, "every dealt pair makes 12 by + or *")

@@ -12,6 +12,7 @@ the formula aimed at, and its next token. Left out: pictures, prompts, how hands
 
 import re
 from collections.abc import Sequence
+from copy import copy
 from fractions import Fraction
 from functools import lru_cache
 from operator import and_
@@ -49,6 +50,12 @@ class FormulaGame:
         self.tokens: list[str] = []
         self.left = list(values)
         self.attempts = 0
+
+    def copy(self) -> "FormulaGame":
+        """The same game, played no further when this one is."""
+        twin = copy(self)
+        twin.tokens, twin.left = list(self.tokens), list(self.left)
+        return twin
 
     @property
     def formula(self) -> str:

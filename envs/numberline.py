@@ -5,6 +5,7 @@ does not come closer (a move off the line stays where it is); else 0. Truncated 
 Left out: randomness beyond the deal.
 """
 
+from copy import copy
 from functools import lru_cache
 from typing import ClassVar
 
@@ -139,6 +140,9 @@ class NumberLine(gym.Env):
         if named not in ACTIONS:
             return Verdict(read, None, None)
         return Verdict(read, named == self._best(), named == answer.action)
+
+    def snapshot(self) -> "NumberLine":
+        return copy(self)
 
     def optimum(self) -> Optimum:
         return Optimum(1.0, 1.0, "every target is at most five moves away")

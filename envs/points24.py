@@ -8,6 +8,7 @@ format and the arithmetic (formula.py, cards.py).
 """
 
 from collections.abc import Sequence
+from copy import copy
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations_with_replacement
@@ -151,6 +152,11 @@ class Points24(gym.Env):
 
     def judge(self, answer: Answer) -> Verdict:
         return judge(answer, self.game)
+
+    def snapshot(self) -> "Points24":
+        twin = copy(self)
+        twin.game = self.game.copy()
+        return twin
 
     def optimum(self) -> Optimum:
         rate = _solvable_share(self.target, self.faces_ten, self.dealt)

@@ -58,6 +58,8 @@ class TrainConfig:
     """reward of an unreadable or illegal answer, beside the environment's penalty"""
 
     # Objective
+    objective: Literal["ppo", "rejection"] = "ppo"
+    """ppo; or rejection sampling: cross-entropy of the policy's own successes (a baseline)"""
     advantage: Literal["group", "gae"] = "group"
     """group: return minus the mean of the deal's other environments; gae: the paper's critic"""
     baseline: Literal["state", "loo", "mean"] = "state"
@@ -96,8 +98,11 @@ class TrainConfig:
     """LoRA scale is alpha / rank"""
 
     # Teacher and guidance
-    guidance: Literal["kl", "none"] = "kl"
-    """kl: reverse KL of the thoughts to the merged teacher; none: plain PPO (RL4VLM)"""
+    guidance: Literal["kl", "sft", "gtr", "none"] = "kl"
+    """kl: KL of the thoughts to the teacher; sft: imitate thoughts that it writes; gtr: imitate
+    those of an external model (--teacher-url); none: plain PPO (RL4VLM)"""
+    teacher: Literal["merged", "initial"] = "merged"
+    """merged: of the policy's past checkpoints; initial: the warm start, for ever"""
     guidance_range: Literal["thought", "all"] = "thought"
     """which tokens are guided"""
     kl_placement: Literal["loss", "reward", "advantage"] = "loss"
@@ -108,16 +113,47 @@ class TrainConfig:
     """strength of the guidance, or `auto`: steered to be --kl-share of the return's spread"""
     kl_share: float = 0.1
     """with --kl-coef auto: guidance as a share of the return's spread"""
+    sft_coef: float = 1.0
+    """sft and gtr: weight of the cross-entropy, a mean over thought tokens"""
+    sft_rows: int = 256
+    """sft and gtr: steps of an update for which the teacher writes a thought (0: all of them)"""
+    sft_batch: int = 64
+    """sft and gtr: examples of the dataset in each minibatch"""
+    sft_max: int = 0
+    """sft and gtr: the newest so many examples are kept (0: all)"""
+    teacher_temperature: float = 0.2
+    """temperature at which the teacher writes"""
+    teacher_sample: int = 64
+    """steps of an update that the merged teacher answers too, to measure its thoughts (0: none)"""
+    teacher_url: str = ""
+    """gtr: OpenAI-compatible endpoint that takes pictures, such as http://127.0.0.1:8000/v1"""
+    teacher_model: str = ""
+    """gtr: the model that the endpoint is to use"""
+    teacher_key_env: str = "OPENAI_API_KEY"
+    """gtr: environment variable that holds the endpoint's key"""
+    teacher_concurrency: int = 16
+    """gtr: requests at once, over all workers"""
+    teacher_timeout: float = 60.0
+    """gtr: seconds until a request is given up and tried again"""
+    teacher_price_in: float = 0.0
+    """gtr: dollars per million prompt tokens"""
+    teacher_price_out: float = 0.0
+    """gtr: dollars per million answer tokens"""
     merge: Literal["ties", "linear"] = "ties"
     """how checkpoints are merged into the teacher"""
     weighting: Literal["sma", "ema", "score"] = "ema"
     """weights of the checkpoints: equal, decaying with age, or by success rate"""
+    score_episodes: int = 0
+    """with --weighting score: fresh episodes that each checkpoint plays, the same for all (0: its
+    own rollout counts; the newest, which has not played yet, takes the score of the one before)"""
     ema_alpha: float = 0.5
     """share of the newest checkpoint with --weighting ema"""
     density: float = 0.8
     """share of the largest task-vector entries that TIES keeps"""
     guide_first: bool = True
     """the warm start enters the history too, so that the first update is guided as well"""
+    checkpoint_each: Literal["update", "epoch"] = "update"
+    """a checkpoint enters the history after each update, or after each of its epochs"""
     merge_every: int = 1
     """rebuild the teacher every so many updates"""
     history_max: int = 0
@@ -130,6 +166,8 @@ class TrainConfig:
     """dtype of the matrix products; auto is bfloat16 where the processor has it (AMX)"""
     eval_episodes: int = 500
     """episodes of the evaluations before and after training (0: none)"""
+    eval_start: bool = True
+    """evaluate before training too"""
     eval_temperature: float = 0.2
     """sampling temperature of evaluation (the paper's)"""
     eval_every: int = 0
@@ -236,6 +274,14 @@ def check(c: TrainConfig) -> None:
         need(c.group_size >= 2, "group_size", "at least 2 with --advantage group (or use gae)")
     need(c.hands == 0 or c.env == "points24", "hands", "0 except with points24")
     need(c.hands <= 715, "hands", "at most 715, the number of multisets (0: all hands)")
+    for flag in ("teacher_temperature", "teacher_timeout"):
+        need(getattr(c, flag) > 0, flag, "more than 0")
+    if c.guidance in ("sft", "gtr"):
+        need(c.sft_batch >= 1, "sft_batch", f"at least 1 with --guidance {c.guidance}")
+    if c.guidance == "gtr":
+        need(bool(c.teacher_url), "teacher_url", "the address of an endpoint with --guidance gtr")
+        need(bool(c.teacher_model), "teacher_model", "a model's name with --guidance gtr")
+        need(c.teacher_concurrency >= 1, "teacher_concurrency", "at least 1")
     if c.kl_coef != "auto":
         try:
             coefficient = float(c.kl_coef)

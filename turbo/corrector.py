@@ -128,20 +128,20 @@ class Corrector:
         )
 
     def correct(
-        self, questions: Sequence[Question], readable: Callable[[str], bool]
+        self, questions: Sequence[Question], readable: Callable[[int, str], bool]
     ) -> list[str | None]:
         """The corrected answers in the order of the questions.
 
-        None where the endpoint gave none that can be read.
+        None where the endpoint gave none that can be read: `readable` says whether a text answers
+        the question of that number.
         """
         started = time.perf_counter()
         self._refusal = ""
         self._stopped.clear()
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
-                answers = list(
-                    pool.map(lambda question: self._answer(question, readable), questions)
-                )
+                numbers = range(len(questions))
+                answers = list(pool.map(lambda i: self._answer(i, questions[i], readable), numbers))
             except BaseException:  # an interrupt does not wait for pauses and further attempts
                 self._stopped.set()
                 raise
@@ -161,14 +161,16 @@ class Corrector:
         """Whether the endpoint refuses and has never answered anything."""
         return bool(self._refusal) and not self._answered
 
-    def _answer(self, question: Question, readable: Callable[[str], bool]) -> str | None:
+    def _answer(
+        self, number: int, question: Question, readable: Callable[[int, str], bool]
+    ) -> str | None:
         messages = chat_messages(question)
         for _ in range(2):
             text = self._ask(messages)
             if text is None:
                 self._count(failed=1)
                 return None
-            if readable(text):
+            if readable(number, text):
                 return text
             self._count(unreadable=1)
             # At temperature 0 the same question would bring the same answer.

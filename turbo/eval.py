@@ -37,6 +37,8 @@ JSON_KEYS = [
     "card_rate",
     "reasoning_score",
     "episodes",
+    "samples",
+    "pass_at_k",
     "seed",
     "temperature",
     "split",
@@ -52,7 +54,9 @@ class EvalConfig:
     env: Game = "points24"
     """which environment to play"""
     episodes: int = 500
-    """episodes, one deal each"""
+    """deals, each of its own seed"""
+    samples: int = 1
+    """episodes of each deal; pass_at_k is the share of the deals that one of them solved"""
     seed: int = 0
     """seed of the deals and of sampling; never one that training draws"""
     teacher: bool = False
@@ -73,7 +77,7 @@ class EvalConfig:
 
 def check(c: EvalConfig) -> TrainConfig:
     """Refuse what cannot be evaluated; the settings of the run, or the defaults for a model."""
-    for flag in ("episodes", "temperature", "max_new_tokens"):
+    for flag in ("episodes", "samples", "temperature", "max_new_tokens"):
         if not 0 < getattr(c, flag) < math.inf:
             name = "--" + flag.replace("_", "-")
             raise ValueError(f"{name} must be more than 0, got {getattr(c, flag)}")
@@ -137,8 +141,10 @@ def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
         temperature=c.temperature,
         max_new_tokens=c.max_new_tokens,
         crew=crew,
+        samples=c.samples,
     )
-    return {**figures, "seed": c.seed, "temperature": c.temperature, "split": c.split}
+    asked = {key: getattr(c, key) for key in ("samples", "seed", "temperature", "split")}
+    return {**figures, **asked}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -154,12 +160,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if c.json:
         values = {k: figures[k] for k in JSON_KEYS}
+        if c.samples > 1:
+            values["solved"] = figures["solved"]  # samples of each deal that succeeded
         clean = {k: None if v != v else v for k, v in values.items()}  # NaN: does not apply
         print(json.dumps(clean))
         return 0
     who = "merged teacher" if c.teacher else "policy"
     print(f"{c.source} ({who}) on {c.env}, {c.split} deals, T {c.temperature}, seed {c.seed}")
-    for key in JSON_KEYS[:9]:
+    for key in JSON_KEYS[: JSON_KEYS.index("seed")]:
         print(f"  {key:18} {figures[key]:.4g}")
     return 0
 

@@ -45,11 +45,19 @@ METRICS: dict[str, Metric] = {
         "0..1",
     ),
     "episode_length": Metric("mean number of environment steps of an episode", "steps"),
+    "aim_rate": Metric(
+        "share of the steps, on deals that can be won, whose thought aims at a correct plan", "0..1"
+    ),
+    "follow_rate": Metric(
+        "share of the steps, on deals that can be won, whose action is what the thought aims at",
+        "0..1",
+    ),
     # Signs of thought collapse
     "thought_length": Metric("mean number of thought tokens of a step", "tokens"),
     "thought_entropy": Metric("mean entropy of the policy at thought tokens", "nats"),
     "action_entropy": Metric("mean entropy of the policy at action tokens", "nats"),
     "distinct_thoughts": Metric("different thoughts divided by thoughts in the rollout", "0..1"),
+    "self_bleu": Metric("mean BLEU-4 of 64 thoughts, each against the others", "0..1"),
     # The optimisation
     "policy_loss": Metric("clipped PPO objective, mean over the steps trained on", "1"),
     "value_loss": Metric("half the squared error of the critic, mean over the steps", "reward^2"),
@@ -77,11 +85,33 @@ METRICS: dict[str, Metric] = {
     # The guidance
     "teacher_kl": Metric("mean KL estimate between policy and teacher at thought tokens", "nats"),
     "teacher_kl_coef": Metric("coefficient beta with which the teacher's KL was applied", "1"),
+    **{
+        f"teacher_{name}": Metric(f"{meaning}, in the answers that the teacher wrote", unit)
+        for name, meaning, unit in (
+            ("legal_rate", "share of legal answers", "0..1"),
+            ("card_rate", "share that named what the image shows correctly", "0..1"),
+            ("reasoning_score", "share of right thoughts, on deals that can be won", "0..1"),
+            ("aim_rate", "share of correct plans, on deals that can be won", "0..1"),
+            ("follow_rate", "share of actions that the thought aims at, likewise", "0..1"),
+            ("thought_length", "mean number of thought tokens", "tokens"),
+            ("thought_entropy", "mean surprise of the teacher at its thought tokens", "nats"),
+            ("distinct_thoughts", "different thoughts divided by thoughts", "0..1"),
+            ("self_bleu", "mean BLEU-4 of 64 thoughts, each against the others", "0..1"),
+        )
+    },
+    "sft_loss": Metric("cross-entropy of a thought token in the dataset, mean", "nats"),
+    "sft_examples": Metric("thoughts in the dataset", "thoughts"),
+    "teacher_requests": Metric("requests sent to the external teacher so far", "requests"),
+    "teacher_failed": Metric("questions that it left unanswered so far, retries included", "1"),
+    "teacher_prompt_tokens": Metric("prompt tokens that it counted so far", "tokens"),
+    "teacher_completion_tokens": Metric("answer tokens that it counted so far", "tokens"),
+    "teacher_cost": Metric("their price at --teacher-price-in and -out", "dollars"),
     # Speed
     "tokens_per_second": Metric("tokens sampled per second of rollout", "tokens/s"),
     "steps_per_second": Metric("environment steps per second of the whole update", "steps/s"),
     "seconds_rollout": Metric("time spent playing", "s"),
     "seconds_score": Metric("time spent scoring the rollout under policy and teacher", "s"),
+    "seconds_write": Metric("time spent by the teacher writing thoughts", "s"),
     "seconds_train": Metric("time spent in PPO epochs", "s"),
     "seconds_merge": Metric("time spent merging checkpoints and rebuilding weights", "s"),
     "seconds_other": Metric("the rest of the update: logging, checkpoints", "s"),

@@ -7,12 +7,16 @@ Left out: measurements over the vocabulary (entropy, KL), which need the model (
 """
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from turbo.model import TextWeights, VisionLanguageModel
 from turbo.parallel import Crew
-from turbo.rollout import Episode, Rollout, RolloutOptions, Step, Table
+from turbo.rollout import Episode, RolloutOptions, Step, Table
+
+_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -53,23 +57,66 @@ def distinct(values: Sequence[str]) -> float:
     return len(set(values)) / len(values) if values else math.nan
 
 
+def self_bleu(texts: Sequence[str], size: int = 64) -> float:
+    """Mean BLEU-4 of each of `size` texts, at even distances, against the others (Zhu et al. 2018).
+
+    1 where all say the same, near 0 where nothing is shared. Words are numbers, words and signs;
+    n-grams that match nowhere count 0.1.
+    """
+    texts = [texts[i * len(texts) // size] for i in range(size)] if len(texts) > size else texts
+    words = [_WORD.findall(text) for text in texts]
+    if len(words) < 2:
+        return math.nan
+    logs = [0.0] * len(words)
+    for n in range(1, 5):
+        counts = [Counter(zip(*(w[i:] for i in range(n)), strict=False)) for w in words]
+        best: dict[tuple, tuple[int, int, int]] = {}  # n-gram -> most, its text, most elsewhere
+        for i, grams in enumerate(counts):
+            for gram, k in grams.items():
+                most, who, second = best.get(gram, (0, -1, 0))
+                best[gram] = (k, i, most) if k > most else (most, who, max(second, k))
+        for i, grams in enumerate(counts):
+            shared = 0
+            for gram, k in grams.items():
+                most, who, second = best[gram]
+                shared += min(k, second if who == i else most)
+            logs[i] += math.log(max(shared, 0.1) / max(1, grams.total())) / 4
+    lengths = [len(w) for w in words]
+    for i, own in enumerate(lengths):
+        near = min((abs(n - own), n) for j, n in enumerate(lengths) if j != i)[1]
+        logs[i] += min(0.0, 1 - near / max(1, own))  # brevity
+    return mean([math.exp(x) for x in logs])
+
+
+def thoughts(episodes: Sequence[Episode]) -> dict[str, float]:
+    """What the thoughts of a set of episodes are like: right, and different from each other."""
+    steps = [s for e in episodes for s in e.steps]
+    # A thought about a hand that cannot be solved is wrong whatever it says; those are left out.
+    reasoned = [s for e in episodes if e.solvable for s in e.steps]
+    texts = [thought(s) for s in steps]
+    return {
+        "legal_rate": mean([s.answer.action is not None for s in steps]),
+        "card_rate": rate(steps, "perception"),
+        "reasoning_score": mean([s.verdict.right for s in reasoned]),
+        "aim_rate": rate(reasoned, "aim"),
+        "follow_rate": rate(reasoned, "follows"),
+        "thought_length": mean([s.thought for s in steps]),
+        "distinct_thoughts": distinct(texts),
+        "self_bleu": self_bleu(texts),
+    }
+
+
 def outcomes(episodes: Sequence[Episode]) -> dict[str, float]:
     """The figures of a set of episodes, by their names in `turbo.log.METRICS`."""
     steps = [s for e in episodes for s in e.steps]
     solvable = [e for e in episodes if e.solvable]
-    # A thought about a hand that cannot be solved is wrong whatever it says; those are left out.
-    reasoned = [s for e in solvable for s in e.steps]
     return {
         "episodes": len(episodes),
         "success_rate": mean([e.success for e in episodes]),
         "success_solvable": mean([e.success for e in solvable]),
         "episode_return": mean([e.episode_return for e in episodes]),
         "episode_length": len(steps) / max(1, len(episodes)),
-        "legal_rate": mean([s.answer.action is not None for s in steps]),
-        "card_rate": rate(steps, "perception"),
-        "reasoning_score": mean([s.verdict.right for s in reasoned]),
-        "thought_length": mean([s.thought for s in steps]),
-        "distinct_thoughts": distinct([thought(s) for s in steps]),
+        **thoughts(episodes),
     }
 
 
@@ -91,25 +138,40 @@ def evaluate(
     max_new_tokens: int,
     crew: Crew,
     envs: int = 256,
-) -> dict[str, float]:
-    """Play `episodes` fresh deals once each; the figures, with success's 95 % interval.
+    samples: int = 1,
+) -> dict:
+    """Play `episodes` fresh deals, `samples` times each; figures, success's 95 % interval.
 
-    Evaluation seeds start at 2**31, above every seed that training draws.
+    `solved` lists how many samples of each deal succeeded, `pass_at_k` is the share of the deals
+    with at least one. Evaluation seeds start at 2**31, above every seed that training draws.
     """
-    envs = max(crew.size, min(envs, episodes))
-    options = RolloutOptions(envs, 1, temperature, max_new_tokens)
+    envs = max(crew.size * samples, min(envs, episodes * samples))
+    options = RolloutOptions(envs, samples, temperature, max_new_tokens)
     deals = [{"seed": 2**31 + seed * 1_000_003 + i} for i in range(episodes)]
     rollout = Table(vlm, make_env, options, crew).collect(weights, (seed, 2**31), deals=deals)
-    played = all_episodes(rollout, crew)
+    played = all_episodes(rollout.episodes, crew)
     steps = [s for e in played for s in e.steps]
-    low, high = interval(sum(e.success for e in played), episodes)
-    return {**outcomes(played), **certainty(steps), "success_low": low, "success_high": high}
+    low, high = interval(sum(e.success for e in played), len(played))
+    own = [(crew.rank + e.group * crew.size, e.success) for e in rollout.episodes]
+    solved = [0] * episodes
+    for deal, success in (pair for part in crew.share(own) for pair in part):
+        solved[deal] += success
+    return {
+        **outcomes(played),
+        **certainty(steps),
+        "success_low": low,
+        "success_high": high,
+        "pass_at_k": mean([n > 0 for n in solved]),
+        "solved": solved,
+    }
 
 
-def all_episodes(rollout: Rollout, crew: Crew) -> list[Episode]:
-    """Every worker's episodes, on every worker, without the hidden states."""
-    light = [
-        replace(e, steps=[replace(s, hidden=None, suffix=[]) for s in e.steps])
-        for e in rollout.episodes
-    ]
-    return [e for part in crew.share(light) for e in part]
+def all_episodes(episodes: Sequence[Episode], crew: Crew) -> list[Episode]:
+    """Every worker's episodes, on every worker, as far as figures need them."""
+    own = [replace(e, steps=[light(s) for s in e.steps], final=None) for e in episodes]
+    return [e for part in crew.share(own) for e in part]
+
+
+def light(step: Step) -> Step:
+    """A step without what only the worker that played it can use."""
+    return replace(step, hidden=None, suffix=[], asked=None)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from turbo.decode import Decoder, Request, Sample
-from turbo.envs.base import Answer, Verdict
+from turbo.envs.base import Answer, Verdict, VisualEnv
 from turbo.model import PrefixKV, TextWeights, VisionLanguageModel
 from turbo.parallel import Crew
 from turbo.prompts import suffix_text
@@ -45,6 +45,7 @@ class Step:
     verdict: Verdict
     terminated: bool
     truncated: bool
+    asked: VisualEnv | None = None  # the environment as it asked; stays with its worker
 
 
 @dataclass
@@ -256,15 +257,10 @@ class _Player:
     def _step(self, env, episode: Episode, sample: Sample, picture_number: int) -> tuple:
         """Read an answer and play it; the step's record and the next picture."""
         tokens = sample.tokens
-        suffix = self._suffix(env)
-        answer = env.read_answer(self.vlm.decode(tokens))
+        suffix, asked = self._suffix(env), env.snapshot()
+        answer = read_answer(self.vlm, env, tokens)
         verdict = env.judge(answer)
-        if answer.action is None or tokens[-1] != self.vlm.end:
-            answer = (
-                answer
-                if answer.action is None
-                else Answer(answer.text, None, answer.fields, "too long")
-            )
+        if answer.action is None:
             picture, reward, terminated, truncated, info = env.step_illegal()
             bonus = self.options.format_invalid
         else:
@@ -284,11 +280,20 @@ class _Player:
             verdict=verdict,
             terminated=terminated,
             truncated=truncated,
+            asked=asked,
         )
         episode.steps.append(step)
         self.done += 1
         episode.success = bool(info["success"])
         return step, picture
+
+
+def read_answer(vlm: VisionLanguageModel, env: VisualEnv, tokens: list[int]) -> Answer:
+    """The answer as `env` reads it; one that was cut off before its end is illegal."""
+    answer = env.read_answer(vlm.decode(tokens))
+    if answer.action is None or tokens[-1] == vlm.end:
+        return answer
+    return Answer(answer.text, None, answer.fields, "too long")
 
 
 def mix(*numbers: int) -> int:

@@ -6,6 +6,7 @@ Left out: the order of training (`turbo.train`), console and log files (`turbo.s
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +14,24 @@ import torch
 
 from turbo import checkpoint
 from turbo.config import TrainConfig
+from turbo.corrector import Corrector
 from turbo.envs.make import make, tiny_kwargs
+from turbo.guidance import Examples
 from turbo.log import read_jsonl
 from turbo.lora import Lora, new_lora
 from turbo.measure import evaluate
-from turbo.model import ValueHead, VisionLanguageModel, load, pick_dtype
+from turbo.model import TextWeights, ValueHead, VisionLanguageModel, load, pick_dtype
 from turbo.parallel import Crew
 from turbo.rollout import RolloutOptions, Table, mix
 from turbo.teacher import Teacher
 from turbo.tiny import builtin_path
 from turbo.update import Learner
 
+SCORE_SEED = 777  # the deals that weigh checkpoints are not those of the evaluations
+
 
 class Run:
-    """All that a run holds: model, LoRA, critic, optimizer, teacher, environments, counters."""
+    """All that a run holds: model, LoRA, critic, optimizer, teacher, dataset, games, counters."""
 
     def __init__(self, config: TrainConfig, path: Path, crew: Crew):
         self.config, self.path, self.crew = config, path, crew
@@ -44,6 +49,8 @@ class Run:
             weight_decay=0.0,
         )
         self.teacher = Teacher(self.vlm, self.lora, config)
+        self.examples = Examples(config.sft_max)
+        self.corrector = new_corrector(config, crew.size) if config.guidance == "gtr" else None
         self.table = Table(self.vlm, env_maker(config), rollout_options(config), crew)
         self.beta = 1.0 if config.kl_coef == "auto" else float(config.kl_coef)
         self.update, self.env_steps, self.elapsed = 0, 0, 0.0
@@ -55,6 +62,7 @@ class Run:
         teacher, teacher_data = self.teacher.state_dict()
         state = {f"teacher/{k}": v for k, v in teacher.items()}
         state |= checkpoint.optimizer_tensors(self.optimizer)
+        state |= {f"examples/{k}": v for k, v in self.examples.state_dict().items()}
         if self.value_head is not None:
             state |= {f"value_head/{k}": v for k, v in self.value_head.state_dict().items()}
         meta = {
@@ -74,6 +82,7 @@ class Run:
         checkpoint.load_optimizer(self.optimizer, state)
         if self.value_head is not None:
             self.value_head.load_state_dict(checkpoint.section(state, "value_head/"))
+        self.examples.load_state_dict(checkpoint.section(state, "examples/"))
         self.teacher.load_state_dict(checkpoint.section(state, "teacher/"), meta["teacher"])
         self.update, self.env_steps = meta["update"], meta["env_steps"]
         self.elapsed, self.beta = meta["elapsed"], meta["beta"]
@@ -91,16 +100,42 @@ class Run:
         c = self.config
         with torch.no_grad():
             weights = self.teacher.weights if teacher else self.vlm.weights(self.lora)
+        return self._play(weights, c.eval_episodes, c.seed)
+
+    def score(self) -> float | None:
+        """The policy's success on the fixed deals that weigh checkpoints; None where none are."""
+        c = self.config
+        if c.weighting != "score" or not c.score_episodes:
+            return None
+        with torch.no_grad():
+            weights = self.vlm.weights(self.lora)
+        return self._play(weights, c.score_episodes, c.seed + SCORE_SEED)["success_rate"]
+
+    def _play(self, weights: TextWeights, episodes: int, seed: int) -> dict[str, float]:
+        c = self.config
         return evaluate(
             self.vlm,
             weights,
             env_maker(dataclasses.replace(c, hands=0)),
-            episodes=c.eval_episodes,
-            seed=c.seed,
+            episodes=episodes,
+            seed=seed,
             temperature=c.eval_temperature,
             max_new_tokens=c.max_new_tokens,
             crew=self.crew,
         )
+
+
+def new_corrector(c: TrainConfig, workers: int) -> Corrector:
+    """The client of the external model; its requests at once are shared by the workers."""
+    return Corrector(
+        c.teacher_url,
+        c.teacher_model,
+        key=os.environ.get(c.teacher_key_env, ""),
+        concurrency=max(1, c.teacher_concurrency // workers),
+        timeout=c.teacher_timeout,
+        max_tokens=2 * c.max_new_tokens,
+        temperature=c.teacher_temperature,
+    )
 
 
 def env_maker(c: TrainConfig, split: str = "all"):

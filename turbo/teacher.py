@@ -23,7 +23,10 @@ from turbo.model import TextWeights, VisionLanguageModel
 
 
 class Teacher:
-    """Checkpoints in, runnable teacher weights out; `weights` is None before the first one."""
+    """Checkpoints in, runnable teacher weights out; `weights` is None before the first one.
+
+    With `--teacher initial` it is the warm start for ever, whatever comes in.
+    """
 
     def __init__(self, vlm: VisionLanguageModel, lora: Lora, config: TrainConfig):
         self.vlm, self.config = vlm, config
@@ -39,10 +42,24 @@ class Teacher:
         self.count = 0
         self.merged: dict[str, Tensor] | None = None  # dense weights by module name
         self.weights: TextWeights | None = None
+        if config.teacher == "initial":
+            self._load({})
+
+    def rate(self, score: float) -> None:
+        """Set the success rate of the newest checkpoint, where weights depend on it."""
+        if self.history.entries:
+            self.history.entries[-1].score = score
 
     @torch.no_grad()
-    def push(self, update: int, lora: Lora, score: float) -> None:
-        """Take a checkpoint; the teacher is rebuilt every `merge_every` checkpoints."""
+    def push(self, update: int, lora: Lora, score: float | None = None) -> None:
+        """Take a checkpoint; the teacher is rebuilt every `merge_every` checkpoints.
+
+        One whose success rate is not known yet takes that of the checkpoint before.
+        """
+        if self.config.teacher == "initial":
+            return
+        if score is None:
+            score = self.history.entries[-1].score if self.history.entries else 0.0
         factors = {name: (a.detach(), b.detach()) for name, (a, b) in lora.factors.items()}
         if self.streaming:
             self.sums.push(factors, lora.scale)

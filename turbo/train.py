@@ -4,6 +4,8 @@
         play        whole episodes with the policy as it is            turbo.rollout
         score       KL of the thoughts to the merged teacher           turbo.score
         weigh       advantages: group baseline, or critic and GAE      turbo.gae, turbo.update
+        write       with --guidance sft or gtr, the teacher's own      turbo.guidance
+                    thoughts on some of the steps enter the dataset
         learn       minibatches: PPO loss + guidance, AdamW            turbo.update
         remember    the new checkpoint enters the history,             turbo.teacher
                     the teacher is merged anew
@@ -24,14 +26,16 @@ import tyro
 
 from turbo import checkpoint
 from turbo.config import GAME_DEFAULTS, PRESETS, TrainConfig, changed, check, defaults
+from turbo.corrector import check_url
+from turbo.guidance import ask_corrector, spread, write_answers
 from turbo.kl import auto_coefficient
-from turbo.measure import all_episodes, certainty, outcomes
+from turbo.measure import all_episodes, certainty, outcomes, thoughts
 from turbo.parallel import Crew, cores, run_crew
 from turbo.rollout import Episode, Rollout, mix
 from turbo.run import Run, model_sha256
 from turbo.score import TeacherReading, read_answers, teacher_kl
 from turbo.scribe import Scribe
-from turbo.update import StepData, prepare
+from turbo.update import Imitated, StepData, prepare
 
 
 def train_update(run: Run) -> tuple[dict, list[Episode]]:
@@ -63,17 +67,22 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
         teacher = read_answers(run.vlm, run.teacher.weights, rollout, data.rows)
     seconds["score"] = clock.lap()
 
+    # write: thoughts of the teacher's own, to be imitated (sft, gtr) or only to be measured
+    written = teacher_thoughts(run, rollout)
+    seconds["write"] = clock.lap()
+
     # learn
+    episodes = all_episodes(rollout.episodes, run.crew)
+    if not c.score_episodes:  # the rollout was the newest checkpoint's
+        run.teacher.rate(sum(e.success for e in episodes) / len(episodes))
     figures = learn(run, rollout, data, teacher)
     if kl is not None:
         figures["teacher_kl"] = kl.mean().item()
     seconds["train"] = clock.lap()
 
     # remember: this checkpoint becomes part of the teacher
-    episodes = all_episodes(rollout, run.crew)
-    success = sum(e.success for e in episodes) / len(episodes)
-    if c.guidance != "none":
-        run.teacher.push(update, run.lora, success)
+    if teaches(c) and c.checkpoint_each == "update":
+        run.teacher.push(update, run.lora, run.score())
     seconds["merge"] = clock.lap()
 
     steps = sum(len(e.steps) for e in episodes)
@@ -89,6 +98,7 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
         **certainty([s for e in episodes for s in e.steps]),
         "draft_accept_rate": accepted / max(1, guesses),
         **figures,
+        **written,
         "teacher_kl_coef": run.beta if guided else 0.0,
         "explained_variance": data.explained_variance,
         "trained_rows": trained,
@@ -101,6 +111,57 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
     }
     steer(run, metrics, data, guided)
     return metrics, episodes
+
+
+def teaches(c: TrainConfig) -> bool:
+    """Whether the policy's own checkpoints are merged into a teacher."""
+    return c.guidance in ("kl", "sft")
+
+
+def teacher_thoughts(run: Run, rollout: Rollout) -> dict[str, float]:
+    """Let the teacher answer some of the steps: examples to imitate, figures of its thoughts."""
+    c, imitated = run.config, run.config.guidance in ("sft", "gtr")
+    wanted = c.sft_rows if imitated else c.teacher_sample
+    if c.guidance == "none" or (run.teacher.weights is None and c.guidance != "gtr"):
+        return {}
+    if not imitated and not wanted:
+        return {}
+    rows = spread(len(rollout.steps), -(-wanted // run.crew.size))
+    if c.guidance == "gtr":
+        written = ask_corrector(run.vlm, run.corrector, rollout, rows)
+    else:
+        written = write_answers(
+            run.vlm,
+            run.teacher.weights,
+            rollout,
+            rows,
+            temperature=c.teacher_temperature,
+            max_new_tokens=c.max_new_tokens,
+            seed=(c.seed, run.update, 11, run.crew.rank),
+        )
+    told = all_episodes(written, run.crew)
+    figures = {f"teacher_{name}": value for name, value in thoughts(told).items()}
+    if imitated:
+        run.examples.add(rollout, written, run.crew)
+        figures["sft_examples"] = len(run.examples)
+    if c.guidance == "gtr":
+        return figures | usage(run)
+    entropy = certainty([s for e in told for s in e.steps])["thought_entropy"]
+    return figures | {"teacher_thought_entropy": entropy}
+
+
+def usage(run: Run) -> dict[str, float]:
+    """What the external teacher has been asked so far, by all workers, and what it cost."""
+    c, own = run.config, run.corrector.usage
+    counts = (own.requests, own.failed, own.prompt_tokens, own.completion_tokens)
+    requests, failed, prompt, completion = run.crew.total(*counts)
+    return {
+        "teacher_requests": requests,
+        "teacher_failed": failed,
+        "teacher_prompt_tokens": prompt,
+        "teacher_completion_tokens": completion,
+        "teacher_cost": (prompt * c.teacher_price_in + completion * c.teacher_price_out) / 1e6,
+    }
 
 
 def learn(
@@ -120,17 +181,31 @@ def learn(
         if b == 0:
             rows = [data.rows[i] for i in torch.randperm(len(data.rows), generator=order)]
         size = sum(len(range(b, n, count)) for n in sizes)
-        sums = run.learner.gradients(rollout, data, rows[b::count], size, teacher, run.beta)
+        sums = run.learner.gradients(
+            rollout, data, rows[b::count], size, teacher, run.beta, imitated(run, order)
+        )
         parameters = run.learner.parameters()
         sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip)
         run.optimizer.step()
         for name, value in zip(sums, torch.stack(list(sums.values())).tolist(), strict=True):
             totals[name] = totals.get(name, 0.0) + value
         batches += 1
+        if c.checkpoint_each == "epoch" and teaches(c) and b == count - 1:
+            run.teacher.push(run.update, run.lora)
         if c.target_kl and sums["approx_kl"] > c.target_kl:
             break
     means = {name: value / batches for name, value in totals.items()}
     return {**means, "learning_rate": learning_rate(c, run.update)}
+
+
+def imitated(run: Run, generator: torch.Generator) -> Imitated | None:
+    """This worker's share of the examples that enter a minibatch; None without a dataset."""
+    c, size = run.config, run.crew.size
+    if not len(run.examples) or c.sft_coef == 0:
+        return None
+    total = min(c.sft_batch, len(run.examples))
+    own = len(range(run.crew.rank, total, size))
+    return Imitated(run.examples, run.examples.pick(own, generator), total, c.sft_coef)
 
 
 def learning_rate(c: TrainConfig, update: int) -> float:
@@ -224,6 +299,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"--envs must be at least --workers * --group-size = {c.workers * c.group_size}, "
                 f"got {c.envs}"
             )
+        if c.guidance == "gtr":
+            check_url(c.teacher_url)
         path = run_folder(c)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -236,10 +313,10 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
     run = Run(c, path, crew)
     if c.resume:
         run.restore()
-    elif c.guidance != "none" and c.guide_first:
-        run.teacher.push(0, run.lora, 0.0)  # the warm start itself
+    elif teaches(c) and c.guide_first:
+        run.teacher.push(0, run.lora, run.score())  # the warm start itself
     with Scribe(run) as scribe:
-        if run.update == 0:
+        if run.update == 0 and c.eval_start:
             scribe.report("before training")
         while run.update < c.updates and not scribe.must_stop():
             metrics, episodes = train_update(run)

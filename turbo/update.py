@@ -1,7 +1,10 @@
 """One policy update on a rollout: which steps count, their advantages, a minibatch's gradient.
 
     loss = - mean min(ratio A, clip(ratio) A)  +  beta * mean_thought KL(policy || teacher)
-           + c_v * value loss
+           + c_v * value loss  +  c_s * cross-entropy of the teacher's thoughts (`turbo.guidance`)
+
+The rejection-sampling baseline replaces the first term by the cross-entropy of the policy's own
+successes: no advantages, no ratio (RAFT, Dong et al. 2023).
 
 Left out: playing (`turbo.rollout`), the order of things (`turbo.train`).
 """
@@ -15,6 +18,7 @@ from turbo.backprop import backward_rows, backward_weights, cut
 from turbo.batch import TokenBatch, pad_to
 from turbo.config import TrainConfig
 from turbo.gae import explained_variance, gae, group_advantages, state_advantages
+from turbo.guidance import Examples
 from turbo.kl import kl_estimate, mean_over
 from turbo.lora import Lora
 from turbo.model import TextWeights, VisionLanguageModel
@@ -29,7 +33,7 @@ from turbo.score import (
     score_answers,
 )
 
-FIGURES = ("policy_loss", "clip_fraction", "approx_kl", "teacher_kl", "value_loss")
+FIGURES = ("policy_loss", "clip_fraction", "approx_kl", "teacher_kl", "value_loss", "sft_loss")
 
 
 @dataclass
@@ -82,8 +86,24 @@ def prepare(
         advantages = advantages - beta * kl
     old = old_logprobs(steps, c.thought_coef)
     surprise = torch.tensor([-sum(s.logprobs) for s in steps])
-    kept = (advantages.abs() > 1e-9) & (surprise >= c.skip_certain)
+    kept = surprise >= c.skip_certain
+    if c.objective == "rejection":
+        kept &= torch.tensor(first_successes(rollout))
+    else:
+        kept &= advantages.abs() > 1e-9
     return StepData(advantages, returns, old, kept.nonzero()[:, 0].tolist(), spread, explained)
+
+
+def first_successes(rollout: Rollout) -> list[bool]:
+    """Which steps are of an episode that succeeded; of equal answers in one state the first."""
+    seen, marks = set(), []
+    for episode in rollout.episodes:
+        for s in episode.steps:
+            key = (s.picture, tuple(s.suffix), tuple(s.tokens))
+            marks.append(episode.success and key not in seen)
+            if episode.success:
+                seen.add(key)
+    return marks
 
 
 def moments(values: Tensor, crew: Crew) -> tuple[float, float]:
@@ -121,6 +141,16 @@ def step_values(
 
 
 @dataclass
+class Imitated:
+    """Examples that enter a minibatch beside the policy's own steps."""
+
+    examples: Examples
+    rows: list[int]  # this worker's
+    total: int  # of the minibatch, over all workers
+    coef: float
+
+
+@dataclass
 class Learner:
     """What a minibatch's gradient needs beside the data."""
 
@@ -143,15 +173,19 @@ class Learner:
         total: int,  # steps of the minibatch, over all workers
         teacher: TeacherReading | None,  # of these rows at least
         beta: float,
+        imitated: Imitated | None = None,
     ) -> dict[str, Tensor]:
         """Set the `.grad` of LoRA factors and critic, summed over the crew; figures for the log."""
         for p in self.parameters():
             p.grad = torch.zeros_like(p)
         sums = {name: torch.zeros(()) for name in FIGURES}
-        if rows:
+        if rows or imitated:
             weights = self.vlm.weights(self.lora)
             part = _Minibatch(self, rollout, data, rows, total, teacher, beta, cut(weights), sums)
-            part.run()
+            if rows:
+                part.run()
+            if imitated:
+                part.imitate(imitated)
             backward_weights(weights, [part.weights])
         self.crew.sum_([p.grad for p in self.parameters()] + list(sums.values()))
         return sums
@@ -182,6 +216,33 @@ class _Minibatch:
             self.loss,
         )
 
+    def imitate(self, imitated: Imitated) -> None:
+        """Forward and backward of the cross-entropy of a teacher's thoughts."""
+        vlm, c, examples = self.l.vlm, self.l.config, imitated.examples
+        chosen = [examples.rows[i] for i in imitated.rows]
+        pictures = sorted({picture for picture, _, _ in chosen})
+        features = torch.stack([examples.features[p] for p in pictures])
+
+        def loss(w: TextWeights, hidden: Tensor, batch: TokenBatch, rows: list[int]) -> Tensor:
+            h = vlm.text.final_norm(w, hidden.flatten(0, 1).index_select(0, batch.select))
+            options = dict(temperature=c.temperature, banned=vlm.banned, want=("logprob",))
+            logprob = score_answers(h, w.head, batch, **options).logprob
+            every = torch.ones(len(logprob), dtype=torch.bool)
+            value = -mean_over(logprob, every, batch.row, len(rows)).sum() / imitated.total
+            self._add("sft_loss", value, 1.0)
+            return imitated.coef * value
+
+        rollout = self.rollout
+        backward_rows(
+            vlm,
+            self.weights,
+            vlm.prefix(self.weights, features, rollout.fixed, rollout.grid),
+            [pictures.index(picture) for picture, _, _ in chosen],
+            [suffix for _, suffix, _ in chosen],
+            [thought for _, _, thought in chosen],
+            loss,
+        )
+
     def loss(self, w: TextWeights, hidden: Tensor, batch: TokenBatch, rows: list[int]) -> Tensor:
         """This micro-batch's part of the minibatch's mean loss."""
         c, vlm = self.l.config, self.l.vlm
@@ -193,8 +254,12 @@ class _Minibatch:
         thought = guided_tokens(steps, "thought")
         logprob = step_logprob(out.logprob, thought, batch.row, len(rows), c.thought_coef)
         ppo = ppo_loss(logprob, self.data.old_logprob[index], self.data.advantages[index], c.clip)
-        loss = ppo.loss * share
-        self._add("policy_loss", ppo.loss, share)
+        policy_loss = ppo.loss
+        if c.objective == "rejection":
+            every = torch.ones_like(thought)
+            policy_loss = -mean_over(out.logprob, every, batch.row, len(rows)).mean()
+        loss = policy_loss * share
+        self._add("policy_loss", policy_loss, share)
         self._add("clip_fraction", ppo.clip_fraction, share)
         self._add("approx_kl", ppo.approx_kl, share)
         if self.teacher is not None:

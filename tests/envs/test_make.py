@@ -111,6 +111,36 @@ def _reset_all() -> list:
 _ALL = _reset_all()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_snapshot_stays_where_it_was_taken(name):
+    """It asks, guesses, shows and judges as the environment did, wherever that has gone since."""
+    rng = np.random.default_rng(0)
+    env = make(name, **{**tiny_kwargs(name), "early_truncation": False})
+    for seed in range(8):
+        env.reset(seed=seed)
+        taken, ended = [], False
+        while not ended:
+            text = env.expert_answer(np.random.default_rng(1)) or ""
+            answer = env.read_answer(text)
+            known = (
+                env.prompt("full"),
+                env.prompt("short"),
+                env.render().copy(),
+                env.guess_answer("", None),
+                env.judge(answer),
+                text,
+            )
+            taken.append((env.snapshot(), known, answer))
+            action = int(rng.integers(len(env.actions)))
+            _, _, terminated, truncated, _ = env.step(action)
+            ended = terminated or truncated
+        for still, (full, short, picture, guess, verdict, text), answer in taken:
+            assert still.prompt("full") == full and still.prompt("short") == short
+            assert np.array_equal(still.render(), picture)
+            assert still.guess_answer("", None) == guess and still.judge(answer) == verdict
+            assert (still.expert_answer(np.random.default_rng(1)) or "") == text
+
+
 @given(st.text(max_size=30), st.integers(0, 150))
 def test_a_guess_starts_with_what_is_written(noise, cut):
     for env in _ALL:

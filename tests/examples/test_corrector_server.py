@@ -80,7 +80,7 @@ def test_200_answers_are_right(name):
             envs.append(env)
     with serve(name) as url:
         corrector = Corrector(url, "expert")
-        answers = corrector.correct([question(env) for env in envs], lambda text: True)
+        answers = corrector.correct([question(env) for env in envs], lambda number, text: True)
     right = [
         env.judge(env.read_answer(answer)).right for env, answer in zip(envs, answers, strict=True)
     ]
@@ -101,7 +101,7 @@ def test_where_the_expert_has_nothing_to_show_the_answer_comes_back(url, hand, t
     env.reset(seed=0, options={"hand": hand})
     for token in tokens:
         env.game.tokens.append(token)
-    assert Corrector(url, "expert").correct([question(env)], lambda text: True) == [WRONG]
+    assert Corrector(url, "expert").correct([question(env)], lambda number, text: True) == [WRONG]
 
 
 def test_other_targets_and_other_decks_are_read_from_the_task(url):
@@ -109,14 +109,15 @@ def test_other_targets_and_other_decks_are_read_from_the_task(url):
         env = make("points24", **tiny_kwargs("points24"), **options)
         hand = ["K", "Q", "A", "2"] if options else ["9", "4", "10", "10"]
         env.reset(seed=0, options={"hand": hand, "target": target})
-        answer = Corrector(url, "expert").correct([question(env)], lambda text: True)[0]
+        answer = Corrector(url, "expert").correct([question(env)], lambda number, text: True)[0]
         assert env.judge(env.read_answer(answer)).right
 
 
 def test_the_same_question_has_the_same_answer(url):
     env = make("points24", **tiny_kwargs("points24"))
     env.reset(seed=FRESH)
-    assert len(set(Corrector(url, "x").correct([question(env)] * 8, lambda text: True))) == 1
+    answers = Corrector(url, "x").correct([question(env)] * 8, lambda number, text: True)
+    assert len(set(answers)) == 1
 
 
 def test_what_cannot_be_read_is_refused(url):
@@ -170,7 +171,8 @@ def test_it_runs_by_itself():
     ) as server:
         try:
             address = server.stdout.readline().removeprefix("--teacher-url ").strip()
-            answer = Corrector(address, "expert").correct([question(env)], lambda text: True)[0]
+            corrector = Corrector(address, "expert")
+            answer = corrector.correct([question(env)], lambda number, text: True)[0]
         finally:
             server.terminate()
     assert env.judge(env.read_answer(answer)).right

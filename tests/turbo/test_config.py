@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 from hypothesis import given
@@ -150,8 +151,8 @@ def test_every_setting_is_explained():
 
     source = inspect.getsource(TrainConfig)
     for f in FIELDS:
-        after = source.split(f"\n    {f.name}: ", 1)[1].split("\n", 2)[1]
-        assert after.strip().startswith('"""') and after.strip().endswith('"""'), f.name
+        after = source.split(f"\n    {f.name}: ", 1)[1].split("\n", 1)[1]
+        assert re.match(r' {4}"""[^"]{10,}"""\n', after), f.name
 
 
 @pytest.mark.parametrize("env", SFT_DEFAULTS)

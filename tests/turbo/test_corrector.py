@@ -39,7 +39,7 @@ def _short_pauses(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
-def anything(text):
+def anything(number, text):
     return True
 
 
@@ -198,13 +198,13 @@ def test_a_failed_attempt_is_made_again(failure):
 
 def test_an_unreadable_answer_is_asked_for_once_more():
     corrector, requests = replying(chat("mumble"), chat("clear"))
-    assert corrector.correct([BLANK], lambda text: text == "clear") == ["clear"]
+    assert corrector.correct([BLANK], lambda number, text: text == "clear") == ["clear"]
     assert corrector.usage.unreadable == 1 and corrector.usage.failed == 0
     roles = [message["role"] for message in requests[1]["messages"]]
     assert roles == ["system", "user", "assistant", "user"]
 
     corrector, requests = replying(chat("mumble"))
-    assert corrector.correct([BLANK], lambda text: False) == [None]
+    assert corrector.correct([BLANK], lambda number, text: False) == [None]
     assert corrector.usage.unreadable == len(requests) == 2 and corrector.usage.failed == 0
 
 
@@ -241,7 +241,7 @@ def test_usage_adds_up_and_costs():
 def test_an_error_of_the_caller_is_not_swallowed():
     corrector, _ = replying(chat("yes"))
     with pytest.raises(ZeroDivisionError):
-        corrector.correct([BLANK] * 3, lambda text: 1 / 0)
+        corrector.correct([BLANK] * 3, lambda number, text: 1 / 0)
 
 
 # --- hostile replies

@@ -64,10 +64,20 @@ def test_the_names_that_scripts_read_do_not_change():
         "card_rate",
         "reasoning_score",
         "episodes",
+        "samples",
+        "pass_at_k",
         "seed",
         "temperature",
         "split",
     ]
+
+
+def test_samples_of_each_deal(runs, capsys):
+    got = figures(capsys, runs["kl"], *FAST.split(), "--json", "--samples", "3")
+    assert list(got) == [*JSON_KEYS, "solved"]
+    assert (got["episodes"], got["samples"]) == (18, 3)
+    assert len(got["solved"]) == 6 and all(0 <= n <= 3 for n in got["solved"])
+    assert got["pass_at_k"] == sum(n > 0 for n in got["solved"]) / 6
 
 
 def test_policy_teacher_and_model_are_told_apart(runs, capsys):
@@ -97,7 +107,7 @@ def test_the_table(runs, capsys):
     assert eval.main([str(runs["kl"]), *FAST.split(), "--teacher"]) == 0
     out = capsys.readouterr().out
     assert "(merged teacher) on numberline, all deals, T 0.2, seed 0" in out
-    for key in JSON_KEYS[:9]:
+    for key in JSON_KEYS[:11]:
         assert re.search(rf"^  {key} +\S+$", out, re.M)
 
 

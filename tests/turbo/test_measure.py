@@ -1,6 +1,7 @@
 """turbo/measure.py: the interval is Wilson's, and every figure is what its name says."""
 
 import math
+import re
 
 import pytest
 import tiny_models
@@ -18,7 +19,9 @@ from turbo.measure import (
     mean,
     outcomes,
     rate,
+    self_bleu,
     thought,
+    thoughts,
 )
 from turbo.parallel import Crew
 from turbo.rollout import Episode, Rollout, Step
@@ -110,6 +113,53 @@ def test_rates_where_nothing_is_said():
     assert rate([*steps, illegal], "perception") == 0.5  # but illegal answers are wrong
 
 
+def test_thoughts_by_part():
+    told = [
+        episode([step(verdict=(True, True, False))]),
+        episode([step(verdict=(True, False, True))]),
+        episode([step(verdict=(False, False, False))], solvable=False),
+    ]
+    got = thoughts(told)
+    assert got["aim_rate"] == 0.5 and got["follow_rate"] == 0.5  # of what can be won
+    assert got["card_rate"] == pytest.approx(2 / 3)
+    assert got["reasoning_score"] == 0.0
+
+
+def plain_bleu(texts):
+    """Self-BLEU written down plainly."""
+    words = [re.findall(r"\w+|[^\w\s]", t) for t in texts]
+    scores = []
+    for i, own in enumerate(words):
+        others = [w for j, w in enumerate(words) if j != i]
+        score = 0.0
+        for n in range(1, 5):
+            grams = [tuple(own[k : k + n]) for k in range(len(own) - n + 1)]
+            hits = 0
+            for gram in set(grams):
+                counts = [
+                    sum(tuple(o[k : k + n]) == gram for k in range(len(o) - n + 1)) for o in others
+                ]
+                hits += min(grams.count(gram), max(counts))
+            score += math.log(max(hits, 0.1) / max(1, len(grams))) / 4
+        near = min((abs(len(o) - len(own)), len(o)) for o in others)[1]
+        score += min(0.0, 1 - near / max(1, len(own)))
+        scores.append(math.exp(score))
+    return sum(scores) / len(scores)
+
+
+@given(st.lists(st.text("ab1+ ,", max_size=12), min_size=2, max_size=6))
+def test_self_bleu_is_what_its_definition_says(texts):
+    assert self_bleu(texts) == pytest.approx(plain_bleu(texts))
+
+
+def test_self_bleu_sees_collapse():
+    varied = [f"{i} is more than {i * 7 % 11}, so {'+-'[i % 2]} it" for i in range(200)]
+    same = ["3 is more than 1, so +"] * 200
+    assert self_bleu(same) == pytest.approx(1.0)
+    assert self_bleu(varied) < 0.9
+    assert math.isnan(self_bleu(["one"])) and math.isnan(self_bleu([]))
+
+
 def test_certainty_splits_thought_and_action():
     steps = [step(logprobs=(-1.0, -2.0, -0.5)), step(logprobs=(-3.0, -4.0, -1.5))]
     assert certainty(steps) == {"thought_entropy": 2.5, "action_entropy": 1.0}
@@ -122,7 +172,7 @@ def test_a_thought_is_its_field_or_the_raw_answer():
 
 def test_shared_episodes_carry_no_tensors():
     rollout = Rollout([episode([step()])], None, None, "")
-    (got,) = all_episodes(rollout, Crew())
+    (got,) = all_episodes(rollout.episodes, Crew())
     assert got.steps[0].hidden is None and got.steps[0].suffix == []
     assert got.steps[0].tokens == [1, 2, 3] and got.deal == (1, 2)
     assert rollout.episodes[0].steps[0].hidden is not None  # the original is as it was
@@ -142,6 +192,15 @@ def test_evaluate_plays_every_deal_once_and_repeats(fitted):
     assert figures(fitted) == first
     assert figures(fitted, seed=1) != first
     assert figures(fitted, episodes=1)["episodes"] == 1
+
+
+def test_samples_of_a_deal_are_counted_by_deal(fitted):
+    got = figures(fitted, episodes=5, samples=4, envs=8)
+    assert got["episodes"] == 20 and len(got["solved"]) == 5
+    assert sum(got["solved"]) == round(20 * got["success_rate"])
+    assert got["pass_at_k"] == sum(n > 0 for n in got["solved"]) / 5
+    assert got["pass_at_k"] >= got["success_rate"]
+    assert max(got["solved"]) > 0 and min(got["solved"]) < 4  # the samples of a deal differ
 
 
 def test_evaluation_never_sees_a_deal_of_training(fitted):

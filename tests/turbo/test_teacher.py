@@ -167,6 +167,34 @@ def test_scores_weigh(vlm):
         torch.testing.assert_close(teacher.merged[name], want, rtol=0, atol=1e-6)
 
 
+def test_a_score_comes_when_the_checkpoint_has_played(vlm):
+    """Until then it has the one of the checkpoint before."""
+    teacher = new_teacher(vlm, weighting="score", merge="linear")
+    teacher.rate(0.9)  # nobody has played yet
+    teacher.push(0, tiny_models.noisy_lora(vlm, 0))
+    assert [e.score for e in teacher.history.entries] == [0.0]
+    teacher.rate(0.4)
+    teacher.push(1, tiny_models.noisy_lora(vlm, 1))
+    assert [e.score for e in teacher.history.entries] == [0.4, 0.4]
+    teacher.rate(0.6)
+    teacher.push(2, tiny_models.noisy_lora(vlm, 2), 0.8)
+    assert [e.score for e in teacher.history.entries] == [0.4, 0.6, 0.8]
+
+
+def test_the_initial_teacher_stays_the_warm_start(vlm, asked):
+    teacher = new_teacher(vlm, teacher="initial")
+    with torch.no_grad():
+        want = logits(vlm, asked, vlm.weights())
+    for k in range(3):
+        assert torch.equal(logits(vlm, asked, teacher.weights), want)
+        teacher.push(k, tiny_models.noisy_lora(vlm, k), 0.5)
+    tensors, data = teacher.state_dict()
+    assert tensors == {}
+    other = new_teacher(vlm, teacher="initial")
+    other.load_state_dict(tensors, data)
+    assert torch.equal(logits(vlm, asked, other.weights), want)
+
+
 def test_a_later_change_of_the_policy_does_not_reach_the_teacher(vlm):
     for changes in ({}, dict(history_max=3)):
         teacher, lora = new_teacher(vlm, **changes), tiny_models.noisy_lora(vlm, 0)

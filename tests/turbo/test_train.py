@@ -10,6 +10,7 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 
+from examples.corrector_server import serve
 from turbo import train
 from turbo.config import GAME_DEFAULTS, TrainConfig
 from turbo.log import METRICS, read_jsonl
@@ -88,10 +89,13 @@ def run(tmp_path_factory):
 ALWAYS = """
     update env_steps elapsed episodes success_rate success_solvable episode_return episode_length
     legal_rate card_rate reasoning_score thought_length distinct_thoughts thought_entropy
-    action_entropy draft_accept_rate policy_loss clip_fraction approx_kl teacher_kl value_loss
+    aim_rate follow_rate self_bleu action_entropy draft_accept_rate policy_loss clip_fraction
+    approx_kl teacher_kl value_loss
     grad_norm learning_rate teacher_kl_coef explained_variance trained_rows dropped_rows
     steps_per_second tokens_per_second seconds_rollout seconds_score seconds_train seconds_merge
-    seconds_other
+    seconds_other seconds_write sft_loss teacher_legal_rate teacher_card_rate
+    teacher_reasoning_score teacher_aim_rate teacher_follow_rate teacher_thought_length
+    teacher_thought_entropy teacher_distinct_thoughts teacher_self_bleu
 """
 EVALUATED = ("success_rate", "success_low", "success_high", "episode_return", "reasoning_score")
 
@@ -169,8 +173,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run, tmp_path, capsy
         "--kl-placement advantage --kl-estimator k3 --weighting score --merge linear "
         "--history-max 2 --merge-every 2",
         "--guidance none --advantage gae --epochs 2 --target-kl 0.01",
+        "--guidance sft --sft-rows 12 --sft-batch 8 --sft-max 20",
+        "--teacher initial --kl-estimator forward",
+        "--weighting score --score-episodes 4 --checkpoint-each epoch --epochs 2",
+        "--guidance none --objective rejection",
     ],
-    ids=["gae-reward-auto", "group-advantage-history", "none"],
+    ids=["gae-reward-auto", "history", "none", "sft", "initial", "score-epoch", "rejection"],
 )
 def test_other_runs_resume_bit_for_bit(tmp_path, options):
     whole = tmp_path / "whole"
@@ -183,14 +191,49 @@ def test_other_runs_resume_bit_for_bit(tmp_path, options):
     if "--guidance none" in options:
         assert not any(k.startswith("teacher/") for k in state)
         assert all(r.get("teacher_kl_coef", 0) == 0 for r in records)
+    elif "sft" in options:
+        assert any(k.startswith("teacher/merged/") for k in state)
+        assert [r["sft_examples"] for r in records[1:4]] == [12, 20, 20]
+        assert all(r["sft_loss"] > 0 and r["teacher_kl"] == 0 for r in records[1:4])
+        assert state["examples/sizes"].shape == (20, 3)
+    elif "initial" in options:
+        assert not any(k.startswith("teacher/") for k in state)
+        assert records[3]["teacher_kl"] > records[1]["teacher_kl"]  # it is left behind
     else:
         assert any(k.startswith("teacher/merged/") for k in state)
         assert records[3]["teacher_kl"] != 0
+    if "--checkpoint-each" in options:  # the warm start, and two of each update
+        meta = json.loads((whole / "checkpoints/00000003/meta.json").read_text())
+        scores = [e["score"] for e in meta["teacher"]["history"]["entries"]]
+        assert len(scores) == 7 and all(0 <= s <= 1 for s in scores)
     assert any(k.startswith("value_head/") for k in state) == ("gae" in options)
     if "gae" in options:
         assert records[2]["value_loss"] > 0 and records[2]["explained_variance"] is not None
     if "auto" in options:
         assert records[3]["teacher_kl_coef"] not in (0.0, 1.0)
+
+
+def test_a_run_with_an_external_corrector(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OWN_KEY", "right")
+    prices = "--teacher-price-in 1000000 --teacher-price-out 2000000"
+    options = f"--guidance gtr --teacher-model expert --sft-rows 10 --sft-batch 8 {prices}".split()
+    with serve("numberline", key="right") as url:
+        asked = [*options, "--teacher-url", url, "--teacher-key-env", "OWN_KEY"]
+        assert start(tmp_path / "run", *asked) == 0
+        with pytest.raises(ValueError, match=r"refuses model 'expert'.*401.*valid key"):
+            start(tmp_path / "other", *options, "--teacher-url", url)
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")[1:3]
+    assert (
+        [r["sft_examples"] for r in records] == [10, 20] == [r["teacher_requests"] for r in records]
+    )
+    for r in records:
+        assert r["teacher_reasoning_score"] == 1.0 and r["sft_loss"] > 0
+        assert r["teacher_failed"] == 0
+        tokens = r["teacher_prompt_tokens"] + 2 * r["teacher_completion_tokens"]
+        assert r["teacher_cost"] == tokens > 0
+    _, state = checkpoint_of(tmp_path / "run", 2)
+    assert not any(k.startswith("teacher/") for k in state)
+    assert "right" not in (tmp_path / "run" / "config.json").read_text()  # the key is not kept
 
 
 def test_a_run_repeats_itself_and_another_seed_does_not(tmp_path):
@@ -315,6 +358,15 @@ def test_a_run_of_another_model_is_refused(run, tmp_path, capsys):
         (["numberline", "--group-size", "1"], "--group-size must be at least 2"),
         (["numberline", "--hands", "5"], "--hands must be 0 except with points24"),
         (["numberline", "--preset", "huge"], "preset 'huge' is unknown: use tiny or paper"),
+        (["numberline", "--guidance", "gtr"], "--teacher-url must be the address of an endpoint"),
+        (
+            ["numberline", "--guidance", "gtr", "--teacher-url", "http://x/v1"],
+            "--teacher-model must be a model's name",
+        ),
+        (
+            ["numberline", "--guidance", "gtr", "--teacher-url", "ftp:x", "--teacher-model", "m"],
+            "--teacher-url 'ftp:x' is not an address",
+        ),
         (["numberline", "--model", "absent-folder"], "absent-folder.*is missing"),
         (["numberline", "--resume", "absent-folder"], "absent-folder is not a run directory"),
         (
@@ -414,7 +466,7 @@ def test_no_minibatch_is_empty_however_the_steps_are_spread(tmp_path, sizes, min
     seen = []
     run.crew.share = lambda item: list(sizes)  # as worker 0 of two sees it
 
-    def gradients(rollout, data, rows, total, teacher, beta):
+    def gradients(rollout, data, rows, total, teacher, beta, imitated):
         seen.append((len(rows), total))
         for p in run.learner.parameters():
             p.grad = torch.zeros_like(p)

@@ -9,11 +9,21 @@ import torch
 
 import turbo.update
 from turbo.gae import gae, state_advantages
+from turbo.guidance import Examples, told
 from turbo.model import ValueHead
 from turbo.parallel import Crew
 from turbo.rollout import Episode, Rollout, Step
 from turbo.score import read_answers
-from turbo.update import FIGURES, Learner, StepData, moments, old_logprobs, prepare, step_values
+from turbo.update import (
+    FIGURES,
+    Imitated,
+    Learner,
+    StepData,
+    moments,
+    old_logprobs,
+    prepare,
+    step_values,
+)
 
 ESTIMATORS = ("full", "forward", "clip", "abs", "k1", "k3")
 
@@ -128,6 +138,64 @@ def test_gradients_are_those_of_the_loss_written_down_plainly(fitted, played, ch
         learner.gradients(rollout, data, rows, len(rows), None, BETA)
         guidance = [(p.grad - w).abs().max() for p, w in zip(parameters, wanted, strict=True)]
         assert max(guidance) > 1e-3  # a good part of the gradient is the teacher's
+
+
+def test_the_gradient_of_imitation_is_that_of_its_cross_entropy(fitted, played):
+    rollout, _, shown = played
+    config = tiny_models.new_config(guidance="sft")
+    lora = tiny_models.noisy_lora(fitted, 2, 0.05)
+    rows = [i for i, s in enumerate(rollout.steps) if s.answer.action is not None][:7]
+    examples = Examples()
+    examples.add(rollout, told(rollout, rows, [rollout.steps[i] for i in rows]), Crew())
+    policy, total, chosen = tiny_models.merged_parameters(fitted, lora), 0.0, [0, 2, 3, 6]
+    for k in chosen:
+        step = rollout.steps[rows[k]]
+        place = (shown[rows[k]], rollout.fixed, step.suffix, step.tokens, config.temperature)
+        log_p, _ = tiny_models.own_answer(fitted, policy, *place)
+        taken = log_p.gather(1, torch.tensor(step.tokens)[:, None])[:, 0]
+        total = total - taken[: step.thought].mean() / 5  # the fifth is another worker's
+    wanted = torch.autograd.grad(2.0 * total, lora.parameters())
+    learner = Learner(fitted, lora, None, Crew(), config)
+    imitated = Imitated(examples, chosen, 5, coef=2.0)
+    data = data_of(rollout, config)
+    sums = learner.gradients(rollout, data, [], 1, None, 0.0, imitated)
+    assert sums["sft_loss"].item() == pytest.approx(total.item(), rel=1e-4)
+    for p, want in zip(lora.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, want, rtol=1e-3, atol=1e-6)
+    both = [g.clone() for g in wanted]
+    learner.gradients(rollout, data, rows, len(rows), None, 0.0)
+    both = [g + p.grad for g, p in zip(both, lora.parameters(), strict=True)]
+    learner.gradients(rollout, data, rows, len(rows), None, 0.0, imitated)
+    for p, want in zip(lora.parameters(), both, strict=True):
+        torch.testing.assert_close(p.grad, want, rtol=1e-3, atol=1e-5)
+
+
+def test_rejection_sampling_is_cross_entropy_on_ones_own_successes(fitted, played):
+    rollout, _, shown = played
+    config = tiny_models.new_config(guidance="none", objective="rejection")
+    with torch.no_grad():
+        weights = fitted.weights()
+    data = prepare(fitted, weights, rollout, None, 0.0, None, Crew(), config)
+    won = [e.success for e in rollout.episodes for _ in e.steps]
+    keys = [(s.picture, tuple(s.suffix), tuple(s.tokens)) for s in rollout.steps]
+    wanted = {k for k, w in zip(keys, won, strict=True) if w}
+    assert 0 < len(data.rows) < len(rollout.steps)
+    assert all(won[i] for i in data.rows)
+    assert sorted(keys[i] for i in data.rows) == sorted(wanted)  # each answer of a state once
+    lora = tiny_models.noisy_lora(fitted, 2, 0.05)
+    policy, loss = tiny_models.merged_parameters(fitted, lora), 0.0
+    rows = data.rows[:6]
+    for i in rows:
+        step = rollout.steps[i]
+        place = (shown[i], rollout.fixed, step.suffix, step.tokens, config.temperature)
+        log_p, _ = tiny_models.own_answer(fitted, policy, *place)
+        loss = loss - log_p.gather(1, torch.tensor(step.tokens)[:, None]).mean() / len(rows)
+    wanted = torch.autograd.grad(loss, lora.parameters())
+    learner = Learner(fitted, lora, None, Crew(), config)
+    sums = learner.gradients(rollout, data, rows, len(rows), None, 0.0)
+    assert sums["policy_loss"].item() == pytest.approx(loss.item(), rel=1e-4)
+    for p, want in zip(lora.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, want, rtol=1e-3, atol=1e-6)
 
 
 def test_two_workers_sum_to_one(fitted, played):
