@@ -51,7 +51,11 @@ TITLES = {
     "ezpoints": "EZPoints",
     "collapse": "Points24 under a harsh learning rate",
 }
-NOT_SETTINGS = {"out", "resume", "overwrite", "workers", "save_every", "keep", "tensorboard"}
+NOT_SETTINGS = {
+    *("out", "resume", "overwrite", "workers", "save_every", "keep", "tensorboard"),
+    *("teacher_url", "teacher_key_env", "teacher_price_in", "teacher_price_out"),
+    *("teacher_concurrency", "teacher_timeout"),
+}
 
 
 @dataclass

@@ -6,34 +6,33 @@ docs/study/runs.csv with their settings beside it; unfinished ones are resumed. 
 done in pieces (`--minutes`), most telling runs first, and on any machine that has the data so far.
 A setting that the program gained since a run was made must stand at its default for it to count.
 
-Left out: the page and the plots (`bench.study_page`), the claims (`bench.claims`).
+Left out: the data (`bench.study_runs`), the claims (`bench.claims`), the page (`bench.study_page`).
 """
 
-import csv
-import json
 import signal
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 
 from bench.learn import command, decisive, digest, settings
 from bench.records import is_complete
+from bench.study_page import write_page
+from bench.study_runs import StudyRun, read_runs, read_table, write_runs
 from turbo import checkpoint
 from turbo.config import TrainConfig
-from turbo.log import METRICS, read_jsonl
+from turbo.log import read_jsonl
 from turbo.parallel import cores
 from turbo.run import model_sha256
 
-TABLE = Path(__file__).with_suffix(".toml")
-KEYS = ("regime", "method", "seed", "commit")
-LEFT_OUT = ("tokens_per_second", "draft_accept_rate", "explained_variance", "value_loss")
-COLUMNS = [name for name in METRICS if name not in LEFT_OUT]
+CORRECTOR = "http://127.0.0.1:8765/v1"  # of the table's runs with --guidance gtr
+# What a training's exit status means; -SIGTERM: it was stopped before it listened to signals.
+ENDS = {0: "complete", 130: "saved, to be resumed", -signal.SIGTERM: "stopped, to be begun again"}
 
 
 @dataclass
@@ -86,38 +85,6 @@ class Planned:
         return all(recorded.get(k, plain.get(k)) == v for k, v in self.settings.items())
 
 
-@dataclass
-class StudyRun:
-    """What a complete run recorded: one record an update, and the evaluation at the end."""
-
-    regime: str
-    method: str
-    seed: int
-    commit: str
-    settings: dict
-    records: list[dict] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return f"{self.regime}/{self.method}/{self.seed}"
-
-    @property
-    def curve(self) -> list[dict]:
-        """The updates."""
-        return [r for r in self.records if r.get("success_rate") is not None]
-
-    @property
-    def after(self) -> dict:
-        """The evaluation at the end."""
-        return self.records[-1]
-
-
-def read_table(path: Path = TABLE) -> dict:
-    """The committed table: regimes, methods, and the order in which they are run."""
-    with path.open("rb") as file:
-        return tomllib.load(file)
-
-
 def plan(table: dict) -> list[Planned]:
     """All runs in order: first the groups as they stand, within a group seed after seed."""
     planned, models = [], {}
@@ -125,45 +92,16 @@ def plan(table: dict) -> list[Planned]:
         regime = table["regimes"][group["regime"]]
         for seed in range(group.get("first_seed", 0), group["seeds"]):
             for method in group["methods"]:
-                flags = " ".join([regime["flags"], table["common"], table["methods"][method]])
+                parts = [regime["flags"], table["common"], table["methods"][method]]
+                if method in regime.get("watched", []):
+                    parts.append(table["watch"])
+                flags = " ".join(part for part in parts if part)
                 config = settings(flags, seed)
                 if config.env not in models:
                     models[config.env] = model_sha256(config)
                 model = models[config.env]
                 planned.append(Planned(group["regime"], method, seed, flags, config, model))
     return list({p.name: p for p in planned}.values())
-
-
-def read_runs(folder: Path) -> dict[str, StudyRun]:
-    """The complete runs that were written before, by name."""
-    if not (folder / "runs.csv").is_file():
-        return {}
-    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    runs: dict[str, StudyRun] = {}
-    with (folder / "runs.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            regime, method, seed, commit = (row.pop(k) for k in KEYS)
-            name = f"{regime}/{method}/{seed}"
-            if name not in runs:
-                runs[name] = StudyRun(regime, method, int(seed), commit, settings[name])
-            runs[name].records.append({k: float(v) for k, v in row.items() if v})
-    return runs
-
-
-def write_runs(folder: Path, runs: Sequence[StudyRun]) -> None:
-    """runs.csv: one row a record, numbers to six digits; settings.json: one line a run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "runs.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*KEYS, *COLUMNS])
-        for run in runs:
-            first = [run.regime, run.method, run.seed, run.commit]
-            for record in run.records:
-                values = (record.get(name) for name in COLUMNS)
-                writer.writerow([*first, *("" if v is None else f"{v:.6g}" for v in values)])
-    lines = (f"{json.dumps(run.name)}: {json.dumps(run.settings)}" for run in runs)
-    text = "{\n" + ",\n".join(lines) + "\n}\n"
-    (folder / "settings.json").write_text(text, encoding="utf-8")
 
 
 def gather(planned: Sequence[Planned], runs: Path, known: dict[str, StudyRun]) -> list[StudyRun]:
@@ -179,6 +117,23 @@ def gather(planned: Sequence[Planned], runs: Path, known: dict[str, StudyRun]) -
         elif p.name in known and p.is_like(known[p.name].settings):
             found.append(known[p.name])
     return found
+
+
+@contextmanager
+def corrector(todo: Sequence[Planned]) -> Iterator[None]:
+    """The local endpoint that corrects thoughts, while runs are trained that ask it."""
+    if not any(p.config.guidance == "gtr" for p in todo):
+        yield
+        return
+    port = CORRECTOR.removesuffix("/v1").rsplit(":", 1)[1]
+    program = [sys.executable, "-m", "examples.corrector_server", "--port", port]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as server:
+        if not server.stdout.readline().strip().endswith(CORRECTOR):
+            raise RuntimeError(f"the corrector did not start: is port {port} in use?")
+        try:
+            yield
+        finally:
+            server.terminate()
 
 
 class Workshop:
@@ -204,14 +159,19 @@ class Workshop:
                         self._start(planned)
                 if self._over():
                     more = False
-                    for process, _ in self.busy.values():
-                        process.terminate()
-                        process.wait()
+                    self._stop()
                 time.sleep(0.5)
                 self._reap()
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+    def _stop(self) -> None:
+        """Let the running ones finish their update and save."""
+        for process, _ in self.busy.values():
+            process.terminate()
+        for process, _ in self.busy.values():
+            process.wait()
 
     def _ask(self, number: int, frame) -> None:
         self.asked = True
@@ -237,7 +197,7 @@ class Workshop:
             if process.poll() is not None:
                 del self.busy[name]
                 minutes = (time.monotonic() - since) / 60
-                state = {0: "complete", 130: "saved, to be resumed"}.get(process.returncode)
+                state = ENDS.get(process.returncode)
                 print(f"{name}: {state or 'FAILED'} after {minutes:.1f} minutes", flush=True)
                 if state is None:
                     self.failed.append(name)
@@ -268,9 +228,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     status = 0
     if c.train:
-        todo = (p for p in planned if chosen(p, c.only) and p.name not in done)
+        todo = [p for p in planned if chosen(p, c.only) and p.name not in done]
         workshop = Workshop(runs, c.jobs or cores(), c.minutes)
-        workshop.train(todo)
+        with corrector(todo):
+            workshop.train(iter(todo))
         found = gather(planned, runs, read_runs(out))
         status = 130 if workshop.asked else 1 if workshop.failed else 0
         for name in workshop.failed:
@@ -279,8 +240,6 @@ def main(argv: list[str] | None = None) -> int:
         print("error: no run is complete: leave --no-train out", file=sys.stderr)
         return 1
     write_runs(out, found)
-    from bench.study_page import write_page  # draws: matplotlib is needed here alone
-
     write_page(out, found, len(planned))
     print(
         f"{len(found)} of {len(planned)} runs are complete; written: {out}/README.md and its data"

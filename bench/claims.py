@@ -1,0 +1,166 @@
+"""What the study's runs say about the paper's claims: differences between methods, seed by seed.
+
+A claim "A beats B" compares final success of the two on the same seeds (the same deals in training
+and in evaluation) and gives the mean difference with its 95 % interval (Student's t over seeds):
+
+    holds          the whole interval lies above 0
+    contradicted   it lies below 0
+    not separated  it contains 0: with these seeds and steps nothing can be said
+
+Left out: where the runs come from (`bench.study`), plots and page (`bench.study_page`).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench.study_runs import StudyRun
+
+# Student's t, 97.5 %, for 1, 2, ... degrees of freedom
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+SUCCESS, TEACHER = "eval_success_rate", "eval_teacher_success_rate"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two methods of one regime, and the figure in which the first should be higher."""
+
+    regime: str
+    better: str
+    worse: str
+    figure: str = SUCCESS
+    against: str = ""  # the figure of `worse` where it is another one
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the paper, and the comparisons that it stands on here."""
+
+    letter: str
+    statement: str
+    comparisons: tuple[Comparison, ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Mean difference over `seeds` seeds with its 95 % interval, in the figure's unit."""
+
+    seeds: int
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        if not self.seeds:
+            return "not run yet"
+        if math.isnan(self.low):
+            return "one seed: no interval"
+        return "holds" if self.low > 0 else "contradicted" if self.high < 0 else "not separated"
+
+
+def pairs(regime: str, better: str, *worse: str) -> tuple[Comparison, ...]:
+    """`better` against each of the others."""
+    return tuple(Comparison(regime, better, other) for other in worse)
+
+
+CLAIMS = (
+    Claim(
+        "a",
+        "KL guidance ends higher than SFT guidance, and both end higher than none.",
+        (
+            *pairs("harsh", "kl", "sft", "none"),
+            *pairs("harsh", "sft", "none"),
+            *pairs("calm", "kl", "sft", "none"),
+            *pairs("calm", "sft", "none"),
+        ),
+    ),
+    Claim(
+        "b",
+        "The merged teacher is at least as good as the current policy.",
+        (
+            Comparison("harsh", "kl", "kl", TEACHER, SUCCESS),
+            Comparison("calm", "kl", "kl", TEACHER, SUCCESS),
+        ),
+    ),
+    Claim(
+        "c",
+        "A merged teacher is better than a static one, the warm start.",
+        (*pairs("harsh", "kl", "initial"), *pairs("calm", "kl", "initial")),
+    ),
+    Claim("d", "TIES is at least as good as linear merging.", pairs("harsh", "kl", "linear")),
+    Claim(
+        "e",
+        "Equal weights and EMA with alpha 0.5 are alike; alpha 0.1 and 0.9 are worse.",
+        pairs("harsh", "kl", "sma", "ema-0.1", "ema-0.9", "score"),
+    ),
+    Claim("f", "Guiding thoughts beats guiding thoughts and actions.", pairs("harsh", "kl", "all")),
+    Claim(
+        "g",
+        "Estimators: clip beats abs and k3, these beat forward KL, that beats none.",
+        (
+            *pairs("harsh", "clip", "abs", "k1", "k3", "none"),
+            *pairs("harsh", "kl", "forward", "clip"),
+            *pairs("harsh", "forward", "none"),
+        ),
+    ),
+    Claim(
+        "h",
+        "Merging after every update, every 5 or every 10 makes no difference.",
+        pairs("harsh", "kl", "every-5", "every-10"),
+    ),
+    Claim(
+        "i",
+        "Without guidance thoughts collapse; guidance keeps them right.",
+        (
+            Comparison("harsh", "kl", "none", "eval_reasoning_score"),
+            Comparison("calm", "kl", "none", "eval_reasoning_score"),
+        ),
+    ),
+    Claim(
+        "merging",
+        "Ours, not the paper's: is it merging that matters? Against the last checkpoint alone as "
+        "the teacher, a trust region (epochs end at an approximate KL), and the calm rate.",
+        pairs("harsh", "kl", "last", "initial", "trust", "slow"),
+    ),
+    Claim(
+        "long",
+        "Ours: over a long run a fixed teacher holds the policy back and a merged one does not.",
+        pairs("long", "kl", "initial", "last", "none"),
+    ),
+    Claim(
+        "rejection",
+        "Reinforcement beats fine-tuning on one's own successes.",
+        (*pairs("calm", "kl", "rejection"), *pairs("calm", "none", "rejection")),
+    ),
+)
+
+
+def final(runs: Sequence[StudyRun], regime: str, method: str, figure: str) -> dict[int, float]:
+    """Seed -> the figure in the evaluation at the end."""
+    return {
+        run.seed: run.after[figure]
+        for run in runs
+        if (run.regime, run.method) == (regime, method) and run.after.get(figure) is not None
+    }
+
+
+def spread(values: Sequence[float]) -> Finding:
+    """Mean of some values with its 95 % interval by Student's t; no interval for one value."""
+    n = len(values)
+    if n == 0:
+        return Finding(0, math.nan, math.nan, math.nan)
+    mean = float(np.mean(values))
+    if n == 1:
+        return Finding(1, mean, math.nan, math.nan)
+    half = T975[min(n - 1, len(T975)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Finding(n, mean, mean - half, mean + half)
+
+
+def compare(runs: Sequence[StudyRun], c: Comparison) -> Finding:
+    """The difference better - worse on the seeds that both have."""
+    first = final(runs, c.regime, c.better, c.figure)
+    second = final(runs, c.regime, c.worse, c.against or c.figure)
+    return spread([first[s] - second[s] for s in sorted(first.keys() & second.keys())])

@@ -1,0 +1,194 @@
+"""The page and the plots of the study, from its data: docs/study/README.md.
+
+Left out: the runs (`bench.study`), the statistics (`bench.claims`).
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bench.claims import CLAIMS, SUCCESS, TEACHER, Claim, compare, final, spread
+from bench.study_runs import StudyRun, read_table
+
+# Colours of Okabe and Ito, told apart by colour-blind readers
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+PANELS = (
+    ("success_rate", "success in the rollout"),
+    ("reasoning_score", "right thoughts"),
+    ("thought_entropy", "entropy of a thought token, nats"),
+    ("self_bleu", "self-BLEU of the thoughts"),
+)
+# The paper's claims are about final success, so that is what is compared.
+ABOUT = """Written by `python -m bench.study` from [runs.csv](runs.csv): {done} of the {planned}
+runs of [its table](../../bench/study.toml) are complete. The runs of a regime have the same number
+of updates and of steps asked for. Success is that of 500 fresh deals at temperature 0.2, the same
+deals for all methods of a seed. Differences are paired by seed; intervals are Student's t over
+seeds, 95 %."""
+
+
+def by_method(runs: Sequence[StudyRun], regime: str) -> dict[str, list[StudyRun]]:
+    """The runs of a regime by method, in the order in which they come."""
+    found: dict[str, list[StudyRun]] = {}
+    for run in runs:
+        if run.regime == regime:
+            found.setdefault(run.method, []).append(run)
+    return found
+
+
+def band(runs: Sequence[StudyRun], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Environment steps (thousands), mean and half width of the 95 % band over seeds."""
+    curves = []
+    for run in runs:
+        y = [r.get(name) for r in run.curve]
+        x = [r["env_steps"] / 1000 for r in run.curve]
+        curves.append((x, [math.nan if v is None else v for v in y]))
+    grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 50)
+    values = np.array([np.interp(grid, x, y) for x, y in curves])  # [seeds, 50]
+    found = [spread(column) for column in values.T]
+    half = np.array([0.0 if math.isnan(f.low) else f.high - f.mean for f in found])
+    return grid, values.mean(0), half
+
+
+def draw_regime(title: str, methods: dict[str, list[StudyRun]], path: Path) -> None:
+    """Four panels of curves over environment steps, a colour a method; 1200 x 800 pixels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), dpi=100)
+    for axis, (name, label) in zip(axes.flat, PANELS, strict=True):
+        for colour, (method, runs) in zip(COLOURS, methods.items(), strict=False):
+            x, mean, half = band(runs, name)
+            axis.plot(x, mean, color=colour, label=f"{method} ({len(runs)})")
+            axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, lw=0)
+        axis.set(xlabel="environment steps (thousands)", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=8)
+    figure.suptitle(f"{title}: mean and 95 % band over seeds (their number in brackets)")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_teacher(runs: Sequence[StudyRun], path: Path) -> bool:
+    """Success of policy and merged teacher on the same deals, seed by seed (the paper's figure 2).
+
+    False where nothing was evaluated on the way.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    watched = [r for r in runs if len(evaluations(r)) > 2]
+    if not watched:
+        return False
+    figure, axes = plt.subplots(1, len(watched), figsize=(3 * len(watched), 3.2), sharey=True)
+    for axis, run in zip(np.atleast_1d(axes), watched, strict=True):
+        points = evaluations(run)
+        x = [p["env_steps"] / 1000 for p in points]
+        for name, colour, label in (
+            (SUCCESS, COLOURS[0], "policy"),
+            (TEACHER, COLOURS[1], "teacher"),
+        ):
+            axis.plot(x, [p.get(name, math.nan) for p in points], "o-", color=colour, label=label)
+        axis.set(title=f"seed {run.seed}", xlabel="steps (thousands)")
+        axis.grid(alpha=0.3)
+    np.atleast_1d(axes)[0].set_ylabel("success, T 0.2")
+    np.atleast_1d(axes)[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return True
+
+
+def evaluations(run: StudyRun) -> list[dict]:
+    """The records that hold an evaluation of policy and teacher."""
+    return [r for r in run.records if r.get(SUCCESS) is not None and r.get(TEACHER) is not None]
+
+
+def percent(f) -> str:
+    """A mean and its interval, in percent."""
+    if not f.seeds:
+        return ""
+    tail = "" if math.isnan(f.low) else f" [{100 * f.low:.1f}, {100 * f.high:.1f}]"
+    return f"{100 * f.mean:.1f}{tail}"
+
+
+def regime_table(methods: dict[str, list[StudyRun]]) -> list[str]:
+    """One row a method: final figures over its seeds."""
+    lines = [
+        "| method | seeds | success | merged teacher | right thoughts | self-BLEU | entropy "
+        "| thought tokens | steps | steps/s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method, runs in methods.items():
+
+        def last(name: str, runs: Sequence[StudyRun] = runs) -> float:
+            return float(np.mean([r.curve[-1].get(name, math.nan) for r in runs]))
+
+        regime = runs[0].regime
+        cells = [
+            method,
+            str(len(runs)),
+            percent(spread(list(final(runs, regime, method, SUCCESS).values()))),
+            percent(spread(list(final(runs, regime, method, TEACHER).values()))),
+            percent(spread(list(final(runs, regime, method, "eval_reasoning_score").values()))),
+            f"{last('self_bleu'):.2f}",
+            f"{last('thought_entropy'):.3f}",
+            f"{last('thought_length'):.1f}",
+            f"{np.mean([r.after['env_steps'] for r in runs]):,.0f}",
+            f"{np.mean([r.after['env_steps'] / r.after['elapsed'] for r in runs]):.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def claim_lines(claim: Claim, runs: Sequence[StudyRun]) -> list[str]:
+    """A claim's rows: each comparison, its difference in points, its verdict."""
+    lines = [f"**({claim.letter})** {claim.statement}", ""]
+    lines += [
+        "| regime | comparison | seeds | difference, points | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    for c in claim.comparisons:
+        found = compare(runs, c)
+        told = f"{c.better} over {c.worse}" if c.better != c.worse else "teacher over policy"
+        if c.figure == "eval_reasoning_score":
+            told += ", right thoughts"
+        row = (c.regime, told, str(found.seeds), percent(found), found.verdict)
+        lines.append("| " + " | ".join(row) + " |")
+    return [*lines, ""]
+
+
+def write_page(out: Path, runs: Sequence[StudyRun], planned: int) -> None:
+    """README.md and the plots, from the runs that are complete."""
+    table = read_table()
+    lines = [
+        "# What works, on the tiny model",
+        "",
+        ABOUT.format(done=len(runs), planned=planned),
+        "",
+    ]
+    note = out / "NOTES.md"
+    if note.is_file():
+        lines += [note.read_text(encoding="utf-8").strip(), ""]
+    lines += ["## The claims", ""]
+    for claim in CLAIMS:
+        lines += claim_lines(claim, runs)
+    for name, regime in table["regimes"].items():
+        methods = by_method(runs, name)
+        if not methods:
+            continue
+        lines += [f"## {regime['title']}", "", regime["about"], "", f"`{regime['flags']}`", ""]
+        shown = {m: r for m, r in methods.items() if m in regime.get("drawn", [])} or methods
+        draw_regime(regime["title"], shown, out / f"{name}.png")
+        lines += [f"![{regime['title']}]({name}.png)", "", *regime_table(methods), ""]
+        if draw_teacher(methods.get("kl", []), out / f"{name}-teacher.png"):
+            lines += [f"![policy and merged teacher]({name}-teacher.png)", ""]
+    lines += ["## The methods", ""]
+    lines += [f"* {name}: `{flags or '(defaults)'}`" for name, flags in table["methods"].items()]
+    (out / "README.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
