@@ -1,10 +1,6 @@
-"""bench/study*.py and bench/claims.py: the grid is resumed, its data come back, verdicts are right."""
+"""bench/study*.py, bench/claims.py: the grid is resumed, data come back, verdicts are right."""
 
 import math
-import os
-import signal
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
