@@ -164,3 +164,18 @@ def compare(runs: Sequence[StudyRun], c: Comparison) -> Finding:
     first = final(runs, c.regime, c.better, c.figure)
     second = final(runs, c.regime, c.worse, c.against or c.figure)
     return spread([first[s] - second[s] for s in sorted(first.keys() & second.keys())])
+
+
+def compare_passes(warm: list[int], trained: list[int], samples: int) -> dict[str, float]:
+    """What the trained policy wins that the warm start does not, in hands."""
+    rate = [n / samples for n in trained]
+    pairs = list(zip(warm, rate, strict=True))
+    return {
+        "hands": len(warm),
+        "warm start, pass@32": sum(w > 0 for w, _ in pairs) / len(pairs),
+        "trained, pass@1": sum(rate) / len(rate),
+        "never won by 32 samples": sum(w == 0 for w, _ in pairs),
+        "of these won at least every second time": sum(w == 0 and r >= 0.5 for w, r in pairs),
+        "won by some of 32 samples": sum(w > 0 for w, _ in pairs),
+        "of these never won any more": sum(w > 0 and r == 0 for w, r in pairs),
+    }

@@ -3,13 +3,14 @@
 Left out: the runs (`bench.study`), the statistics (`bench.claims`).
 """
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from bench.claims import CLAIMS, SUCCESS, TEACHER, Claim, compare, final, spread
+from bench.claims import CLAIMS, SUCCESS, TEACHER, Claim, compare, compare_passes, final, spread
 from bench.study_runs import StudyRun, read_table
 
 # Colours of Okabe and Ito, told apart by colour-blind readers
@@ -164,6 +165,28 @@ def claim_lines(claim: Claim, runs: Sequence[StudyRun]) -> list[str]:
     return [*lines, ""]
 
 
+def pass_lines(out: Path) -> list[str]:
+    """Claim (j), from what `bench.passes` has played; nothing where it has not."""
+    lines = [
+        "**(j)** After training, one answer wins hands that 32 answers of the warm start do not.",
+        "",
+    ]
+    path = out / "passes.json"
+    if not path.is_file():
+        return [*lines, "Not run yet: `python -m bench.passes`.", ""]
+    known = json.loads(path.read_text(encoding="utf-8"))
+    warm = known.pop("warm start")
+    rows = {name: compare_passes(warm, trained, 8) for name, trained in known.items()}
+    if not rows:
+        return [*lines, "No trained policy was there to be played.", ""]
+    heads = list(next(iter(rows.values())))
+    lines += ["| run | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, row in rows.items():
+        cells = (f"{v:.1%}" if isinstance(v, float) else str(v) for v in row.values())
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
 def write_page(out: Path, runs: Sequence[StudyRun], planned: int) -> None:
     """README.md and the plots, from the runs that are complete."""
     table = read_table()
@@ -179,6 +202,7 @@ def write_page(out: Path, runs: Sequence[StudyRun], planned: int) -> None:
     lines += ["## The claims", ""]
     for claim in CLAIMS:
         lines += claim_lines(claim, runs)
+    lines += pass_lines(out)
     for name, regime in table["regimes"].items():
         methods = by_method(runs, name)
         if not methods:

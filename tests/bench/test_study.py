@@ -1,5 +1,6 @@
 """bench/study*.py, bench/claims.py: the grid is resumed, data come back, verdicts are right."""
 
+import json
 import math
 import tomllib
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import tiny_models
 
 from bench import study
-from bench.claims import CLAIMS, T975, Comparison, compare, spread
+from bench.claims import CLAIMS, T975, Comparison, compare, compare_passes, spread
 from bench.study_page import band, write_page
 from bench.study_runs import StudyRun, read_runs, read_table, write_runs
 
@@ -179,6 +180,21 @@ def test_the_page_says_what_has_not_been_run(tmp_path, table):
     assert "3 of the 9" in page and page.count("not run yet") > 20
     for claim in CLAIMS:
         assert claim.statement in page
+
+
+def test_passes_are_compared_hand_by_hand(tmp_path, table):
+    warm, trained = [0, 0, 0, 5, 1, 32], [4, 3, 8, 0, 8, 1]
+    got = compare_passes(warm, trained, 8)
+    assert got["hands"] == 6 and got["never won by 32 samples"] == 3
+    assert got["of these won at least every second time"] == 2  # 4 and 8 of 8, not 3
+    assert got["warm start, pass@32"] == 0.5 and got["trained, pass@1"] == 24 / 48
+    assert got["won by some of 32 samples"] == 3 and got["of these never won any more"] == 1
+    known = {"warm start": warm, "short/kl/0": trained}
+    (tmp_path / "passes.json").write_text(json.dumps(known))
+    write_page(tmp_path, [run_of("kl", 0, 0.5, "short")], 1)
+    assert (
+        "| short/kl/0 | 6 | 50.0% | 50.0% | 3 | 2 | 3 | 1 |" in (tmp_path / "README.md").read_text()
+    )
 
 
 def test_the_corrector_is_there_for_the_runs_that_ask_it(tmp_path):
