@@ -14,12 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 
+from bench.endpoint import corrector
 from bench.learn import command, decisive, digest, settings
 from bench.records import is_complete
 from bench.study_page import write_page
@@ -30,7 +30,6 @@ from turbo.log import read_jsonl
 from turbo.parallel import cores
 from turbo.run import model_sha256
 
-CORRECTOR = "http://127.0.0.1:8765/v1"  # of the table's runs with --guidance gtr
 # What a training's exit status means; -SIGTERM: it was stopped before it listened to signals.
 ENDS = {0: "complete", 130: "saved, to be resumed", -signal.SIGTERM: "stopped, to be begun again"}
 
@@ -117,23 +116,6 @@ def gather(planned: Sequence[Planned], runs: Path, known: dict[str, StudyRun]) -
         elif p.name in known and p.is_like(known[p.name].settings):
             found.append(known[p.name])
     return found
-
-
-@contextmanager
-def corrector(todo: Sequence[Planned]) -> Iterator[None]:
-    """The local endpoint that corrects thoughts, while runs are trained that ask it."""
-    if not any(p.config.guidance == "gtr" for p in todo):
-        yield
-        return
-    port = CORRECTOR.removesuffix("/v1").rsplit(":", 1)[1]
-    program = [sys.executable, "-m", "examples.corrector_server", "--port", port]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as server:
-        if not server.stdout.readline().strip().endswith(CORRECTOR):
-            raise RuntimeError(f"the corrector did not start: is port {port} in use?")
-        try:
-            yield
-        finally:
-            server.terminate()
 
 
 class Workshop:
@@ -230,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     if c.train:
         todo = [p for p in planned if chosen(p, c.only) and p.name not in done]
         workshop = Workshop(runs, c.jobs or cores(), c.minutes)
-        with corrector(todo):
+        with corrector(any(p.config.guidance == "gtr" for p in todo)):
             workshop.train(iter(todo))
         found = gather(planned, runs, read_runs(out))
         status = 130 if workshop.asked else 1 if workshop.failed else 0

@@ -1,12 +1,13 @@
 """The speed of whole training updates: `python -m bench.train_step`.
 
-Real updates of Points24, through the same functions that `turbo.train` runs. Two runs, without
-guidance and with the KL to the merged teacher in the loss, take turns (A B A B) in one crew of
-workers. The first update of each is thrown away: caches are cold, and there is no teacher yet. Rows
-go into bench/results/<processor>.csv; `--profile` prints instead where the time of one update on
-one worker goes.
+Real updates of Points24, through the same functions that `turbo.train` runs. Runs without guidance
+and with each kind of it take turns (A B A B) in one crew of workers; the external corrector is the
+one of examples/, on the same cores, which answers in milliseconds. The first update of each is
+thrown away: caches are cold, and there is no teacher yet. Rows go into
+bench/results/<processor>.csv; `--profile` prints instead where the time of one update on one worker
+goes.
 
-    seconds of an update = rollout + score + train + merge + other
+    seconds of an update = rollout + score + write + train + merge + other
 
 Left out: evaluation, log files and checkpoints, which `turbo.train` writes between the updates.
 """
@@ -19,6 +20,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from bench.endpoint import URL, corrector
 from bench.harness import (
     ROOT,
     Spread,
@@ -39,8 +41,11 @@ from turbo.train import train_update
 VARIANTS = {
     "none": dict(guidance="none"),
     "kl": dict(guidance="kl", kl_placement="loss"),
+    "sft": dict(guidance="sft"),
+    "sft, all steps": dict(guidance="sft", sft_rows=0),  # as the paper does
+    "gtr": dict(guidance="gtr", teacher_url=URL, teacher_model="expert"),
 }
-PHASES = ("rollout", "score", "train", "merge", "other")
+PHASES = ("rollout", "score", "write", "train", "merge", "other")
 REPORTED = (
     "steps_per_second",
     *(f"seconds_{phase}" for phase in PHASES),
@@ -52,7 +57,7 @@ REPORTED = (
 
 @dataclass
 class BenchConfig:
-    """Time whole training updates, without guidance and with it, in turn."""
+    """Time whole training updates, without guidance and with each kind of it, in turn."""
 
     updates: int = 6
     """updates of each variant; the first is thrown away"""
@@ -144,7 +149,8 @@ def main(argv: list[str] | None = None) -> int:
         profile(Crew(), c)
         return 0
     workers = c.workers or cores()
-    summary = summaries(run_crew(workers, updates, c))
+    with corrector():
+        summary = summaries(run_crew(workers, updates, c))
     config = settings(c)["kl"]
     dtype = str(pick_dtype(config.dtype)).removeprefix("torch.")
     model = c.model if c.model == "tiny" else Path(c.model).name

@@ -64,7 +64,7 @@ def test_a_file_of_other_columns_is_refused(tmp_path):
 
 def test_the_variants_of_the_training_benchmark():
     configs = train_step.settings(train_step.BenchConfig(steps=64))
-    assert [c.guidance for c in configs.values()] == ["none", "kl"]
+    assert [c.guidance for c in configs.values()] == ["none", "kl", "sft", "sft", "gtr"]
     assert {c.steps_per_update for c in configs.values()} == {64}
     figures = {name: 1.0 for name in train_step.REPORTED}
     summary = train_step.summaries({"none": [figures], "kl": [figures, figures]})

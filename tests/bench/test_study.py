@@ -5,11 +5,12 @@ import math
 import tomllib
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import tiny_models
 
-from bench import study
+from bench import endpoint, study
 from bench.claims import CLAIMS, T975, Comparison, compare, compare_passes, spread
 from bench.study_page import band, write_page
 from bench.study_runs import StudyRun, read_runs, read_table, write_runs
@@ -192,16 +193,20 @@ def test_passes_are_compared_hand_by_hand(tmp_path, table):
     known = {"warm start": warm, "short/kl/0": trained}
     (tmp_path / "passes.json").write_text(json.dumps(known))
     write_page(tmp_path, [run_of("kl", 0, 0.5, "short")], 1)
-    assert (
-        "| short/kl/0 | 6 | 50.0% | 50.0% | 3 | 2 | 3 | 1 |" in (tmp_path / "README.md").read_text()
-    )
+    row = "| short/kl/0 | 6 | 50.0% | 50.0% | 3 | 2 | 3 | 1 |"
+    assert row in (tmp_path / "README.md").read_text()
 
 
-def test_the_corrector_is_there_for_the_runs_that_ask_it(tmp_path):
+def test_the_corrector_is_there_for_the_runs_that_ask_it():
     planned = [p for p in study.plan(read_table()) if p.config.guidance == "gtr"]
-    assert planned and all(p.config.teacher_url == study.CORRECTOR for p in planned)
-    with study.corrector([]):
-        pass  # nothing is started for nobody
+    assert planned and all(p.config.teacher_url == endpoint.URL for p in planned)
+    with endpoint.corrector():
+        status = httpx.post(f"{endpoint.URL}/chat/completions", json={}, timeout=20).status_code
+        assert status == 400  # it is there, and says what it misses
+        with pytest.raises(RuntimeError, match="in use"), endpoint.corrector():
+            pass
+    with endpoint.corrector(False), pytest.raises(httpx.ConnectError):
+        httpx.get(endpoint.URL)
 
 
 def test_claims_are_toml(tmp_path):
