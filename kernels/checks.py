@@ -59,10 +59,13 @@ def find_sums(sums: dict[str, Tensor], name: str) -> Tensor:
     return sums[name]
 
 
-def check_floating(name: str, tensor: Tensor) -> None:
-    """A tensor of floating point numbers."""
+def check_floating(name: str, tensor: Tensor, index: int | None = None) -> None:
+    """A tensor of floating point numbers, the `index`-th of a list if that is given."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        raise ValueError(f"{name}: expected a floating point tensor, got {_describe(tensor)}")
+        place = "" if index is None else f"[{index}]"
+        raise ValueError(
+            f"{name}{place}: expected a floating point tensor, got {_describe(tensor)}"
+        )
 
 
 def _describe(value: object) -> str:
