@@ -27,12 +27,13 @@ bench: ## the speed of training updates, into bench/results/
 	python -m bench.train_step
 
 bench-kernels: ## the kernels against their rivals, into bench/results/ and kernels/README.md
-	for what in ties ema policy_head; do python -m bench.$$what; done
+	for what in ties ema nf4 policy_head; do python -m bench.$$what; done
 	python -m bench.report --write
 
 bench-gpu: ## all that needs a GPU, within 25 minutes; a part that fails stops no other
-	-timeout 420 python -m bench.ties
+	-timeout 360 python -m bench.ties
 	-timeout 120 python -m bench.ema
+	-timeout 120 python -m bench.nf4
 	-timeout 840 python -m bench.policy_head
 	-python -m bench.report --write
 

@@ -4,15 +4,19 @@
     floor        the least time that the arithmetic or the traffic takes on this machine, measured
                  by a plain matrix product or copy in the same process
 
-A variant that fails, or whose package is missing, is reported and left out; the others go on. Rows
-are appended to the CSV file race by race, so that a run that is cut short keeps what it measured.
+    agreement    with turbo.kernels.reference in fp64, on the benchmark's own data, before the race
 
-Left out: what is compared (`bench.ties`, `bench.ema`, `bench.policy_head`).
+A variant that fails or disagrees, or whose package is missing, is named with the reason and left
+out; the others go on. If one of ours disagrees, the benchmark ends. Rows are appended to the CSV
+file race by race, so that a run that is cut short keeps what it measured.
+
+Left out: what is compared (`bench.ties`, `bench.ema`, `bench.nf4`, `bench.policy_head`).
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -22,6 +26,7 @@ from bench.harness import Spread, append_rows, environment, measurement, results
 from turbo.checkpoint import processor
 
 Call = Callable[[], object]
+Variant = TypeVar("Variant")
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,49 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return processor()
+
+
+def needs_cuda(tensor: torch.Tensor) -> None:
+    """For a rival that is made of Triton kernels: say why it cannot run here."""
+    if tensor.device.type != "cuda":
+        raise RuntimeError("it needs a CUDA device")
+
+
+def agreeing(
+    label: str, variants: dict[str, Variant], check: Callable[[Variant], None]
+) -> dict[str, Variant]:
+    """The variants that `check` lets pass. A rival that fails is named; ours ends the benchmark."""
+    passed = {}
+    for name, variant in variants.items():
+        try:
+            check(variant)
+            passed[name] = variant
+        except Exception as error:  # whatever a rival raises, the others are measured
+            if name.startswith("ours"):
+                raise RuntimeError(f"{label}: {name} is wrong: {error}") from error
+            _leave_out(label, name, error)
+    return passed
+
+
+def check_close(
+    got: torch.Tensor, wanted: torch.Tensor, *, rtol: float, atol: float, odd: float = 0.0
+) -> None:
+    """|got - wanted| <= atol + rtol |wanted|, but for a share `odd` of the entries."""
+    if got.shape != wanted.shape:
+        raise AssertionError(f"expected the shape {tuple(wanted.shape)}, got {tuple(got.shape)}")
+    distance, wanted = (got.double() - wanted.double()).abs(), wanted.double().abs()
+    apart = ~(distance <= atol + rtol * wanted)  # also where there is a NaN
+    share = apart.double().mean().item()
+    if share > odd:
+        raise AssertionError(
+            f"{share:.1e} of the entries differ from the fp64 reference by more than {atol:.1e} + "
+            f"{rtol:.1e} of it, {odd:.1e} may; the largest difference is {distance.max():.1e}"
+        )
+
+
+def _leave_out(label: str, name: str, error: Exception) -> None:
+    why = str(error).strip().splitlines() or [type(error).__name__]
+    print(f"{label}: {name} is left out: {why[0][:200]}")
 
 
 def race(
@@ -57,12 +105,15 @@ def race(
             peaks[name] = peak_bytes(call, device)
             running[name] = call
         except Exception as error:  # whatever a rival raises, the others are measured
-            why = str(error).strip().splitlines() or [type(error).__name__]
-            print(f"{benchmark} {shape}: {name} is left out: {why[0][:160]}")
+            _leave_out(f"{benchmark} {shape}", name, error)
     seconds: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(repeats):
-        for name, call in running.items():
-            seconds[name].append(_seconds(call, device))
+        for name, times in list(seconds.items()):
+            try:
+                times.append(_seconds(running[name], device))
+            except Exception as error:
+                _leave_out(f"{benchmark} {shape}", name, error)
+                del seconds[name]
     timed = {name: Timed(spread(s), peaks[name]) for name, s in seconds.items()}
     _print(benchmark, shape, timed, floor, device)
     if save and timed:

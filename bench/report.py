@@ -15,7 +15,7 @@ from bench.harness import RESULTS, ROOT
 
 PAGE = ROOT / "kernels" / "README.md"
 MARK = "## Measured\n"
-KERNELS = ("ties", "ties-threshold", "ties-memory", "ema", "policy_head")
+KERNELS = ("ties", "ties-threshold", "ties-memory", "ema", "nf4", "policy_head")
 
 
 @dataclass

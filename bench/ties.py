@@ -1,9 +1,12 @@
 """TIES from LoRA factors against dense implementations: `python -m bench.ties`.
 
 On a CPU: one matrix of 2,048 x 2,048, rank 64, 8 checkpoints, against peft's `ties` on the dense
-task vectors (which are made beforehand, at peft's gain), with thresholds at hand and with them
-computed; then the peak memory for 2, 8 and 32 checkpoints. On a GPU: also all 196 text matrices of
-Qwen2.5-VL-7B's shapes, rank 128, 30 checkpoints.
+task vectors and mergekit's on the dense checkpoints (which are made beforehand, at their gain),
+with thresholds at hand and with them computed; then the peak memory for 2, 8 and 32 checkpoints. On
+a GPU: also all 196 text matrices of Qwen2.5-VL-7B's shapes, rank 128, 30 checkpoints.
+
+Each result is first compared with the fp64 reference. Where votes cancel but for rounding, and at
+the threshold, either answer is right: one entry in a thousand may differ.
 """
 
 import sys
@@ -12,10 +15,13 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from bench.race import device_name, product_rate, race
+from bench.race import agreeing, check_close, device_name, product_rate, race
+from turbo.kernels import reference
 from turbo.kernels.ties import linear_merge_lora, ties_merge_lora, trim_threshold
 
 DENSITY = 0.8
+ODD = 1e-3  # share of the entries whose sign or trim rounding may decide
+FEW = 64  # rows that are compared where the whole matrix is too large for a dense reference
 QWEN_7B = {  # matrices of one of 28 layers: [out, in]
     "q_proj": (3584, 3584),
     "k_proj": (512, 3584),
@@ -61,34 +67,68 @@ def peft_ties(base: torch.Tensor, task_vectors: list[torch.Tensor]) -> torch.Ten
     return base + ties(task_vectors, weights, DENSITY)
 
 
+def mergekit_ties(base: torch.Tensor, checkpoints: list[torch.Tensor]) -> torch.Tensor:
+    """mergekit's TIES of dense checkpoints with unit weights."""
+    from mergekit.merge_methods.base import TensorGroup
+    from mergekit.merge_methods.registry import get
+
+    numbers = range(1, len(checkpoints) + 1)  # the base is 0
+    return get("ties").merge_group(
+        TensorGroup.from_tensors([base, *checkpoints], base_index=0),
+        weight=dict.fromkeys(numbers, 1.0),
+        density=dict.fromkeys(numbers, DENSITY),
+        normalize=True,
+        rescale=False,
+        int8_mask=False,
+        **{"lambda": 1.0},
+    )
+
+
+def check_rows(got: torch.Tensor, base: torch.Tensor, a: list, b: list, levels: list) -> None:
+    """The first rows of a merge with unit scales and weights equal the reference, trimmed alike."""
+    taus = [y[:FEW].double() @ x.double() for x, y in zip(a, b, strict=True)]
+    trimmed = [reference.trim_at(tau, float(h)) for tau, h in zip(taus, levels, strict=True)]
+    ones = torch.ones(len(taus), dtype=torch.float64, device=base.device)
+    wanted = reference.merge_trimmed(base[:FEW].double(), torch.stack(trimmed), ones)
+    rtol = torch.finfo(base.dtype).eps + 1e-4
+    check_close(got[:FEW], wanted, rtol=rtol, atol=1e-3, odd=ODD)
+
+
 def compare(c: Config, device: str) -> None:
     """One matrix, every implementation."""
     base, a, b, scales = make((c.size, c.size), c.rank, c.checkpoints, torch.float32, device)
     weights = [1.0] * c.checkpoints
     dense = [y @ x for x, y in zip(a, b, strict=True)]
+    checkpoints = [base + tau for tau in dense]
 
     def levels() -> list[torch.Tensor]:
         return [trim_threshold(x, y, 1.0, DENSITY) for x, y in zip(a, b, strict=True)]
 
     known = levels()
-    got, wanted = ties_merge_lora(base, a, b, scales, weights, known), peft_ties(base, dense)
-    # Where votes cancel but for rounding, and at the threshold, either answer is right.
-    differ = ((got - wanted).abs() > 1e-3).float().mean().item()
-    print(f"differs from peft's in {differ:.1e} of the entries (rounding at the threshold)")
-    if differ > 1e-3:
-        raise RuntimeError(f"ours and peft's TIES differ in {differ:.2%} of the entries")
+    variants = {
+        "ours, thresholds at hand": lambda: ties_merge_lora(base, a, b, scales, weights, known),
+        "ours, thresholds computed": lambda: ties_merge_lora(base, a, b, scales, weights, levels()),
+        "peft ties, task vectors at hand": lambda: peft_ties(base, dense),
+        "mergekit ties, checkpoints at hand": lambda: mergekit_ties(base, checkpoints),
+    }
+    linear = {"ours, linear merge": lambda: linear_merge_lora(base, a, b, scales, weights)}
+    exact = [y.double() @ x.double() for x, y in zip(a, b, strict=True)]
+    merged = reference.ties_merge_reference(base.double(), exact, weights, DENSITY)
+    mean = reference.linear_merge_reference(base.double(), exact, weights)
+    del exact
+    shape = f"{c.size}x{c.size} r={c.rank} K={c.checkpoints} float32"
+
+    def equals(wanted: torch.Tensor, odd: float):
+        return lambda call: check_close(call(), wanted, rtol=1e-4, atol=1e-3, odd=odd)
+
+    variants = agreeing(f"ties {shape}", variants, equals(merged, ODD))
+    variants |= agreeing(f"ties {shape}", linear, equals(mean, 0.0))
+    del merged, mean
     flops = 2 * c.size**2 * c.rank * c.checkpoints
     race(
         "ties",
-        f"{c.size}x{c.size} r={c.rank} K={c.checkpoints} float32",
-        {
-            "ours, thresholds at hand": lambda: ties_merge_lora(base, a, b, scales, weights, known),
-            "ours, thresholds computed": lambda: ties_merge_lora(
-                base, a, b, scales, weights, levels()
-            ),
-            "peft ties, task vectors at hand": lambda: peft_ties(base, dense),
-            "ours, linear merge": lambda: linear_merge_lora(base, a, b, scales, weights),
-        },
+        shape,
+        variants,
         device=device,
         repeats=c.repeats,
         floor=flops / product_rate(torch.float32, device),
@@ -100,7 +140,9 @@ def memory(c: Config, device: str) -> None:
     """Peak memory of the merge as the history grows."""
     for count in (2, 8, 32):
         base, a, b, scales = make((c.size, c.size), 16, count, torch.float32, device)
-        arguments = (base, a, b, scales, [1.0] * count, [0.5] * count)
+        levels = [0.5] * count
+        arguments = (base, a, b, scales, [1.0] * count, levels)
+        check_rows(ties_merge_lora(*arguments), base, a, b, levels)
         race(
             "ties-memory",
             f"{c.size}x{c.size} r=16 K={count} float32",
@@ -120,6 +162,9 @@ def whole_model(c: Config) -> None:
         [trim_threshold(x, y, 1.0, DENSITY) for x, y in zip(a, b, strict=True)]
         for _, a, b, _ in layer
     ]
+
+    for (base, a, b, scales), levels in zip(layer, known, strict=True):
+        check_rows(ties_merge_lora(base, a, b, scales, [1.0] * count, levels), base, a, b, levels)
 
     def merge() -> None:
         for _ in range(28):  # the same seven matrices stand for every layer

@@ -52,15 +52,19 @@ def ema_update_(
 
         return ema_list_(average, new, alpha, seed)
     bits = None if seed is None else torch.Generator(average[0].device).manual_seed(seed)
+    alike: tuple[list[Tensor], list[Tensor]] = [], []
     for a, n in zip(average, new, strict=True):
         if how == "reference":
             _store(a, ema_reference(a.double(), n.double(), alpha), bits)
-        elif bits is None and a.dtype == n.dtype:
-            a.lerp_(n, alpha)  # one pass; the sum is formed in fp32 for bf16 and fp16 too
+        elif a.dtype == n.dtype and (bits is None or a.dtype != torch.bfloat16):
+            alike[0].append(a)
+            alike[1].append(n)
         else:
             for old, fresh in _tiles(a, n):
                 wide = compute_dtype([old, fresh])
                 _store(old, torch.lerp(old.to(wide), fresh.to(wide), alpha), bits)
+    if alike[0]:  # one pass; the sum is formed in fp32 for bf16 and fp16 too
+        torch._foreach_lerp_(*alike, alpha)
 
 
 @torch.no_grad()
@@ -103,11 +107,14 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
 
     A finite value beyond the largest bf16 may become infinite, as it would to nearest.
     """
-    random = torch.randint(
-        1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator
-    )
-    cut = (values.contiguous().view(torch.int32) + random) & ~0xFFFF
-    return torch.where(values.isfinite(), cut.view(torch.float32), values).to(torch.bfloat16)
+    draws = torch.empty(-(-values.numel() // 4), dtype=torch.int64, device=values.device)
+    draws.random_(-(2**63), None, generator=generator)  # 64 bits, for 4 values
+    random = draws.view(torch.int16)[: values.numel()].view(values.shape)  # less 2^15: signed
+    cut = (values.contiguous().view(torch.int32) + random).add_(1 << 15).bitwise_and_(~0xFFFF)
+    rounded = cut.view(torch.float32)
+    if not values.sum().isfinite():  # there may be a NaN: only that cannot bear the added bits
+        rounded = torch.where(values.isnan(), values, rounded)
+    return rounded.to(torch.bfloat16)
 
 
 def _store(into: Tensor, values: Tensor, bits: torch.Generator | None) -> None:
@@ -144,11 +151,12 @@ def _check(average: Sequence[Tensor], new: Sequence[Tensor], alpha: float, round
     if len(average) != len(new):
         raise ValueError(f"new: expected {len(average)} tensors like average, got {len(new)}")
     for i, (a, n) in enumerate(zip(average, new, strict=True)):
-        check_floating(f"average[{i}]", a)
-        check_floating(f"new[{i}]", n)
-        got, expected = (tuple(n.shape), n.device), (tuple(a.shape), a.device)
-        check_same(f"new[{i}] shape, device", got, f"average[{i}]", expected)
-        check_same(f"average[{i}] device", a.device, "average[0]", average[0].device)
+        check_floating("average", a, i)
+        check_floating("new", n, i)
+        if a.shape != n.shape or a.device != n.device or a.device != average[0].device:
+            got, expected = (tuple(n.shape), n.device), (tuple(a.shape), a.device)
+            check_same(f"new[{i}] shape, device", got, f"average[{i}]", expected)
+            check_same(f"average[{i}] device", a.device, "average[0]", average[0].device)
         if rounding == "stochastic" and a.dtype == torch.float16:
             raise ValueError(
                 f"average[{i}]: expected bfloat16 (or fp32 and fp64, which round to nearest) "

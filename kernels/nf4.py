@@ -87,6 +87,7 @@ def ties_merge_lora_nf4(
     lam: float = 1.0,
     out: Nf4Matrix | None = None,
     impl: str | None = None,
+    check_finite: bool = True,
 ) -> Nf4Matrix:
     """`ties.ties_merge_lora` in NF4: base + lam * TIES of the products s_i B_i A_i.  # [out, in]"""
     coded = isinstance(base, Nf4Matrix)
@@ -94,7 +95,9 @@ def ties_merge_lora_nf4(
     like = torch.empty(shape, dtype=kind, device="meta") if coded else base
     if not coded:
         _check_codable("base", base)
-    scales, weights = check_lora_merge(like, lora_a, lora_b, scales, weights, base.device)
+    scales, weights = check_lora_merge(
+        like, lora_a, lora_b, scales, weights, base.device, finite=check_finite
+    )
     thresholds = check_thresholds(thresholds, len(weights))
     out = _check_out(out, shape, kind, base.device)
     how = choose_impl(impl, base.device, has_triton=True)
@@ -104,7 +107,8 @@ def ties_merge_lora_nf4(
 
         whole = dequantize_nf4(base) if coded else base
         factors = (lora_a, lora_b, scales, weights, thresholds)
-        return _copy(quantize_nf4(ties_merge_lora(whole, *factors, lam=lam, impl=how)), out)
+        merged = ties_merge_lora(whole, *factors, lam=lam, impl=how, check_finite=False)
+        return _copy(quantize_nf4(merged), out)
     fits = not coded and shape[1] % BLOCK == 0 and fits_triton(base, [*lora_a, *lora_b])
     if how == "triton" and fits:
         from .nf4_triton import merge

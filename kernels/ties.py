@@ -15,7 +15,8 @@ Precision: products and sums in fp32, or in fp64 if a factor is fp64. The thresh
 merge pass call the same function on the same tiles, so both see the same bits of tau. Where P + N
 is zero but for rounding, the elected sign, and with it the result, is decided by that rounding.
 The Triton kernels are in ties_triton.py; fp64, dense task vectors, the linear merge and streaming
-run as PyTorch on any device. Left out: autograd (a merge is not differentiated).
+run as PyTorch on any device. A factor with a NaN or an infinity is refused; `check_finite=False`
+trusts a caller who has looked. Left out: autograd (a merge is not differentiated).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -67,14 +68,20 @@ FORGOTTEN = 1e-30  # decayed sums below it become 0: subnormal numbers are 40 ti
 
 @torch.no_grad()
 def trim_threshold(
-    lora_a: Tensor, lora_b: Tensor, scale: float, density: float, *, impl: str | None = None
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    density: float,
+    *,
+    impl: str | None = None,
+    check_finite: bool = True,
 ) -> Tensor:
     """|s B A| of its k-th largest entry, k = round(density * numel); +inf if k = 0.  # []
 
     Exact, with bounded memory: a large matrix is never held, sorted or copied whole.
     """
     check_density(density)
-    check_factors([lora_a], [lora_b], [scale])
+    check_factors([lora_a], [lora_b], [scale], finite=check_finite)
     shape, dtype = (lora_b.shape[0], lora_a.shape[1]), compute_dtype([lora_a, lora_b])
     how = choose_impl(impl, lora_a.device, has_triton=True)
     if how == "reference":
@@ -104,9 +111,10 @@ def ties_merge_lora(
     lam: float = 1.0,
     out: Tensor | None = None,
     impl: str | None = None,
+    check_finite: bool = True,
 ) -> Tensor:
     """base + lam * TIES of the products s_i B_i A_i, in base's dtype.  # [out, in]"""
-    scales, weights = check_lora_merge(base, lora_a, lora_b, scales, weights)
+    scales, weights = check_lora_merge(base, lora_a, lora_b, scales, weights, finite=check_finite)
     thresholds = check_thresholds(thresholds, len(weights))
     out = check_out(out, base)
     dtype = compute_dtype([*lora_a, *lora_b])
@@ -171,9 +179,10 @@ def linear_merge_lora(
     lam: float = 1.0,
     out: Tensor | None = None,
     impl: str | None = None,
+    check_finite: bool = True,
 ) -> Tensor:
     """base + lam * sum_i w_i s_i B_i A_i / sum_i w_i, in base's dtype.  # [out, in]"""
-    scales, weights = check_lora_merge(base, lora_a, lora_b, scales, weights)
+    scales, weights = check_lora_merge(base, lora_a, lora_b, scales, weights, finite=check_finite)
     out = check_out(out, base)
     if choose_impl(impl, base.device) == "reference":
         tau = dense_task_vectors(lora_a, lora_b, scales)
@@ -219,10 +228,17 @@ class StreamingTies:
 
     @torch.no_grad()
     def push_lora(
-        self, name: str, lora_a: Tensor, lora_b: Tensor, scale: float, threshold: Tensor | float
+        self,
+        name: str,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
+        threshold: Tensor | float,
+        *,
+        check_finite: bool = True,
     ) -> None:
         """Add s B A, trimmed at the threshold that `trim_threshold` gave for it."""
-        (scale,) = check_factors([lora_a], [lora_b], [scale])
+        (scale,) = check_factors([lora_a], [lora_b], [scale], finite=check_finite)
         shape, dtype = (lora_b.shape[0], lora_a.shape[1]), compute_dtype([lora_a, lora_b])
 
         def tau_tile(rows: slice) -> Tensor:
@@ -297,9 +313,17 @@ class StreamingLinear:
         self.counts: dict[str, int] = {}
 
     @torch.no_grad()
-    def push_lora(self, name: str, lora_a: Tensor, lora_b: Tensor, scale: float) -> None:
+    def push_lora(
+        self,
+        name: str,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
+        *,
+        check_finite: bool = True,
+    ) -> None:
         """mean <- mean + share * (s B A - mean), share = 1 / count or alpha (1 at the first)."""
-        (scale,) = check_factors([lora_a], [lora_b], [scale])
+        (scale,) = check_factors([lora_a], [lora_b], [scale], finite=check_finite)
         shape, dtype = (lora_b.shape[0], lora_a.shape[1]), compute_dtype([lora_a, lora_b])
         count = self.counts.get(name, 0) + 1
         share = self.alpha if self.weighting == "ema" and count > 1 else 1 / count

@@ -1,7 +1,8 @@
 """The policy's own past: LoRA factors of its checkpoints, with what merging them needs.
 
-A checkpoint enters with its trim thresholds (one per matrix, they depend on it alone) and leaves
-when more than `history_max` are held. Merge weights over the entries 1 (oldest) .. K (newest):
+A checkpoint enters with its trim thresholds (one per matrix, they depend on it alone), unless it
+holds a NaN or an infinity, and leaves when more than `history_max` are held. Merge weights over the
+entries 1 (oldest) .. K (newest):
 
     sma    w_i = 1 / K
     ema    w_1 = (1 - alpha)^(K-1),  w_i = alpha (1 - alpha)^(K-i)     sums to 1, and is the
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbo.kernels.checks import check_alpha, check_density
+from turbo.kernels.checks import check_alpha, check_density, check_finite
 from turbo.kernels.ties import trim_threshold
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # module name -> (A [r, in], B [out, r])
@@ -56,6 +57,7 @@ class History:
     def push(self, update: int, factors: Factors, scale: float, score: float = 0.0) -> Snapshot:
         """Keep a CPU copy of the factors; thresholds are computed where the factors are."""
         self._check_names(factors)
+        check_finite_factors(factors)
         snapshot = Snapshot(
             update=update,
             factors={name: (_cpu_copy(a), _cpu_copy(b)) for name, (a, b) in factors.items()},
@@ -101,9 +103,10 @@ class History:
         for name, own in (("density", self.density), ("history_max", self.history_max)):
             if metadata[name] != own:
                 raise ValueError(f"{name}: expected {own} like this history, got {metadata[name]}")
-        self.entries = [
-            _load_snapshot(i, plain, tensors) for i, plain in enumerate(metadata["entries"])
-        ]
+        entries = [_load_snapshot(i, plain, tensors) for i, plain in enumerate(metadata["entries"])]
+        for entry in entries:
+            check_finite_factors(entry.factors)
+        self.entries = entries
 
     def _check_names(self, factors: Factors) -> None:
         if not factors:
@@ -115,12 +118,26 @@ class History:
             )
 
 
+def check_finite_factors(factors: Factors) -> None:
+    """No NaN or infinity in any factor: looked at once, here, and not again at every merge."""
+    check_finite(
+        {
+            f"{name}.{side}": factor
+            for name, pair in factors.items()
+            for side, factor in zip(("lora_a", "lora_b"), pair, strict=True)
+        }
+    )
+
+
 def compute_thresholds(factors: Factors, scale: float, density: float | None) -> dict[str, Tensor]:
-    """Trim thresholds of one checkpoint on the CPU, none if density is None."""
+    """Trim thresholds of one checkpoint on the CPU, none if density is None.
+
+    The factors are finite: `check_finite_factors` comes first.
+    """
     if density is None:
         return {}
     return {
-        name: trim_threshold(a.detach(), b.detach(), scale, density).cpu()
+        name: trim_threshold(a.detach(), b.detach(), scale, density, check_finite=False).cpu()
         for name, (a, b) in factors.items()
     }
 

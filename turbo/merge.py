@@ -14,7 +14,7 @@ Left out: putting the weights into a model (model.py), and scoring with them (te
 
 from torch import Tensor
 
-from turbo.history import Factors, History, compute_thresholds
+from turbo.history import Factors, History, check_finite_factors, compute_thresholds
 from turbo.kernels.checks import check_density
 from turbo.kernels.ties import (
     StreamingLinear,
@@ -46,6 +46,7 @@ def merge_teacher(
     _check_names(base, entries[-1].factors)
     if method == "ties" and history.density is None:
         raise ValueError("history: expected a density to trim at for method='ties', got None")
+    options = {"lam": lam, "check_finite": False}  # the history has looked at every checkpoint
     merged = {}
     for name, matrix in base.items():
         lora_a = [entry.factors[name][0].to(matrix.device) for entry in entries]
@@ -54,12 +55,12 @@ def merge_teacher(
         buffer = None if out is None else out[name]
         if method == "linear":
             merged[name] = linear_merge_lora(
-                matrix, lora_a, lora_b, scales, weights, lam=lam, out=buffer
+                matrix, lora_a, lora_b, scales, weights, out=buffer, **options
             )
         else:
             thresholds = [entry.thresholds[name] for entry in entries]
             merged[name] = ties_merge_lora(
-                matrix, lora_a, lora_b, scales, weights, thresholds, lam=lam, out=buffer
+                matrix, lora_a, lora_b, scales, weights, thresholds, out=buffer, **options
             )
     return merged
 
@@ -91,14 +92,16 @@ class StreamingTeacher:
     ) -> None:
         """Add a checkpoint; thresholds are computed here unless a Snapshot brings them."""
         _check_names(self.base, factors)
+        check_finite_factors(factors)
+        factors = {name: (a.detach(), b.detach()) for name, (a, b) in factors.items()}
         if isinstance(self.sums, StreamingLinear):
             for name, (a, b) in factors.items():
-                self.sums.push_lora(name, a.detach(), b.detach(), scale)
+                self.sums.push_lora(name, a, b, scale, check_finite=False)
             return
         if thresholds is None:
             thresholds = compute_thresholds(factors, scale, self.density)
         for name, (a, b) in factors.items():
-            self.sums.push_lora(name, a.detach(), b.detach(), scale, thresholds[name])
+            self.sums.push_lora(name, a, b, scale, thresholds[name], check_finite=False)
 
     def weights(self, out: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The merged dense weight of every module; raises ValueError before the first push."""

@@ -108,6 +108,16 @@ def test_what_bf16_can_hold_stays_and_special_values_too(impl):
     assert broken.isnan().tolist()[0] and broken[1] == float("inf") and broken[2] == 1
 
 
+def test_no_nan_is_rounded_into_a_number():
+    """Added to a NaN whose bits are all ones, random bits would carry over into a zero."""
+    ones = torch.full((3,), -1, dtype=torch.int32).view(torch.float32)  # NaN, NaN, NaN
+    values = torch.cat([ones, torch.tensor([float("inf"), 3e38, 3e38, -0.0, 1.5])])
+    rounded = ema.round_stochastically(values, torch.Generator().manual_seed(0))
+    assert rounded.isnan().tolist() == [True] * 3 + [False] * 5
+    assert rounded[3] == float("inf") and rounded[6:].tolist() == [0.0, 1.5]
+    assert rounded[4:6].isfinite().all()  # though their sum is not
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(impl):
     def run(seed):
@@ -128,6 +138,19 @@ def test_a_strided_average_is_updated_in_place():
     assert whole.eq(1).all()
 
 
+def test_a_list_of_many_dtypes_is_each_tensor_alone():
+    """Tensors of one dtype go through one call, the others do not; the order does not matter."""
+    pairs = [
+        (normal(5 + i, dtype=a), normal(5 + i, dtype=n, seed=9)) for i, (a, n) in enumerate(PAIRS)
+    ]
+    together, alone = ([a.clone() for a, _ in pairs] for _ in range(2))
+    ema.ema_update_(together, [n for _, n in pairs], 0.3, impl="torch")
+    for a, (_, n) in zip(alone, pairs, strict=True):
+        ema.ema_update_([a], [n], 0.3, impl="torch")
+    assert all(torch.equal(x, y) for x, y in zip(together, alone, strict=True))
+    assert not any(torch.equal(x, a) for x, (a, _) in zip(together, pairs, strict=True))
+
+
 def test_an_empty_list_is_nothing_to_do():
     ema.ema_update_([], [], 0.5)
     none = torch.zeros(0, device=device_of("triton"))
@@ -142,6 +165,7 @@ BAD = {
     "new: expected 1 tensors like average, got 0": dict(new=[]),
     r"new\[0\] shape, device: expected .*\(2, 3\)": dict(new=[torch.zeros(3, 2)]),
     r"new\[0\]: expected a floating point tensor": dict(new=[ONE.int()]),
+    r"new\[1\]: expected a floating point tensor": dict(average=[ONE, ONE], new=[ONE, ONE.int()]),
     r"average\[0\]: expected bfloat16": dict(average=[ONE.half()], rounding="stochastic"),
     "impl: expected one of": dict(impl="cuda"),
 }

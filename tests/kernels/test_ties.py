@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turbo.kernels import ties, tiles
+from turbo.kernels import checks, ties, tiles
 
 SHAPES = [(1, 1, 1), (1, 507, 3), (127, 33, 4), (130, 257, 16)]
 
@@ -352,3 +352,25 @@ def test_other_bad_arguments():
     stream.push_lora("x", a, b, 1.0, 0.0)
     with pytest.raises(ValueError, match="pushed"):
         stream.push_lora("x", torch.ones(3, 8), b, 1.0, 0.0)
+
+
+def test_a_caller_who_has_looked_is_trusted_with_the_entries_alone():
+    broken = {"lora_a": [torch.ones(3, 7), NAN], "check_finite": False}
+    assert call(**broken).isnan().any()
+    with pytest.raises(ValueError, match="weights"):
+        call(**broken, weights=[1.0])
+    same = {"check_finite": False}
+    assert torch.equal(call(**same), call())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_entry_that_is_not_finite_is_found(value, dtype):
+    for size in (1, 7, 1_000):
+        good = torch.full((size,), torch.finfo(dtype).max, dtype=dtype)
+        checks.check_finite({"good": good, "wide": torch.ones(2), "none": good[:0]})
+        for at in (0, size // 2, size - 1):
+            bad = good.clone()
+            bad[at] = value
+            with pytest.raises(ValueError, match="bad: expected finite"):
+                checks.check_finite({"good": good, "none": good[:0], "bad": bad})

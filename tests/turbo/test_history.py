@@ -115,9 +115,17 @@ def test_errors():
         History().load_state_dict(tensors, metadata)
 
 
-def test_nan_factors_never_enter_a_history():
-    history, factors = History(), make_factors(0)
-    factors["layer.q"][0][0, 0] = math.nan
-    with pytest.raises(ValueError, match="NaN"):
+@pytest.mark.parametrize("density", [0.8, None], ids=["trimmed", "linear"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_never_enters_a_history(value, density):
+    history, factors = History(density), make_factors(0)
+    factors["layer.v"][1][2, 0] = value
+    with pytest.raises(ValueError, match=r"layer\.v\.lora_b: expected finite values, got NaN"):
         history.push(0, factors, 1.0)
     assert len(history) == 0
+    history.push(0, make_factors(0), 1.0)
+    tensors, metadata = history.state_dict()
+    tensors["0.layer.q.lora_a"] = tensors["0.layer.q.lora_a"] * value
+    with pytest.raises(ValueError, match=r"layer\.q\.lora_a: expected finite"):
+        history.load_state_dict(tensors, metadata)
+    assert history.entries[0].factors["layer.q"][0].isfinite().all()

@@ -122,6 +122,24 @@ def test_streaming_resumes_with_the_same_bits(method):
     close(whole.weights(), resumed.weights(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("method", ["ties", "linear"])
+def test_factors_are_looked_at_when_they_enter_and_not_again(method, monkeypatch):
+    base, looked = make_base(), []
+    monkeypatch.setattr("turbo.kernels.checks.check_finite", lambda tensors: looked.append(tensors))
+    history, streaming = History(), StreamingTeacher(base, method=method)
+    history.push(0, make_factors(0), 2.0)
+    streaming.push(make_factors(0), 2.0)
+    merge_teacher(base, history, method=method)
+    assert not looked  # history.py holds its own name for it: nothing below it has looked
+    monkeypatch.undo()
+    broken = make_factors(1)
+    broken["layer.up"][0][0, 0] = torch.nan
+    for push in (lambda: history.push(1, broken, 2.0), lambda: streaming.push(broken, 2.0)):
+        with pytest.raises(ValueError, match=r"layer\.up\.lora_a: expected finite"):
+            push()
+    close(streaming.weights(), merge_teacher(base, history, method=method))
+
+
 def test_errors():
     base, history = make_base(), History()
     with pytest.raises(ValueError, match="empty history"):

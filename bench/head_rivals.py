@@ -1,0 +1,168 @@
+"""What the policy head is raced against, and what each computes: the table of `bench.policy_head`.
+
+Three tasks, since most rivals know a part of ours only:
+
+    all three    log-probability, entropy and reverse KL of every row
+    logprob      the log-probability alone
+    reverse KL   the mean over the rows of the exact divergence to the teacher
+
+A loss has no other outputs, so it is compared by its value and its gradient. The settings are each
+rival's own defaults, but for what the task needs, and cut-cross-entropy drops no small gradients.
+
+Left out: measuring (`bench.policy_head`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.race import needs_cuda
+from turbo.kernels.policy_head import policy_head
+from turbo.kernels.reference import PolicyHeadOutput
+
+Head = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]  # hidden, W, targets, teacher
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An implementation, and what it computes in terms of the reference."""
+
+    call: Head
+    truth: Callable[[PolicyHeadOutput], tuple[Tensor, ...]]
+
+
+def all_three(out: PolicyHeadOutput) -> tuple[Tensor, ...]:
+    """Everything the policy loss needs."""
+    return out.logprob, out.entropy, out.reverse_kl
+
+
+def logprob(out: PolicyHeadOutput) -> tuple[Tensor, ...]:
+    """The log-probabilities."""
+    return (out.logprob,)
+
+
+def mean_nll(out: PolicyHeadOutput) -> tuple[Tensor, ...]:
+    """The cross-entropy loss."""
+    return (-out.logprob.mean(),)
+
+
+def mean_ratio(out: PolicyHeadOutput) -> tuple[Tensor, ...]:
+    """GRPO's loss on the policy that sampled, with advantage 1: -1, and a gradient."""
+    return (-(out.logprob - out.logprob.detach()).exp().mean(),)
+
+
+def mean_reverse_kl(out: PolicyHeadOutput) -> tuple[Tensor, ...]:
+    """The distillation loss."""
+    return (out.reverse_kl.mean(),)
+
+
+def ours(*want: str) -> Head:
+    """The kernel, asked for some of its outputs."""
+
+    def call(hidden, weight, targets, teacher):
+        if want == ("logprob",):
+            teacher = None
+        out = policy_head(hidden, weight, targets, teacher_hidden=teacher, want=want)
+        return tuple(getattr(out, name) for name in want)
+
+    return call
+
+
+def ours_reverse_kl(hidden, weight, targets, teacher) -> tuple[Tensor, ...]:
+    """The kernel's divergence, averaged as the losses do it."""
+    return (ours("reverse_kl")(hidden, weight, targets, teacher)[0].mean(),)
+
+
+def eager(hidden, weight, targets, teacher) -> tuple[Tensor, ...]:
+    """What one writes first: dense [T, V] logits, and autograd."""
+    log_p = (hidden @ weight.T).float().log_softmax(-1)
+    with torch.no_grad():
+        log_q = (teacher @ weight.T).float().log_softmax(-1)
+    p = log_p.exp()
+    logprob = log_p.gather(1, targets[:, None])[:, 0]
+    return logprob, -(p * log_p).sum(-1), (p * (log_p - log_q)).sum(-1)
+
+
+def compiled(hidden, weight, targets, teacher) -> tuple[Tensor, ...]:
+    """The same through torch.compile, which keeps what it has compiled."""
+    return torch.compile(eager)(hidden, weight, targets, teacher)
+
+
+def eager_logprob(hidden, weight, targets, teacher) -> tuple[Tensor, ...]:
+    """The cross-entropy of dense logits."""
+    logits = (hidden @ weight.T).float()
+    return (-torch.nn.functional.cross_entropy(logits, targets, reduction="none"),)
+
+
+def eager_reverse_kl(hidden, weight, targets, teacher) -> tuple[Tensor, ...]:
+    """The divergence of dense logits."""
+    log_p = (hidden @ weight.T).float().log_softmax(-1)
+    with torch.no_grad():
+        log_q = (teacher @ weight.T).float().log_softmax(-1)
+    return ((log_p.exp() * (log_p - log_q)).sum(-1).mean(),)
+
+
+def liger_cross_entropy(hidden, weight, targets, teacher) -> tuple[Tensor, ...]:
+    """Liger's fused linear cross-entropy."""
+    needs_cuda(hidden)
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return (LigerFusedLinearCrossEntropyLoss()(weight, hidden, targets),)
+
+
+def liger_grpo(hidden, weight, targets, teacher) -> tuple[Tensor, ...]:
+    """Liger's chunked GRPO loss: all rows are one sequence, its advantage is 1, no reference."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="grpo")
+    mask, advantage = torch.ones_like(targets)[None], torch.ones(1, device=hidden.device)
+    return (loss(hidden[None], weight, targets[None], mask, advantage)[0],)
+
+
+def cut_cross_entropy(hidden, weight, targets, teacher) -> tuple[Tensor, ...]:
+    """Cut cross-entropy, with exact gradients."""
+    needs_cuda(hidden)
+    from cut_cross_entropy import linear_cross_entropy
+
+    return (linear_cross_entropy(hidden, weight, targets, filter_eps=None),)
+
+
+def liger_jsd(hidden, weight, targets, teacher) -> tuple[Tensor, ...]:
+    """Liger's fused linear Jensen-Shannon divergence, which is the reverse KL at beta = 1."""
+    needs_cuda(hidden)
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    return (LigerFusedLinearJSD(jsd_beta=1.0)(hidden, weight, teacher, weight, targets),)
+
+
+def liger_distillation(hidden, weight, targets, teacher) -> tuple[Tensor, ...]:
+    """Liger's chunked distillation loss: no share for the labels, beta = 1."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0)
+    return (loss(hidden, weight, teacher, weight, targets),)
+
+
+TASKS: dict[str, dict[str, Variant]] = {
+    "policy_head": {
+        "ours": Variant(ours("logprob", "entropy", "reverse_kl"), all_three),
+        "eager": Variant(eager, all_three),
+        "torch.compile": Variant(compiled, all_three),
+    },
+    "policy_head logprob": {
+        "ours": Variant(ours("logprob"), logprob),
+        "eager": Variant(eager_logprob, logprob),
+        "liger fused linear cross-entropy": Variant(liger_cross_entropy, mean_nll),
+        "liger GRPO": Variant(liger_grpo, mean_ratio),
+        "cut-cross-entropy": Variant(cut_cross_entropy, mean_nll),
+    },
+    "policy_head reverse KL": {
+        "ours": Variant(ours_reverse_kl, mean_reverse_kl),
+        "eager": Variant(eager_reverse_kl, mean_reverse_kl),
+        "liger fused linear JSD": Variant(liger_jsd, mean_reverse_kl),
+        "liger distillation": Variant(liger_distillation, mean_reverse_kl),
+    },
+}
+PRODUCTS = {"policy_head": (2, 3), "policy_head logprob": (1, 2), "policy_head reverse KL": (2, 3)}
