@@ -35,6 +35,7 @@ class Scribe:
         self.console = Console(quiet=not self.leads, **plain)
         self.interrupt = Interrupt() if self.leads else None
         self.interrupted = False
+        self.unanswered = 0  # questions that an external teacher left, as far as told
 
     def __enter__(self) -> "Scribe":
         run, c = self.run, self.run.config
@@ -84,6 +85,10 @@ class Scribe:
         self.bar.update(self.task, completed=run.update, text=summary(metrics))
         if not self.console.is_terminal:
             self.say(f"{run.update}/{run.config.updates} {summary(metrics)}")
+        failed = int(metrics.get("teacher_failed", 0))
+        if failed > self.unanswered:
+            more, self.unanswered = failed - self.unanswered, failed
+            self.say(f"{more} questions to the teacher went unanswered: {run.corrector.problem}")
         step = max(1, len(episodes) // 4)
         with (run.path / checkpoint.EPISODES).open("a", encoding="utf-8") as file:
             for number in range(0, len(episodes), step)[:4]:

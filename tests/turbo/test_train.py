@@ -236,6 +236,18 @@ def test_a_run_with_an_external_corrector(tmp_path, monkeypatch, capsys):
     assert "right" not in (tmp_path / "run" / "config.json").read_text()  # the key is not kept
 
 
+def test_a_corrector_that_fails_is_told_of_and_stops_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("turbo.corrector.FIRST_PAUSE", 0.01)
+    options = "--guidance gtr --teacher-model expert --sft-rows 4 --teacher-timeout 5".split()
+    with serve("numberline", fail=1.0) as url:
+        assert start(tmp_path / "run", *options, "--teacher-url", url) == 0
+    out = capsys.readouterr().out
+    assert out.count("4 questions to the teacher went unanswered: ") == 2
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")[1:3]
+    assert [r["teacher_failed"] for r in records] == [4, 8]
+    assert [r["sft_examples"] for r in records] == [0, 0]
+
+
 def test_a_run_repeats_itself_and_another_seed_does_not(tmp_path):
     for name, seed in (("one", "3"), ("two", "3"), ("other", "4")):
         assert start(tmp_path / name, "--updates", "1", "--seed", seed) == 0
