@@ -82,15 +82,24 @@ CLAIMS = (
         "The merged teacher is at least as good as the current policy.",
         (
             Comparison("harsh", "kl", "kl", TEACHER, SUCCESS),
+            Comparison("harsh", "linear-sma", "linear-sma", TEACHER, SUCCESS),
             Comparison("calm", "kl", "kl", TEACHER, SUCCESS),
         ),
     ),
     Claim(
         "c",
         "A merged teacher is better than a static one, the warm start.",
-        (*pairs("harsh", "kl", "initial"), *pairs("calm", "kl", "initial")),
+        (
+            *pairs("harsh", "kl", "initial"),
+            *pairs("harsh", "linear-sma", "initial"),
+            *pairs("calm", "kl", "initial"),
+        ),
     ),
-    Claim("d", "TIES is at least as good as linear merging.", pairs("harsh", "kl", "linear")),
+    Claim(
+        "d",
+        "TIES is at least as good as linear merging.",
+        (*pairs("harsh", "kl", "linear"), *pairs("harsh", "sma", "linear-sma")),
+    ),
     Claim(
         "e",
         "Equal weights and EMA with alpha 0.5 are alike; alpha 0.1 and 0.9 are worse.",
@@ -123,12 +132,18 @@ CLAIMS = (
         "merging",
         "Ours, not the paper's: is it merging that matters? Against the last checkpoint alone as "
         "the teacher, a trust region (epochs end at an approximate KL), and the calm rate.",
-        pairs("harsh", "kl", "last", "initial", "trust", "slow"),
+        (
+            *pairs("harsh", "kl", "last", "trust", "slow"),
+            *pairs("harsh", "linear-sma", "kl", "last", "trust", "slow"),
+        ),
     ),
     Claim(
         "long",
         "Ours: over a long run a fixed teacher holds the policy back and a merged one does not.",
-        pairs("long", "kl", "initial", "last", "none"),
+        (
+            *pairs("long", "kl", "initial", "last", "none"),
+            *pairs("long", "linear-sma", "initial", "last", "none"),
+        ),
     ),
     Claim(
         "rejection",
