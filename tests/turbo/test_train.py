@@ -238,7 +238,16 @@ def test_a_run_with_an_external_corrector(tmp_path, monkeypatch, capsys):
 
 def test_a_corrector_that_fails_is_told_of_and_stops_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("turbo.corrector.FIRST_PAUSE", 0.01)
-    options = "--guidance gtr --teacher-model expert --sft-rows 4 --teacher-timeout 5".split()
+    options = [
+        "--guidance",
+        "gtr",
+        "--teacher-model",
+        "expert",
+        "--sft-rows",
+        "4",
+        "--teacher-timeout",
+        "5",
+    ]
     with serve("numberline", fail=1.0) as url:
         assert start(tmp_path / "run", *options, "--teacher-url", url) == 0
     out = capsys.readouterr().out
