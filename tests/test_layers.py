@@ -23,11 +23,11 @@ MODULES = {
     # 1: no model
     1: "batch config gae history kl log memory parallel ppo prompts",
     # 2: the model and its weights
-    2: "checkpoint lora merge model tiny",
+    2: "checkpoint lock lora merge model tiny",
     # 3: the model at work
-    3: "backprop corrector decode guidance measure rollout run score scribe teacher update",
+    3: "backprop corrector decode faults guidance measure rollout run score scribe teacher update",
     # 4: what is run
-    4: "__main__ eval export sft train view",
+    4: "__main__ eval export replay sft train view",
 }
 LAYERS = {f"turbo.{name}": layer for layer, names in MODULES.items() for name in names.split()}
 LAYERS["turbo"] = 0

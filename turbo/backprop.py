@@ -57,7 +57,8 @@ def backward_rows(
         [v.detach().requires_grad_(v.requires_grad) for v in prefix.values],
         prefix.next_position,
     )
-    for rows in micro_batches([len(s) + len(a) for s, a in zip(suffixes, answers, strict=True)]):
+    lengths = [len(s) + len(a) for s, a in zip(suffixes, answers, strict=True)]
+    for rows in micro_batches(lengths, vlm.batches.train):
         batch = pad_rows([suffixes[i] for i in rows], [answers[i] for i in rows], vlm.pad)
         own = pad_to(torch.tensor([owner[i] for i in rows]), batch.padded_rows)
         hidden = vlm.suffix(w, batch.ids, kv.select(own))

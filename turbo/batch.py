@@ -6,7 +6,7 @@ where they predict an answer token: prompt and padding never reach the head.
 Left out: the model; prefixes (rows refer to them by number).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,51 @@ def pad_to(tensor: Tensor, length: int) -> Tensor:
     if len(tensor) == length:
         return tensor
     return torch.cat([tensor, tensor[:1].expand(length - len(tensor), *tensor.shape[1:])])
+
+
+@dataclass
+class BatchSizes:
+    """Rows that run together, phase by phase: halved where memory runs out, and kept so."""
+
+    decode: int = 64
+    score: int = 64
+    train: int = MICRO_ROWS
+
+    def halve(self, phase: str, rows: int) -> int:
+        """The size to go on with, after `rows` rows were too many."""
+        if rows <= 1:
+            raise torch.OutOfMemoryError(
+                f"not even one row fits into memory in the phase {phase!r}: use a smaller model, "
+                "fewer --envs or a lower --max-new-tokens"
+            )
+        setattr(self, phase, min(getattr(self, phase), rows // 2))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return rows // 2
+
+
+def run_batches(
+    lengths: Sequence[int], sizes: BatchSizes, phase: str, work: Callable[[list[int]], None]
+) -> None:
+    """`work` on all rows in micro-batches; one that runs out of memory is cut in two and run again.
+
+    When it fails, `work` leaves nothing behind.
+    """
+    todo = micro_batches(lengths, getattr(sizes, phase))
+    while todo:
+        rows = todo.pop(0)
+        if not fits(work, rows):
+            half = sizes.halve(phase, len(rows))
+            todo = [rows[i : i + half] for i in range(0, len(rows), half)] + todo
+
+
+def fits(work: Callable, *arguments) -> bool:
+    """Call `work`; False where memory ran out. What it held is free again when this returns."""
+    try:
+        work(*arguments)
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 def micro_batches(lengths: Sequence[int], size: int = MICRO_ROWS) -> list[list[int]]:

@@ -3,14 +3,19 @@
     RUN/config.json               all settings, versions, commit
     RUN/metrics.jsonl             one line an update
     RUN/episodes.jsonl            a sample of episodes: thoughts and verdicts
-    RUN/checkpoints/00000010/     adapter.safetensors, state.safetensors, meta.json
+    RUN/checkpoints/00000010/     adapter.safetensors, state.safetensors, meta.json, manifest.json
+    RUN/lock                      held by the process that writes (`turbo.lock`)
+    RUN/faults/                   minibatches that gave no finite gradient (`turbo.faults`)
 
-A checkpoint is written into a temporary folder that is renamed when it is complete. No generator is
-saved: every random number of an update derives from (seed, update).
+A checkpoint is written into a temporary folder: its files, then a manifest of their sizes and
+hashes; all of it is forced to the disk before the folder is renamed. One that does not agree with
+its manifest is left out, and the one before it is used. No generator is saved: every random number
+of an update derives from (seed, update).
 
-Left out: hashes and manifests, locks, disk-space checks.
+Left out: what a run's state consists of (`turbo.run`).
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -27,12 +32,21 @@ from torch import Tensor
 
 from turbo.config import TrainConfig
 
-CONFIG, METRICS, EPISODES, CHECKPOINTS = (
+CONFIG, METRICS, EPISODES, CHECKPOINTS, FAULTS, LOCK = (
     "config.json",
     "metrics.jsonl",
     "episodes.jsonl",
     "checkpoints",
+    "faults",
+    "lock",
 )
+ADAPTER, STATE, META, MANIFEST = (
+    "adapter.safetensors",
+    "state.safetensors",
+    "meta.json",
+    "manifest.json",
+)
+NAME = re.compile(r"[0-9]{8}")
 
 
 class CheckpointError(ValueError):
@@ -73,18 +87,29 @@ def versions() -> dict[str, str]:
     }
 
 
+def occupied(path: Path, overwrite: bool) -> list[Path]:
+    """What is in the way of a new run at `path`; CheckpointError unless it may be overwritten.
+
+    The lock is no content.
+    """
+    if not path.exists():
+        return []
+    there = [p for p in path.iterdir() if p.name != LOCK] if path.is_dir() else [path]
+    if there and not overwrite:
+        raise CheckpointError(
+            f"{path} already exists: continue it with --resume {path}, replace it with "
+            "--overwrite, or choose another --out"
+        )
+    if there and not (path / CONFIG).is_file():
+        raise CheckpointError(f"{path} is not a run directory, so --overwrite leaves it alone")
+    return there
+
+
 def create_run(path: Path, config: TrainConfig, model_sha256: str) -> None:
     """Make a run directory; an existing one is refused unless it is to be overwritten."""
-    if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
-        if not config.overwrite:
-            raise CheckpointError(
-                f"{path} already exists: continue it with --resume {path}, replace it with "
-                "--overwrite, or choose another --out"
-            )
-        if not (path / CONFIG).is_file():
-            raise CheckpointError(f"{path} is not a run directory, so --overwrite leaves it alone")
-        shutil.rmtree(path)
-    (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    for entry in occupied(path, config.overwrite):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    (path / CHECKPOINTS).mkdir(parents=True)
     record = {"config": asdict(config), "versions": versions(), "model_sha256": model_sha256}
     write_json(path / CONFIG, record)
 
@@ -107,40 +132,109 @@ def save(
     meta: dict,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `update`, then drop all but the newest `keep`."""
+    """Write the checkpoint of `update`, then drop all but the newest `keep`.
+
+    One that is there and whole is left as it is. OSError where it cannot be written; what was there
+    before is still there then.
+    """
     folder = run / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
     final, partial = folder / f"{update:08d}", folder / f"{update:08d}.partial"
+    if final.exists() and damage(final) is None:
+        return final
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    save_file({k: v.contiguous() for k, v in adapter.items()}, partial / "adapter.safetensors")
-    save_file({k: v.contiguous() for k, v in state.items()}, partial / "state.safetensors")
-    write_json(partial / "meta.json", meta)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
+    try:
+        partial.mkdir()
+        _write_tensors(partial / ADAPTER, adapter)
+        _write_tensors(partial / STATE, state)
+        write_json(partial / META, meta)
+        files = {name: _fingerprint(partial / name) for name in (ADAPTER, STATE, META)}
+        write_json(partial / MANIFEST, {"files": files})
+        _sync(partial)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one
+        os.replace(partial, final)
+        _sync(folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # makes room
+        raise
     for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     return final
 
 
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path)
+    except SafetensorError as error:  # what went wrong with the file, in other clothes
+        raise OSError(f"{path} cannot be written: {error}") from error
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Return when a file's content, or a folder's entries, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _fingerprint(path: Path) -> dict:
+    with path.open("rb") as file:
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint is not what was written, None if it is."""
+    try:
+        files = read_json(checkpoint / MANIFEST).get("files")
+    except CheckpointError as error:
+        return str(error)
+    if not isinstance(files, dict) or set(files) != {ADAPTER, STATE, META}:
+        return f"{checkpoint / MANIFEST} does not name the files of a checkpoint"
+    for name, recorded in files.items():
+        try:
+            found = _fingerprint(checkpoint / name)
+        except OSError as error:
+            return f"{checkpoint / name} cannot be read: {error}"
+        if found != recorded:
+            size = recorded.get("bytes") if isinstance(recorded, dict) else None
+            what = "size" if found["bytes"] != size else "SHA-256"
+            return f"{checkpoint / name} is not the file that was written: its {what} differs"
+    return None
+
+
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """The folders of a run's checkpoints, oldest first; one may be damaged."""
     folder = run / CHECKPOINTS
-    found = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    found = [p for p in folder.iterdir() if NAME.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found)
 
 
+def newest(run: Path) -> tuple[Path, list[str]]:
+    """A run's newest checkpoint that is whole, and what is wrong with those that are newer."""
+    problems = []
+    for folder in reversed(checkpoints(run)):
+        problem = damage(folder)
+        if problem is None:
+            return folder, problems
+        problems.append(problem)
+    if problems:
+        raise CheckpointError(f"{run} has no checkpoint that is whole: {'; '.join(problems)}")
+    raise CheckpointError(f"{run} has no checkpoint yet: train it first")
+
+
 def load(run: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """Adapter, state and meta data of a run's newest checkpoint."""
-    found = checkpoints(run)
-    if not found:
-        raise CheckpointError(f"{run} has no checkpoint yet: train it first")
+    """Adapter, state and meta data of a run's newest whole checkpoint."""
+    folder, _ = newest(run)
     try:
-        adapter = load_file(found[-1] / "adapter.safetensors")
-        state = load_file(found[-1] / "state.safetensors")
+        adapter, state = load_file(folder / ADAPTER), load_file(folder / STATE)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {found[-1]} cannot be read: {error}") from error
-    return adapter, state, read_json(found[-1] / "meta.json")
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from error
+    return adapter, state, read_json(folder / META)
 
 
 def section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -161,8 +255,14 @@ def read_json(path: Path) -> dict:
 
 def write_json(path: Path, data: dict) -> None:
     """Write a JSON object, whole or not at all."""
+    write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
+    _sync(partial)
     os.replace(partial, path)
 
 

@@ -176,6 +176,8 @@ class TrainConfig:
     """checkpoint every so many updates, and at the end"""
     keep: int = 2
     """checkpoints kept in the run directory"""
+    max_faults: int = 5
+    """stop after so many minibatches in a row without a finite gradient; single ones are skipped"""
     tensorboard: bool = False
     """also write TensorBoard files into the run directory"""
 
@@ -263,6 +265,7 @@ def check(c: TrainConfig) -> None:
         "merge_every",
         "save_every",
         "keep",
+        "max_faults",
     ):
         need(getattr(c, flag) >= 1, flag, "at least 1")
     for flag in ("temperature", "eval_temperature", "learning_rate", "grad_clip", "lora_alpha"):
@@ -292,7 +295,8 @@ def check(c: TrainConfig) -> None:
 
 def changed(old: dict, new: TrainConfig) -> list[str]:
     """Names of the settings in which a resumed run would differ from the saved one."""
-    free = {"resume", "out", "overwrite", "updates", "minutes", "keep", "save_every", "tensorboard"}
+    free = {"resume", "out", "overwrite", "updates", "minutes", "keep", "save_every"}
+    free |= {"max_faults", "tensorboard"}
     now = asdict(new)
     return [k for k in now if k not in free and k in old and old[k] != now[k]]
 

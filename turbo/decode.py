@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbo.batch import micro_batches, round_up
+from turbo.batch import fits, micro_batches, round_up
 from turbo.kernels.policy_head import ban_bias
 from turbo.model import KEYS, PrefixKV, TextWeights, VisionLanguageModel, causal_mask
 
@@ -60,6 +60,8 @@ class _Row:
     whole: list[int] = field(default_factory=list)  # the guess that the draft was cut from
     limit: int = 1 << 30  # longest draft: short after a refusal, free again after a confirmation
     hidden: Tensor | None = None
+    judged: Tensor | None = None  # [draft + 1] uniform numbers of this pass
+    drawn: Tensor | None = None  # [1]
 
 
 AFTER_REFUSAL = 4  # tokens guessed behind a refused guess, beside as many as were right before it
@@ -106,18 +108,38 @@ class Decoder:
         rows = list(self.rows.values())
         for row in rows:
             row.draft = self._draft(row)
+        self._draw_noise(rows)
         fresh = [r for r in rows if r.position == 0]
         short = [r for r in rows if r.position and len(r.pending) + len(r.draft) <= SHORT]
         long = [r for r in rows if r.position and len(r.pending) + len(r.draft) > SHORT]
-        for group in (*_similar(fresh), *_similar(short, 256), *_similar(long)):
-            self._verify(group, *self._forward(group))
-            self.passes += 1
+        size = self.vlm.batches.decode
+        for group in (*_similar(fresh, size), *_similar(short, 4 * size), *_similar(long, size)):
+            self._pass(group)
         done = []
         for row in rows:
             if row.tokens[-1] == self.vlm.end or len(row.tokens) >= self.max_new:
                 del self.rows[row.slot]
                 done.append((row.slot, Sample(row.tokens, row.logprobs, row.hidden)))
         return done
+
+    def _draw_noise(self, rows: list[_Row]) -> None:
+        """Uniform numbers: one for each guess and the token behind, and one to draw a token with.
+
+        Drawn for all rows first: what is sampled does not depend on which rows run together.
+        """
+        counts = [len(r.draft) + 1 for r in rows]
+        judged = torch.rand(sum(counts), generator=self.generator).split(counts)
+        drawn = torch.rand(len(rows), 1, dtype=torch.float64, generator=self.generator)
+        for row, numbers, number in zip(rows, judged, drawn, strict=True):
+            row.judged, row.drawn = numbers, number
+
+    def _pass(self, rows: list[_Row]) -> None:
+        """One forward pass for these rows; one for each half of them where memory runs out."""
+        self.passes += 1
+        if not fits(lambda: self._verify(rows, *self._forward(rows))):
+            half = self.vlm.batches.halve("decode", len(rows))
+            self._pass(rows[:half])
+            self._pass(rows[half:])
 
     def _draft(self, row: _Row) -> list[int]:
         """Guessed tokens behind those already sampled; the end token is left to the model."""
@@ -160,7 +182,7 @@ class Decoder:
         end = n.cumsum(0) - 1  # where each row predicts the token behind its draft
         drafts = torch.tensor([t for r in rows for t in [*r.draft, 0]])
         logp = logprobs.gather(1, drafts[:, None])[:, 0]
-        refused = torch.rand(len(drafts), generator=self.generator) >= logp.exp()
+        refused = torch.cat([r.judged for r in rows]) >= logp.exp()
         refused[end] = True  # nothing was guessed there
         place = torch.where(refused, torch.arange(len(drafts)), len(drafts))
         row_of = torch.repeat_interleave(torch.arange(len(rows)), n)
@@ -169,7 +191,7 @@ class Decoder:
         others = logprobs.clone()
         inside = (first != end).nonzero()[:, 0]
         others[inside, drafts[first[inside]]] = -1e30
-        new = self._draw(torch.softmax(others, -1))
+        new = _draw(torch.softmax(others, -1), torch.stack([r.drawn for r in rows]))
         new_logp = logprobs.gather(1, new[:, None])[:, 0].tolist()
         taken = (first - (end + 1 - n)).tolist()  # accepted guesses of each row
         logp, new, offset = logp.tolist(), new.tolist(), 0
@@ -186,15 +208,15 @@ class Decoder:
             self.accepted += k
             offset += counts[i]
 
-    def _draw(self, p: Tensor) -> Tensor:
-        """[R] one token a row, by inversion of the distributions p [R, V]."""
-        below = p.cumsum(-1, dtype=torch.float64)
-        u = torch.rand(len(p), 1, dtype=torch.float64, generator=self.generator)
-        drawn = torch.searchsorted(below, u * below[:, -1:], right=True)[:, 0]
-        return drawn.clamp_(max=p.shape[1] - 1)  # past the end where p is not a number
+
+def _draw(p: Tensor, u: Tensor) -> Tensor:
+    """[R] one token a row, by inversion of the distributions p [R, V] at u [R, 1] in [0, 1)."""
+    below = p.cumsum(-1, dtype=torch.float64)
+    drawn = torch.searchsorted(below, u * below[:, -1:], right=True)[:, 0]
+    return drawn.clamp_(max=p.shape[1] - 1)  # past the end where p is not a number
 
 
-def _similar(rows: list[_Row], size: int = 64) -> list[list[_Row]]:
+def _similar(rows: list[_Row], size: int) -> list[list[_Row]]:
     """Rows in groups of cache-sized work and similar length."""
     lengths = [len(r.pending) + len(r.draft) for r in rows]
     return [[rows[i] for i in group] for group in micro_batches(lengths, size)]

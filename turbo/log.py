@@ -10,6 +10,7 @@ Left out: the console table (train.py) and reading a run back into figures (view
 import difflib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,12 @@ METRICS: dict[str, Metric] = {
     "approx_kl": Metric("k3 estimate of KL(rollout policy || current policy) of a step", "nats"),
     "clip_fraction": Metric("share of the steps whose ratio lies outside the clip range", "0..1"),
     "grad_norm": Metric("norm of the gradient before clipping, mean over optimiser steps", "1"),
+    "skipped_batches": Metric(
+        "minibatches skipped since their loss or gradient was not finite", "minibatches"
+    ),
+    "faulty_steps": Metric(
+        "environment steps left out since a sampled log-probability was not finite", "steps"
+    ),
     "learning_rate": Metric("learning rate of the update's last optimiser step", "1"),
     "trained_rows": Metric("environment steps that entered the PPO epochs", "steps"),
     "dropped_rows": Metric(
@@ -133,7 +140,8 @@ class JsonlLogger:
     """Append records to a file of JSON lines, flushed line by line, and copy them to the sinks.
 
     Opening an existing file goes on at its end; a last line that a crash left unfinished is
-    removed.
+    removed. Records that cannot be written, on a full disk, wait for the next attempt; `problem`
+    says why.
     """
 
     def __init__(self, path: str | Path, sinks: Sequence[Sink] = ()) -> None:
@@ -141,20 +149,35 @@ class JsonlLogger:
         self.sinks = tuple(sinks)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_unfinished_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
+        self._waiting: list[str] = []
+        self.problem = ""
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Record one update: numbers, or tensors of one element; NaN and inf become null."""
         check_names(metrics)
         record = {name: _plain_number(name, value) for name, value in metrics.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        self._waiting.append(json.dumps(record, allow_nan=False) + "\n")
+        self._write_waiting()
         numbers = {name: value for name, value in record.items() if value is not None}
         for sink in self.sinks:
             sink.write(int(numbers.get("update", 0)), numbers)
 
+    def _write_waiting(self) -> None:
+        """Append the lines that wait, all of them or none."""
+        data, size = "".join(self._waiting).encode(), self._file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+            self._waiting, self.problem = [], ""
+        except OSError as error:
+            self.problem = f"{len(self._waiting)} records wait to be written: {error}"
+            self._file.truncate(size)  # no half line is left
+
     def close(self) -> None:
         """Close the file and the sinks."""
+        if self._waiting:
+            self._write_waiting()
         self._file.close()
         for sink in self.sinks:
             sink.close()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from turbo import prompts
-from turbo.batch import pad_to, round_up
+from turbo.batch import BatchSizes, pad_to, round_up
 from turbo.kernels.pointwise import rms_norm, swiglu
 from turbo.lora import Lora, effective
 
@@ -231,7 +231,7 @@ class VisionLanguageModel:
             processor,
             source,
         )
-        self.text = TextModel(model, dtype)
+        self.text, self.batches = TextModel(model, dtype), BatchSizes()
         self.matrices: dict[str, Tensor] = {
             n: p for n, p in model.named_parameters() if n.startswith((TEXT_PREFIX, "lm_head"))
         }

@@ -17,6 +17,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait as wait_for
+from multiprocessing.sharedctypes import RawValue
 from queue import Empty
 from threading import BrokenBarrierError
 
@@ -29,9 +30,13 @@ PATIENCE = 1800.0  # seconds that a worker waits for the others
 class Crew:
     """What one worker knows of the others: its `rank`, their number `size`, and sums over all."""
 
-    def __init__(self, rank: int = 0, size: int = 1, barrier=None, board=None, queues=()):
+    def __init__(
+        self, rank: int = 0, size: int = 1, barrier=None, board=None, queues=(), asked=None
+    ):
         self.rank, self.size = rank, size
         self._barrier, self._board, self._queues = barrier, board, queues
+        # A byte in shared memory without a lock: it is set by a signal handler.
+        self._asked = RawValue("b", 0) if asked is None else asked
         # Compiled matrix kernels that are kept, one for each shape; read at their first use.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
         torch.set_num_threads(1)
@@ -40,6 +45,15 @@ class Crew:
     def leads(self) -> bool:
         """Whether this is the worker that logs and writes."""
         return self.rank == 0
+
+    def ask_to_stop(self) -> None:
+        """Ask all workers to abandon what can be abandoned."""
+        self._asked.value = 1
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a worker asked to stop. Workers may see it at different moments."""
+        return bool(self._asked.value)
 
     def wait(self) -> None:
         """Return when every worker has come here."""
@@ -125,11 +139,11 @@ def run_crew(size: int, program: Callable, *arguments, board: int = 1 << 20):
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(size)
     shared = torch.zeros(size, board).share_memory_()
-    queues = [context.Queue() for _ in range(size)]
+    queues, asked = [context.Queue() for _ in range(size)], context.RawValue("b", 0)
     others = [
         context.Process(
             target=_work,
-            args=(program, arguments, rank, size, barrier, shared, queues),
+            args=(program, arguments, rank, size, barrier, shared, queues, asked),
             daemon=True,
         )
         for rank in range(1, size)
@@ -140,7 +154,7 @@ def run_crew(size: int, program: Callable, *arguments, board: int = 1 << 20):
     watch = threading.Thread(target=_watch, args=(others, barrier, over), daemon=True)
     watch.start()
     try:
-        return program(Crew(0, size, barrier, shared, queues), *arguments)
+        return program(Crew(0, size, barrier, shared, queues, asked), *arguments)
     except BaseException:
         barrier.abort()
         raise
@@ -172,12 +186,12 @@ def _follow() -> None:
     os._exit(1)
 
 
-def _work(program, arguments, rank, size, barrier, board, queues) -> None:
+def _work(program, arguments, rank, size, barrier, board, queues, asked) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # worker 0 decides when to stop
     threading.Thread(target=_follow, daemon=True).start()
     try:
-        program(Crew(rank, size, barrier, board, queues), *arguments)
+        program(Crew(rank, size, barrier, board, queues, asked), *arguments)
     except BaseException:
         if not barrier.broken:
             traceback.print_exc()

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from turbo.batch import run_batches
 from turbo.decode import Decoder, Request, Sample
 from turbo.envs.base import Answer, Verdict, VisualEnv
 from turbo.model import PrefixKV, TextWeights, VisionLanguageModel
@@ -96,6 +97,10 @@ class RolloutOptions:
     format_invalid: float = 0.0
 
 
+class Abandoned(Exception):
+    """A rollout that was given up because somebody asked to stop; nothing came of it."""
+
+
 class Table:
     """One worker's environments, made once; every worker of the crew plays its own deals."""
 
@@ -121,11 +126,16 @@ class Table:
     ) -> Rollout:
         """This worker's share of at least `steps` steps, or of the given `deals`, played once each.
 
-        A deal is the arguments of `reset`.
+        A deal is the arguments of `reset`. Raises Abandoned, in all workers, when one was asked to
+        stop.
         """
-        rank, size = self.crew.rank, self.crew.size
+        crew, rank, size = self.crew, self.crew.rank, self.crew.size
         player = _Player(self.vlm, weights, self.envs, self.scout, self.options, (*seed, rank))
-        return player.play(-(-steps // size), None if deals is None else deals[rank::size])
+        deals = None if deals is None else deals[rank::size]
+        rollout = player.play(-(-steps // size), deals, lambda: crew.is_asked)
+        if any(crew.share(rollout is None)):  # all workers abandon it, or none
+            raise Abandoned
+        return rollout
 
 
 class _Gallery:
@@ -152,11 +162,14 @@ class _Gallery:
                 self.number[key] = len(self.number)
                 new.append(picture)
             self.last[env] = (picture, self.number[key])
-        if new:
-            features, self.grid = self.vlm.see(new)
+
+        def see(rows: list[int]) -> None:
+            features, self.grid = self.vlm.see([new[i] for i in rows])
             prefix = self.vlm.prefix(self.weights, features, self.fixed, self.grid)
             self.prefix = prefix if self.prefix is None else self.prefix.extend(prefix)
             self.features.append(features)
+
+        run_batches([1] * len(new), self.vlm.batches, "decode", see)
         return [self.last[env][1] for env in pictures]
 
 
@@ -171,12 +184,14 @@ class _Player:
         self.sampling = torch.Generator().manual_seed(mix(*seed, 1))
 
     @torch.no_grad()
-    def play(self, steps: int, deals: list[dict] | None) -> Rollout:
+    def play(
+        self, steps: int, deals: list[dict] | None, asked: Callable[[], bool]
+    ) -> Rollout | None:
         """Episodes of the `deals`, or of random ones until `steps` steps are done.
 
         All that begin are finished. Every environment takes the next episode as it comes free.
         Which episodes are begun depends only on steps already played, so long episodes are as
-        likely to be in as short ones.
+        likely to be in as short ones. None as soon as it is asked to stop.
         """
         o, self.taken, self.done = self.options, 0, 0
         self.deals, self.steps = deals, steps
@@ -194,6 +209,8 @@ class _Player:
         for slot in range(size):
             self._begin(slot, playing, pictures, out)
         while pictures or decoder.rows:
+            if asked():
+                return None
             for slot, number in zip(pictures, gallery.look(pictures), strict=True):
                 episode = playing[slot]
                 last = episode.steps[-1] if episode.steps else None

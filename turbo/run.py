@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from turbo import checkpoint
 from turbo.config import TrainConfig
 from turbo.corrector import Corrector
 from turbo.envs.make import make, tiny_kwargs
+from turbo.faults import FaultLog, NumericalFault, diagnosis
 from turbo.guidance import Examples
 from turbo.log import read_jsonl
 from turbo.lora import Lora, new_lora
@@ -49,14 +51,20 @@ class Run:
             weight_decay=0.0,
         )
         self.teacher = Teacher(self.vlm, self.lora, config)
+        self.faults = FaultLog(path / checkpoint.FAULTS, config.max_faults, crew.rank)
         self.examples = Examples(config.sft_max)
         self.corrector = new_corrector(config, crew.size) if config.guidance == "gtr" else None
         self.table = Table(self.vlm, env_maker(config), rollout_options(config), crew)
         self.beta = 1.0 if config.kl_coef == "auto" else float(config.kl_coef)
         self.update, self.env_steps, self.elapsed = 0, 0, 0.0
+        # What an interrupted evaluation owes: the record of its update, {} before the first one
+        self.owed: dict | None = {} if config.eval_start else None
+        self.is_over = False  # all updates done, and the last evaluation written
 
     def save(self) -> None:
         """Write a checkpoint from which `restore` continues bit for bit."""
+        if not all(p.isfinite().all() for p in self.learner.parameters()):  # alike in all workers
+            raise NumericalFault(f"not saved: {diagnosis(self.lora, {})}")
         if not self.crew.leads:
             return
         teacher, teacher_data = self.teacher.state_dict()
@@ -75,6 +83,36 @@ class Run:
         adapter = self.lora.state_dict()
         checkpoint.save(self.path, self.update, adapter, state, meta, self.config.keep)
 
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes at the end of the run: factors and their two moments,
+        the teacher's sums or its history, the dataset, the critic."""
+        c, size = self.config, lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+        trained = size(self.learner.parameters())
+        total = 3 * trained
+        if c.guidance in ("kl", "sft") and c.teacher == "merged":
+            dense = 4 * sum(matrix.numel() for matrix in self.teacher.base.values())
+            sums = (4 if c.merge == "ties" else 1) * dense
+            kept = min(c.history_max or c.updates + 1, c.updates + 1)
+            if c.checkpoint_each == "epoch" and not c.history_max:
+                kept *= c.epochs
+            total += dense + (sums if self.teacher.streaming else kept * trained)
+        if c.guidance in ("sft", "gtr"):
+            examples = c.updates * (c.sft_rows or 2 * c.steps_per_update)
+            examples = min(c.sft_max or examples, examples)
+            total += examples * 4 * (32 * self.vlm.text.dim + 2 * c.max_new_tokens)
+        return total
+
+    def lack_of_space(self) -> str:
+        """What is missing where the disk has no room for this run's checkpoints; else nothing."""
+        count = self.config.keep + 1  # a new one is whole before the oldest goes
+        needed, free = count * self.checkpoint_bytes(), shutil.disk_usage(self.path).free
+        if needed <= free:
+            return ""
+        return (
+            f"{self.path} has {megabytes(free)} free, and {count} checkpoints take about "
+            f"{megabytes(needed)}: make room, choose another --out, or lower --keep"
+        )
+
     def restore(self) -> None:
         """Continue from the run's newest checkpoint; metrics written after it are dropped."""
         adapter, state, meta = checkpoint.load(self.path)
@@ -86,11 +124,28 @@ class Run:
         self.teacher.load_state_dict(checkpoint.section(state, "teacher/"), meta["teacher"])
         self.update, self.env_steps = meta["update"], meta["env_steps"]
         self.elapsed, self.beta = meta["elapsed"], meta["beta"]
-        for name in (checkpoint.METRICS, checkpoint.EPISODES) if self.crew.leads else ():
+        records = []
+        for name in (checkpoint.EPISODES, checkpoint.METRICS) if self.crew.leads else ():
             file = self.path / name
             if file.exists():
-                rows = [json.dumps(r) for r in read_jsonl(file) if r["update"] <= self.update]
-                file.write_text("".join(r + "\n" for r in rows), encoding="utf-8")
+                records = [r for r in read_jsonl(file) if r["update"] <= self.update]
+                if name == checkpoint.METRICS:
+                    records = self._take_owed(records)
+                checkpoint.write_text(file, "".join(json.dumps(r) + "\n" for r in records))
+        self.owed, self.is_over = self.crew.share((self.owed, self.is_over))[0]
+
+    def _take_owed(self, records: list[dict]) -> list[dict]:
+        """The records, less the last one where its evaluation is due and was not finished."""
+        c, last = self.config, records[-1] if records else None
+        self.owed = None
+        if last is None:
+            self.owed = {} if c.eval_start else None
+        elif "eval_success_rate" not in last and due(c, self.update):
+            self.owed = records.pop()
+        else:
+            final = "success_rate" not in last and self.update > 0
+            self.is_over = final and self.update >= c.updates
+        return records
 
     def evaluate(self, teacher: bool = False) -> dict[str, float]:
         """Figures of the policy, or of the merged teacher, on fresh deals.
@@ -123,6 +178,22 @@ class Run:
             max_new_tokens=c.max_new_tokens,
             crew=self.crew,
         )
+
+
+def space(run: Run) -> str:
+    """What a checkpoint takes and what is free where it goes, in words."""
+    free = shutil.disk_usage(run.path).free
+    return f"a checkpoint takes about {megabytes(run.checkpoint_bytes())}, {megabytes(free)} free"
+
+
+def megabytes(count: int) -> str:
+    """A number of bytes, for people."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def due(c: TrainConfig, update: int) -> bool:
+    """Whether there is an evaluation along the way after so many updates."""
+    return bool(c.eval_every) and update > 0 and update % c.eval_every == 0 and update < c.updates
 
 
 def new_corrector(c: TrainConfig, workers: int) -> Corrector:

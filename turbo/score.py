@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turbo.batch import TokenBatch, micro_batches, pad_rows, pad_to
+from turbo.batch import TokenBatch, pad_rows, pad_to, run_batches
 from turbo.kernels.policy_head import PolicyHeadOutput, policy_head
 from turbo.kl import kl_estimate, mean_over
 from turbo.model import PrefixKV, TextWeights, VisionLanguageModel
@@ -67,7 +67,8 @@ def read_answers(
 ) -> TeacherReading:
     """Read the answers of the steps `rows` with other weights, the teacher's."""
     steps, hidden = [rollout.steps[i] for i in rows], {}
-    for group in micro_batches([len(s.suffix) + len(s.tokens) for s in steps], 64):
+
+    def work(group: list[int]) -> None:
         mine = [steps[i] for i in group]
         pictures, owner = local_pictures(mine)
         prefix = vlm.prefix(w, rollout.features[pictures], rollout.fixed, rollout.grid)
@@ -75,6 +76,8 @@ def read_answers(
         read = answer_hidden(vlm, w, prefix, owner, batch)[: len(batch.targets)]
         parts = read.split([len(s.tokens) for s in mine])
         hidden.update(zip([rows[i] for i in group], parts, strict=True))
+
+    run_batches([len(s.suffix) + len(s.tokens) for s in steps], vlm.batches, "score", work)
     return TeacherReading(hidden, w.head)
 
 
@@ -92,7 +95,9 @@ def teacher_kl(
     """[steps] mean KL estimate of each step's guided tokens between policy and teacher, in nats."""
     steps = rollout.steps
 
-    def work(rows: list[int]) -> Tensor:
+    kl = torch.empty(len(steps))
+
+    def work(rows: list[int]) -> None:
         mine = [steps[i] for i in rows]
         pictures, owner = local_pictures(mine)
         features = rollout.features[pictures]
@@ -111,12 +116,11 @@ def teacher_kl(
             out = score_answers(hidden, teacher.head, batch, want=("logprob",), **shared)
             sampled = torch.tensor([p for s in mine for p in s.logprobs])
             tokens = kl_estimate(sampled, out.logprob, estimator)
-        return mean_over(tokens, guided_tokens(mine, token_range), batch.row, len(mine))
+        mask = guided_tokens(mine, token_range)
+        kl[torch.tensor(rows)] = mean_over(tokens, mask, batch.row, len(mine))
 
-    out = torch.empty(len(steps))
-    for rows in micro_batches([len(s.suffix) + len(s.tokens) for s in steps], 64):
-        out[torch.tensor(rows)] = work(rows)
-    return out
+    run_batches([len(s.suffix) + len(s.tokens) for s in steps], vlm.batches, "score", work)
+    return kl
 
 
 @torch.no_grad()

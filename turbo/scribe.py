@@ -5,8 +5,11 @@ Left out: what the metrics mean (`turbo.log`), how figures are measured (`turbo.
 
 import dataclasses
 import json
+import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from turbo import checkpoint
 from turbo.log import JsonlLogger, TensorboardSink
 from turbo.measure import interval, thought
-from turbo.rollout import Episode
-from turbo.run import Run
+from turbo.rollout import Abandoned, Episode
+from turbo.run import Run, space
 
 EVAL_KEYS = (
     "success_rate",
@@ -24,6 +27,7 @@ EVAL_KEYS = (
     "episode_return",
     "reasoning_score",
 )
+SAVE_PAUSES = (1.0, 5.0)  # seconds between the attempts to save
 
 
 class Scribe:
@@ -33,8 +37,9 @@ class Scribe:
         self.run, self.leads = run, run.crew.leads
         plain = dict(highlight=False, markup=False, soft_wrap=True)  # a path may hold [brackets]
         self.console = Console(quiet=not self.leads, **plain)
-        self.interrupt = Interrupt() if self.leads else None
-        self.interrupted = False
+        self.interrupt = Interrupt(run.crew.ask_to_stop) if self.leads else None
+        self.interrupted = 0  # the signal that ended the run
+        self.unsaved = False  # whether the last attempt to save failed
         self.unanswered = 0  # questions that an external teacher left, as far as told
 
     def __enter__(self) -> "Scribe":
@@ -63,18 +68,25 @@ class Scribe:
         """Print a line."""
         self.console.print(text)
 
+    def fail(self, text: str) -> None:
+        """Print why the run ends here."""
+        if self.leads:
+            print(f"error: {text}", file=sys.stderr)
+
     def write(self, metrics: dict) -> None:
         """Append a record to the log."""
         if self.leads:
             self.logger.write(metrics)
+            if self.logger.problem:
+                self.say(f"{self.logger.path}: {self.logger.problem}")
 
     def must_stop(self) -> bool:
         """Whether the user or the time limit ends the run; the same answer on every worker."""
         limit = 60 * self.run.config.minutes
         late = 0 < limit <= self.run.elapsed
-        asked = self.leads and self.interrupt.asked
+        asked = self.interrupt.asked if self.leads else 0
         asked, late = self.run.crew.total(asked, self.leads and late)
-        self.interrupted = asked > 0
+        self.interrupted = int(asked)
         return asked > 0 or late > 0
 
     def tell(self, metrics: dict, episodes: list[Episode]) -> None:
@@ -90,16 +102,33 @@ class Scribe:
             more, self.unanswered = failed - self.unanswered, failed
             self.say(f"{more} questions to the teacher went unanswered: {run.corrector.problem}")
         step = max(1, len(episodes) // 4)
-        with (run.path / checkpoint.EPISODES).open("a", encoding="utf-8") as file:
-            for number in range(0, len(episodes), step)[:4]:
-                record = episode_record(run.update, episodes[number], number)
-                file.write(json.dumps(record) + "\n")
+        numbers = range(0, len(episodes), step)[:4]
+        records = [episode_record(run.update, episodes[n], n) for n in numbers]
+        try:
+            with (run.path / checkpoint.EPISODES).open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(r) + "\n" for r in records))
+        except OSError as error:
+            self.say(f"the sample of episodes could not be written: {error}")
 
-    def report(self, when: str, metrics: dict | None = None) -> None:
-        """Evaluate policy and teacher, print and log it."""
+    def report(self, metrics: dict | None = None) -> None:
+        """Evaluate policy and teacher, print it, and log it with the `metrics` of the update.
+
+        When it is abandoned the metrics are logged alone.
+        """
         run = self.run
         place = {"update": run.update, "env_steps": run.env_steps, "elapsed": run.elapsed}
         record = dict(metrics or place)
+        try:
+            record |= self._evaluations()
+        except Abandoned:
+            if metrics:
+                self.write(metrics)
+            raise
+        self.write(record)
+
+    def _evaluations(self) -> dict:
+        run, record = self.run, {}
+        when = f"after {run.update} updates" if run.update else "before training"
         for who in ("policy", "teacher") if run.config.eval_episodes else ():
             if who == "teacher" and (run.teacher.weights is None or run.update == 0):
                 continue
@@ -113,22 +142,43 @@ class Scribe:
             )
             prefix = "eval_" if who == "policy" else "eval_teacher_"
             record |= {prefix + k: e[k] for k in EVAL_KEYS}
-        self.write(record)
+        return record
+
+    def save(self) -> None:
+        """Save the run. A failure is told and tried again; it stops nothing."""
+        for pause in (*SAVE_PAUSES, None):
+            try:
+                self.run.save()
+                self.unsaved = False
+                return
+            except OSError as error:
+                self.unsaved = True
+                self.say(
+                    f"update {self.run.update} could not be saved: {error} "
+                    f"({space(self.run)}); the checkpoint before it is still there"
+                )
+                if pause is not None:
+                    time.sleep(pause)
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM: the first asks to finish the update and save, the second ends at once."""
+    """Ctrl-C and SIGTERM: the first asks to stop and save, the second ends at once.
 
-    def __init__(self):
-        self.asked = False
+    Ending at once corrupts nothing: a checkpoint counts when it is whole, and not before.
+    """
+
+    def __init__(self, ask: Callable[[], None] = lambda: None):
+        self.asked, self.ask = 0, ask
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame) -> None:
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nfinishing this update, then saving (once more to stop at once)", file=sys.stderr)
+            print("\nstopped at once, without saving", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+        self.asked = number
+        self.ask()
+        print("\nstopping: saving what is done (once more to stop at once)", file=sys.stderr)
 
 
 def episode_record(update: int, episode, number: int) -> dict:

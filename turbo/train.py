@@ -17,22 +17,25 @@ Run as `python -m turbo.train points24`; `--help` explains every setting. Left o
 
 import dataclasses
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import torch
 import tyro
 
-from turbo import checkpoint
+from turbo import checkpoint, lock
 from turbo.config import GAME_DEFAULTS, PRESETS, TrainConfig, changed, check, defaults
 from turbo.corrector import check_url
+from turbo.faults import NumericalFault, diagnosis
 from turbo.guidance import ask_corrector, spread, write_answers
 from turbo.kl import auto_coefficient
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
 from turbo.parallel import Crew, cores, run_crew
-from turbo.rollout import Episode, Rollout, mix
-from turbo.run import Run, model_sha256
+from turbo.rollout import Abandoned, Episode, Rollout, mix
+from turbo.run import Run, due, model_sha256
 from turbo.score import TeacherReading, read_answers, teacher_kl
 from turbo.scribe import Scribe
 from turbo.update import Imitated, StepData, prepare
@@ -86,7 +89,12 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
     seconds["merge"] = clock.lap()
 
     steps = sum(len(e.steps) for e in episodes)
-    trained, guesses, accepted = run.crew.total(len(data.rows), rollout.guessed, rollout.accepted)
+    trained, guesses, accepted, faulty = run.crew.total(
+        len(data.rows), rollout.guessed, rollout.accepted, data.faulty
+    )
+    if faulty == steps:
+        told = diagnosis(run.lora, {"the log-probabilities": math.nan})
+        raise NumericalFault(f"no answer has a finite log-probability: {told}")
     run.update += 1
     run.env_steps += steps
     run.elapsed += clock.total()
@@ -103,6 +111,7 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
         "explained_variance": data.explained_variance,
         "trained_rows": trained,
         "dropped_rows": steps - trained,
+        "faulty_steps": faulty,
         "steps_per_second": steps / clock.total(),
         "tokens_per_second": sum(len(s.tokens) for e in episodes for s in e.steps)
         / seconds["rollout"],
@@ -175,7 +184,7 @@ def learn(
     sizes = [int(n) for n in run.crew.share(len(data.rows))]
     count = max(1, min(max(sizes), round(sum(sizes) / c.minibatch)))  # minibatches of an epoch
     totals: dict[str, float] = {}
-    batches = 0
+    batches, faults, before = 0, run.faults, run.faults.total
     for epoch_batch in range(c.epochs * count if sum(sizes) else 0):
         b = epoch_batch % count
         if b == 0:
@@ -186,16 +195,23 @@ def learn(
         )
         parameters = run.learner.parameters()
         sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip)
-        run.optimizer.step()
-        for name, value in zip(sums, torch.stack(list(sums.values())).tolist(), strict=True):
-            totals[name] = totals.get(name, 0.0) + value
-        batches += 1
+        found = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+        if all(map(math.isfinite, found.values())):
+            run.optimizer.step()
+            faults.passed()
+            totals = {name: totals.get(name, 0.0) + value for name, value in found.items()}
+            batches += 1
+        else:  # the same in all workers
+            name = f"{run.update + 1:08d}-{epoch_batch:04d}"
+            args = (rollout, data, rows[b::count], teacher, run.beta, found)
+            faults.note(name, run.learner, *args)
         if c.checkpoint_each == "epoch" and teaches(c) and b == count - 1:
             run.teacher.push(run.update, run.lora)
-        if c.target_kl and sums["approx_kl"] > c.target_kl:
+        if c.target_kl and found["approx_kl"] > c.target_kl:
             break
     means = {name: value / batches for name, value in totals.items()}
-    return {**means, "learning_rate": learning_rate(c, run.update)}
+    skipped = {"skipped_batches": faults.total - before}
+    return {**means, **skipped, "learning_rate": learning_rate(c, run.update)}
 
 
 def imitated(run: Run, generator: torch.Generator) -> Imitated | None:
@@ -276,17 +292,23 @@ def parse(argv: list[str]) -> TrainConfig:
     return c
 
 
-def run_folder(c: TrainConfig) -> Path:
-    """The run's directory: made new, or that of the run to be resumed."""
+def run_folder(c: TrainConfig) -> tuple[Path, IO[str]]:
+    """The run's directory, made new or that of the run to be resumed, and the lock on it."""
+    model = model_sha256(c)
     if c.resume:
         path = Path(c.resume)
-        if checkpoint.read_run(path).get("model_sha256") != model_sha256(c):
+        if checkpoint.read_run(path).get("model_sha256") != model:
             raise ValueError(f"{path} was trained from another model than {c.model!r} is now")
-        checkpoint.load(path)
-        return path
+        held = lock.acquire(path)
+        folder, problems = checkpoint.newest(path)
+        for problem in problems:
+            print(f"warning: {problem}; going on from {folder}", file=sys.stderr)
+        return path, held
     path = Path(c.out or f"runs/{c.env}-{time.strftime('%Y%m%d-%H%M%S')}")
-    checkpoint.create_run(path, c, model_sha256(c))
-    return path
+    checkpoint.occupied(path, c.overwrite)
+    held = lock.acquire(path)
+    checkpoint.create_run(path, c, model)
+    return path, held
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -301,37 +323,64 @@ def main(argv: list[str] | None = None) -> int:
             )
         if c.guidance == "gtr":
             check_url(c.teacher_url)
-        path = run_folder(c)
+        path, held = run_folder(c)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return run_crew(c.workers, train, c, path)
+    with held:
+        return run_crew(c.workers, train, c, path)
+
+
+def already_over(run: Run) -> int:
+    """Say that there is nothing left to do."""
+    if run.crew.leads:
+        print(f"{run.path} is complete: {run.update} updates; add some with --updates N")
+    return 0
 
 
 def train(crew: Crew, c: TrainConfig, path: Path) -> int:
     """What every worker runs; worker 0 also talks, logs and saves."""
     run = Run(c, path, crew)
+    problem = crew.share(run.lack_of_space())[0]
+    if problem:
+        if crew.leads:
+            print(f"error: {problem}", file=sys.stderr)
+            if not c.resume:
+                shutil.rmtree(path)  # nothing is in it yet
+        return 2
     if c.resume:
         run.restore()
+        if run.is_over:
+            return already_over(run)
     elif teaches(c) and c.guide_first:
         run.teacher.push(0, run.lora, run.score())  # the warm start itself
     with Scribe(run) as scribe:
-        if run.update == 0 and c.eval_start:
-            scribe.report("before training")
-        while run.update < c.updates and not scribe.must_stop():
-            metrics, episodes = train_update(run)
-            if c.eval_every and run.update % c.eval_every == 0 and run.update < c.updates:
-                scribe.report(f"after {run.update} updates", metrics)
-            else:
-                scribe.write(metrics)
-            scribe.tell(metrics, episodes)
-            if run.update % c.save_every == 0:
-                run.save()
-        run.save()
+        try:
+            if run.owed is not None:
+                scribe.report(run.owed)
+            while run.update < c.updates and not scribe.must_stop():
+                metrics, episodes = train_update(run)
+                scribe.tell(metrics, episodes)
+                if due(c, run.update):
+                    scribe.report(metrics)
+                else:
+                    scribe.write(metrics)
+                if run.update % c.save_every == 0:
+                    scribe.save()
+            if not scribe.interrupted:
+                scribe.save()
+                scribe.report()
+        except Abandoned:  # a rollout, when the user stops the run: what was before it counts
+            scribe.must_stop()
+        except NumericalFault as error:
+            scribe.fail(f"{error}; the last checkpoint can be resumed")
+            return 1
         if scribe.interrupted:
+            scribe.save()
             scribe.say(f"continue with: python -m turbo.train {c.env} --resume {path}")
-            return 130
-        scribe.report(f"after {run.update} updates")
+            return 128 + scribe.interrupted
+        if scribe.unsaved:
+            return 1
         scribe.say(f"evaluate it with: python -m turbo.eval {path} --env {c.env}")
     return 0
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from turbo.backprop import backward_rows, backward_weights, cut
-from turbo.batch import TokenBatch, pad_to
+from turbo.batch import TokenBatch, fits, pad_to
 from turbo.config import TrainConfig
 from turbo.gae import explained_variance, gae, group_advantages, state_advantages
 from turbo.guidance import Examples
@@ -46,6 +46,7 @@ class StepData:
     rows: list[int]  # the steps that are trained on
     returns_std: float  # spread of the episodes' returns, guidance left out
     explained_variance: float
+    faulty: int = 0  # steps left out since something about them is not finite
 
 
 def prepare(
@@ -86,12 +87,14 @@ def prepare(
         advantages = advantages - beta * kl
     old = old_logprobs(steps, c.thought_coef)
     surprise = torch.tensor([-sum(s.logprobs) for s in steps])
-    kept = surprise >= c.skip_certain
+    finite = old.isfinite() & surprise.isfinite() & advantages.isfinite()
+    kept = finite & (surprise >= c.skip_certain)
     if c.objective == "rejection":
         kept &= torch.tensor(first_successes(rollout))
     else:
         kept &= advantages.abs() > 1e-9
-    return StepData(advantages, returns, old, kept.nonzero()[:, 0].tolist(), spread, explained)
+    rows, faulty = kept.nonzero()[:, 0].tolist(), len(steps) - int(finite.sum())
+    return StepData(advantages, returns, old, rows, spread, explained, faulty)
 
 
 def first_successes(rollout: Rollout) -> list[bool]:
@@ -176,10 +179,15 @@ class Learner:
         imitated: Imitated | None = None,
     ) -> dict[str, Tensor]:
         """Set the `.grad` of LoRA factors and critic, summed over the crew; figures for the log."""
-        for p in self.parameters():
-            p.grad = torch.zeros_like(p)
         sums = {name: torch.zeros(()) for name in FIGURES}
-        if rows or imitated:
+
+        def accumulate() -> None:
+            for p in self.parameters():
+                p.grad = torch.zeros_like(p)
+            for value in sums.values():
+                value.zero_()
+            if not (rows or imitated):
+                return
             weights = self.vlm.weights(self.lora)
             part = _Minibatch(self, rollout, data, rows, total, teacher, beta, cut(weights), sums)
             if rows:
@@ -187,6 +195,9 @@ class Learner:
             if imitated:
                 part.imitate(imitated)
             backward_weights(weights, [part.weights])
+
+        while not fits(accumulate):  # sums that are half done are begun anew
+            self.vlm.batches.halve("train", self.vlm.batches.train)
         self.crew.sum_([p.grad for p in self.parameters()] + list(sums.values()))
         return sums
 

@@ -21,7 +21,12 @@ def save(run, update, keep=2, value=1.0, **meta):
 def test_what_is_saved_comes_back(tmp_path):
     path = save(tmp_path, 12, beta=0.1, elapsed=1 / 3)
     assert path == tmp_path / "checkpoints" / "00000012"
-    assert sorted(os.listdir(path)) == ["adapter.safetensors", "meta.json", "state.safetensors"]
+    assert sorted(os.listdir(path)) == [
+        "adapter.safetensors",
+        "manifest.json",
+        "meta.json",
+        "state.safetensors",
+    ]
     adapter, state, meta = checkpoint.load(tmp_path)
     assert torch.equal(adapter["a"], torch.ones(2, 3))
     assert torch.equal(state["teacher/x"], torch.arange(4.0).view(2, 2).T)
@@ -34,43 +39,86 @@ def test_the_newest_are_kept(tmp_path):
     names = [p.name for p in checkpoint.checkpoints(tmp_path)]
     assert names == ["00000009", "00000010"]
     assert checkpoint.load(tmp_path)[2]["update"] == 10
-    save(tmp_path, 10, value=-1.0)  # written again
+    save(tmp_path, 10, value=-1.0)  # it is there and whole: left as it is
+    assert checkpoint.load(tmp_path)[0]["a"][0, 0] == 10
+    (tmp_path / "checkpoints" / "00000010" / "meta.json").write_text("{}")
+    save(tmp_path, 10, value=-1.0)  # a damaged one is replaced
     assert checkpoint.load(tmp_path)[0]["a"][0, 0] == -1
 
 
-def test_an_unfinished_checkpoint_is_not_one(tmp_path, monkeypatch):
+def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
     def full(*arguments):
         raise OSError("no space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_json", full)
-        with pytest.raises(OSError, match="no space"):
-            save(tmp_path, 2)
-    assert (tmp_path / "checkpoints" / "00000002.partial").exists()
+    for name in ("write_json", "_sync", "save_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, name, full)
+            with pytest.raises(OSError, match="no space"):
+                save(tmp_path, 2)
+        assert os.listdir(tmp_path / "checkpoints") == ["00000001"]  # and it takes no room
     assert checkpoint.load(tmp_path)[2]["update"] == 1
-    save(tmp_path, 2)  # what was left is no hindrance
-    assert checkpoint.load(tmp_path)[2]["update"] == 2
-    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+    (tmp_path / "checkpoints" / "00000002.partial").mkdir()  # of a process that was killed
+    assert checkpoint.load(tmp_path)[2]["update"] == 1
+    save(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["00000001", "00000002"]
 
 
-def test_what_cannot_be_read_is_named(tmp_path):
+def break_file(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        path.write_bytes(content[:-3])
+    elif how == "one bit":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"\x80\x04\x95")  # a pickle begins so
+
+
+@pytest.mark.parametrize("how", ["truncated", "one bit", "missing", "pickle"])
+@pytest.mark.parametrize(
+    "name", ["adapter.safetensors", "state.safetensors", "meta.json", "manifest.json"]
+)
+def test_a_damaged_checkpoint_is_left_out(tmp_path, name, how):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    break_file(path / name, how)
+    folder, problems = checkpoint.newest(tmp_path)
+    assert folder.name == "00000001" and len(problems) == 1 and name in problems[0]
+    assert checkpoint.load(tmp_path)[2]["update"] == 1
+    break_file(folder / name, how)
+    with pytest.raises(CheckpointError, match=r"no checkpoint that is whole: .*02.*01"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "[]",
+        "{}",
+        '{"files": {}}',
+        '{"files": {"../../secret": {}, "state.safetensors": {}, "meta.json": {}}}',
+        '{"files": {"adapter.safetensors": 1, "state.safetensors": 2, "meta.json": 3}}',
+        "[" * 100_000,
+    ],
+)
+def test_a_hostile_manifest_is_a_damaged_checkpoint(tmp_path, manifest):
+    path = save(tmp_path, 2)
+    (path / "manifest.json").write_text(manifest)
+    with pytest.raises(CheckpointError, match=r"no checkpoint that is whole: .*00000002"):
+        checkpoint.load(tmp_path)
+
+
+def test_other_names_are_no_checkpoints(tmp_path):
     with pytest.raises(CheckpointError, match="has no checkpoint yet"):
         checkpoint.load(tmp_path)
-    path = save(tmp_path, 3)
-    (path / "meta.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"meta.json cannot be read"):
-        checkpoint.load(tmp_path)
-    (path / "meta.json").write_text("[1]")
-    with pytest.raises(CheckpointError, match="holds no JSON object"):
-        checkpoint.load(tmp_path)
-    (path / "adapter.safetensors").write_bytes(b"\x00" * 20)
-    with pytest.raises(CheckpointError, match="00000003 cannot be read"):
-        checkpoint.load(tmp_path)
-    (path / "adapter.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="00000003 cannot be read"):
-        checkpoint.load(tmp_path)
+    save(tmp_path, 3)
+    for name in ("00000004.partial", "4", "٠٠٠٠٠٠٠٤", "newest"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["00000003"]
 
 
 def test_a_run_records_settings_and_versions(tmp_path):

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from turbo.decode import Decoder
 from turbo.parallel import Crew
 from turbo.prompts import suffix_text
-from turbo.rollout import RolloutOptions, Table, mix
+from turbo.rollout import Abandoned, RolloutOptions, Table, mix
 
 
 class Seen:
@@ -216,10 +217,17 @@ def test_deals_are_played_once_each(fitted):
     assert tiny_models.play(fitted, deals=[], group=1, envs=7).episodes == []
 
 
+class Alone(Crew):
+    """A worker of two whose other one is not there."""
+
+    def share(self, item):
+        return [item]
+
+
 def test_workers_share_the_deals_and_play_different_ones(fitted):
     deals = [{"seed": i} for i in range(5)]
     options = dict(envs=8, group=2, deals=deals)
-    one, two = (collect(fitted, tiny_models.new_env, crew=Crew(r, 2), **options) for r in range(2))
+    one, two = (collect(fitted, tiny_models.new_env, crew=Alone(r, 2), **options) for r in range(2))
     both = Counter(e.deal for r in (one, two) for e in r.episodes)
     env = tiny_models.new_env()
     want = Counter()
@@ -227,9 +235,41 @@ def test_workers_share_the_deals_and_play_different_ones(fitted):
         env.reset(**deal)
         want[env.deal_key()] += 2
     assert both == want
-    one, two = (collect(fitted, tiny_models.new_env, crew=Crew(r, 2), steps=40) for r in range(2))
+    one, two = (collect(fitted, tiny_models.new_env, crew=Alone(r, 2), steps=40) for r in range(2))
     assert len(one.steps) >= 20 and [s.tokens for s in one.steps] != [s.tokens for s in two.steps]
     assert len({e.group for e in one.episodes}) >= 1
+
+
+def test_a_rollout_is_abandoned_when_somebody_asks(fitted):
+    crew = Crew()
+    o = RolloutOptions(envs=8, group=4, temperature=0.7, max_new_tokens=48)
+    table = Table(fitted, tiny_models.new_env, o, crew)
+    whole = table.collect(fitted.weights(), (0,), 40)
+    own, passes = Decoder.advance, []
+
+    def advance(self):
+        passes.append(1)
+        if len(passes) == 3:
+            crew.ask_to_stop()
+        return own(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "advance", advance)
+        with pytest.raises(Abandoned):
+            table.collect(fitted.weights(), (0,), 40)
+    assert len(passes) == 3  # at once
+    crew._asked.value = 0  # as in the next process: the same rollout from its beginning
+    again = table.collect(fitted.weights(), (0,), 40)
+    assert [s.tokens for s in again.steps] == [s.tokens for s in whole.steps]
+
+
+def test_all_workers_abandon_a_rollout_or_none(fitted):
+    class OtherAsked(Alone):
+        def share(self, item):
+            return [item, True]  # this worker was done when the other one saw the request
+
+    with pytest.raises(Abandoned):
+        collect(fitted, tiny_models.new_env, crew=OtherAsked(0, 2), steps=10)
 
 
 def test_too_few_environments_are_refused(vlm):

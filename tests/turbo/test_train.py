@@ -89,8 +89,8 @@ def run(tmp_path_factory):
 ALWAYS = """
     update env_steps elapsed episodes success_rate success_solvable episode_return episode_length
     legal_rate card_rate reasoning_score thought_length distinct_thoughts thought_entropy
-    aim_rate follow_rate self_bleu action_entropy draft_accept_rate policy_loss clip_fraction
-    approx_kl teacher_kl value_loss
+    skipped_batches faulty_steps aim_rate follow_rate self_bleu action_entropy draft_accept_rate
+    policy_loss clip_fraction approx_kl teacher_kl value_loss
     grad_norm learning_rate teacher_kl_coef explained_variance trained_rows dropped_rows
     steps_per_second tokens_per_second seconds_rollout seconds_score seconds_train seconds_merge
     seconds_other seconds_write sft_loss teacher_legal_rate teacher_card_rate
@@ -278,20 +278,22 @@ def test_an_interrupted_run_saves_and_goes_on(run, tmp_path, monkeypatch, capsys
         patch.setattr(train, "train_update", update_and_interrupt)
         assert start(path, *options) == 130
     out, err = capsys.readouterr()
-    assert "finishing this update, then saving" in err
+    assert "stopping: saving what is done" in err
     assert f"continue with: python -m turbo.train numberline --resume {path}" in out
     assert [p.name for p in (path / "checkpoints").iterdir()] == ["00000002"]
     assert train.main(["numberline", "--resume", str(path)]) == 0
     assert_same_run(run, path, 4)
 
 
-def test_the_second_signal_ends_at_once():
-    interrupt = Interrupt()
+def test_the_second_signal_ends_at_once(monkeypatch):
+    asked, ended = [], []
+    monkeypatch.setattr("turbo.scribe.os._exit", ended.append)
+    interrupt = Interrupt(lambda: asked.append(True))
     assert not interrupt.asked
     signal.raise_signal(signal.SIGTERM)
-    assert interrupt.asked
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+    assert interrupt.asked == signal.SIGTERM and asked == [True] and not ended
+    signal.raise_signal(signal.SIGINT)
+    assert ended == [130]
 
 
 def test_the_time_limit_ends_a_run_and_saves(tmp_path):

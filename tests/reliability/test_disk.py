@@ -1,0 +1,112 @@
+"""A disk that is full, or not to be written: told before the start, and never at the cost of what
+was saved before. A limit on the size of files stands for the full disk."""
+
+import os
+import resource
+import time
+
+import pytest
+from trainer import FLAGS, finish, start
+
+from turbo import checkpoint, train
+from turbo.log import JsonlLogger, read_jsonl
+
+
+def limit_files(size):
+    """In the child: no file grows beyond so many bytes, as on a full disk."""
+
+    def set_limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return set_limit
+
+
+@pytest.mark.slow
+def test_a_failed_save_is_tried_again_and_told_and_loses_nothing(tmp_path):
+    run = tmp_path / "run"
+    status, _, err = finish(start(run, "--updates", "1"))
+    assert status == 0, err
+    size = (run / "checkpoints/00000001/state.safetensors").stat().st_size
+    more = ["--updates", "3", "--resume", str(run)]
+    limited = start(run, *more[:2], resume=True, preexec_fn=limit_files(size // 2))
+    status, out, err = finish(limited)
+    assert status == 1, err
+    assert out.count("update 2 could not be saved: ") == 3  # tried three times
+    assert "a checkpoint takes about" in out and "MB free" in out and "Traceback" not in err
+    assert "2/3 " in out and "3/3 " in out  # it trained on
+    assert [p.name for p in checkpoint.checkpoints(run)] == ["00000001"]
+    assert not list((run / "checkpoints").glob("*.partial"))
+    status, _, err = finish(start(run, "--updates", "3", resume=True))
+    assert status == 0, err
+    assert [r["update"] for r in read_jsonl(run / "metrics.jsonl")] == [0, 1, 1, 2, 3, 3]
+
+
+def test_too_little_space_is_told_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    import tiny_models
+
+    usage = type("Usage", (), {"free": 12_345})
+    monkeypatch.setattr("turbo.run.shutil.disk_usage", lambda path: usage)
+    flags = [*FLAGS.split(), "--model", str(tiny_models.fitted_folder())]
+    assert train.main(["numberline", "--out", str(tmp_path / "run"), *flags]) == 2
+    err = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert len(err) == 1 and "has 0.0 MB free, and 4 checkpoints take about" in err[0]
+    assert "--keep" in err[0] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_a_checkpoint_takes_is_known(tmp_path):
+    """The estimate is of the end of the run: never less than what is written, and not far more."""
+    import tiny_models
+
+    from turbo.parallel import Crew
+    from turbo.run import Run
+
+    for i, more in enumerate(
+        (
+            [],
+            ["--guidance", "none", "--advantage", "gae"],
+            ["--weighting", "score", "--merge", "linear"],
+            ["--guidance", "sft", "--sft-rows", "8"],
+        )
+    ):
+        flags = [*FLAGS.split(), "--model", str(tiny_models.fitted_folder()), "--updates", "4"]
+        path = tmp_path / str(i)
+        assert train.main(["numberline", "--out", str(path), *flags, *more]) == 0
+        c = train.TrainConfig(**checkpoint.read_run(path)["config"])
+        written = sum(f.stat().st_size for f in (path / "checkpoints/00000004").iterdir())
+        told = Run(c, path, Crew()).checkpoint_bytes()
+        assert 0.9 * written < told < 1.6 * written, more
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    import tiny_models
+
+    tmp_path.chmod(0o500)
+    flags = [*FLAGS.split(), "--model", str(tiny_models.fitted_folder())]
+    assert train.main(["numberline", "--out", str(tmp_path / "run"), *flags]) == 2
+    assert str(tmp_path / "run") in capsys.readouterr().err
+
+
+def test_records_wait_for_room(tmp_path):
+    """In a child with a limit on files, as on a disk that fills and is emptied again."""
+    if pid := os.fork():
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert [r["update"] for r in read_jsonl(tmp_path / "m.jsonl")] == list(range(20))
+        return
+    status = 1
+    try:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        logger = JsonlLogger(tmp_path / "m.jsonl")
+        for update in range(20):
+            full = 5 <= update < 15
+            resource.setrlimit(resource.RLIMIT_FSIZE, (90 if full else hard, hard))
+            logger.write({"update": update})
+            lines = (tmp_path / "m.jsonl").read_text()
+            assert lines.endswith("\n")  # never half a line
+            assert bool(logger.problem) == (lines.count("\n") <= update)
+        logger.close()
+        status = 0
+    finally:
+        time.sleep(0)
+        os._exit(status)

@@ -1,0 +1,56 @@
+"""A real training process of the nano model, for tests that break it from outside."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import tiny_models
+from safetensors.torch import load_file
+
+from turbo.log import read_jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = """
+    --workers 1 --dtype float32 --envs 8 --group-size 4 --steps-per-update 16 --max-new-tokens 40
+    --minibatch 16 --lora-rank 4 --save-every 1 --keep 3 --eval-episodes 0 --temperature 0.8
+"""
+
+
+def command(out: Path, *more: str, resume: bool = False) -> list[str]:
+    """The command line of a run, or of going on with it."""
+    if resume:
+        place = ["--resume", str(out)]
+    else:
+        place = ["--out", str(out), "--model", str(tiny_models.fitted_folder()), *FLAGS.split()]
+    return [sys.executable, "-m", "turbo.train", "numberline", *place, *more]
+
+
+def start(out: Path, *more: str, resume: bool = False, **options) -> subprocess.Popen:
+    """Begin a training process."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    return subprocess.Popen(
+        command(out, *more, resume=resume),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str, str]:
+    """Wait for the end: status, output, errors."""
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def result(run: Path, update: int) -> tuple:
+    """What a run came to: factors, state, and metrics without times."""
+    folder, bits = run / "checkpoints" / f"{update:08d}", {}
+    for name in ("adapter", "state"):
+        for key, value in load_file(folder / f"{name}.safetensors").items():
+            bits[name, key] = value.numpy().tobytes()
+    metrics = [tiny_models.without_times(r) for r in read_jsonl(run / "metrics.jsonl")]
+    return bits, metrics, (run / "episodes.jsonl").read_text()
