@@ -1,4 +1,4 @@
-.PHONY: help install test test-fast test-gpu lint format bench bench-kernels bench-gpu results metrics wheel ci clean
+.PHONY: help install test test-fast test-gpu test-faults test-fuzz lint format bench bench-kernels bench-gpu results metrics wheel ci clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -14,6 +14,12 @@ test-fast: ## without the tests that train
 
 test-gpu: ## the tests that need a CUDA device, in one process
 	python -m pytest -n 0 -m gpu
+
+test-faults: ## a run is killed 40 times; 200 updates are watched: minutes
+	python -m pytest -n 0 -s -m long tests/reliability
+
+test-fuzz: ## over 20,000 hostile inputs
+	python -m pytest -m fuzz --hypothesis-profile fuzz
 
 lint: ## ruff: rules and format, changing nothing
 	ruff check .

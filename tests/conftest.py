@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+settings.register_profile("fuzz", deadline=None, max_examples=2_500)  # make test-fuzz
 settings.register_profile("unhurried", deadline=None)  # other work may share the cores
-settings.load_profile("unhurried")
+settings.load_profile("unhurried")  # unless --hypothesis-profile names another one
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 torch.set_num_threads(1)  # two processes share the cores; more threads would only contend

@@ -9,7 +9,7 @@ Left out: reading the command line (`turbo.train`).
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -291,6 +291,24 @@ def check(c: TrainConfig) -> None:
         except ValueError:
             coefficient = math.nan
         need(coefficient >= 0 and math.isfinite(coefficient), "kl_coef", "auto or a number >= 0")
+
+
+def from_saved(saved: object, source: str) -> TrainConfig:
+    """Settings as a run saved them; ValueError names what is not of this program."""
+    kinds = get_type_hints(TrainConfig)
+    if not isinstance(saved, dict) or set(saved) != set(kinds):
+        raise ValueError(f"{source} was made by another version of the program: start a new run")
+    for name, value in saved.items():
+        kind = kinds[name]
+        if get_origin(kind) is Literal:
+            good = value in get_args(kind) and isinstance(value, str)
+        elif kind is float:
+            good = type(value) in (int, float)
+        else:
+            good = type(value) is kind
+        if not good:
+            raise ValueError(f"{source}: {name} cannot be {value!r:.60}: the file was changed")
+    return TrainConfig(**saved)
 
 
 def changed(old: dict, new: TrainConfig) -> list[str]:

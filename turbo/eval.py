@@ -11,7 +11,7 @@ Left out: evaluation during training (`turbo.scribe`), plots.
 import json
 import math
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from turbo import checkpoint
-from turbo.config import Game, TrainConfig, defaults
+from turbo.config import Game, TrainConfig, defaults, from_saved
 from turbo.lora import new_lora
 from turbo.measure import evaluate
 from turbo.model import load, pick_dtype
@@ -92,11 +92,7 @@ def check(c: EvalConfig) -> TrainConfig:
         )
     if (path / "checkpoints").is_dir():
         saved = checkpoint.read_run(path)
-        if set(saved["config"]) != {f.name for f in fields(TrainConfig)}:
-            raise ValueError(
-                f"{c.source} was made by another version of the program: train it anew"
-            )
-        run = TrainConfig(**saved["config"])
+        run = from_saved(saved["config"], c.source)
         if run.env != c.env:
             raise ValueError(f"{c.source} was trained on {run.env}: use --env {run.env}")
         if saved["model_sha256"] != model_sha256(run):

@@ -190,9 +190,21 @@ class JsonlLogger:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, int | float | None]]:
-    """The records of a run, oldest first; a line still being written is left out."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The records of a run, oldest first; a line still being written is left out.
+
+    ValueError names the line that is no record.
+    """
+    *lines, _ = Path(path).read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number} cannot be read: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number} is no record: remove it")
+        records.append(record)
+    return records
 
 
 def check_names(metrics: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from turbo import checkpoint
-from turbo.config import TrainConfig
+from turbo.config import from_saved
 from turbo.envs.base import Answer, Verdict
 from turbo.faults import RAGGED
 from turbo.lora import new_lora
@@ -32,7 +32,8 @@ NONE = Verdict(None, None, None)
 
 def replay(path: Path) -> list[tuple[int, str, str]]:
     """The steps of a recorded minibatch that give no finite gradient: number, answer, what."""
-    c = TrainConfig(**checkpoint.read_run(path.parent.parent)["config"])
+    run = path.parent.parent
+    c = from_saved(checkpoint.read_run(run)["config"], str(run))
     about, tensors = checkpoint.read_json(path), load_file(path.with_suffix(".safetensors"))
     vlm = load(model_folder(c), pick_dtype(c.dtype))
     lora = new_lora(vlm.matrices, c.lora_rank, c.lora_alpha, 0)

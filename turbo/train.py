@@ -27,7 +27,7 @@ import torch
 import tyro
 
 from turbo import checkpoint, lock
-from turbo.config import GAME_DEFAULTS, PRESETS, TrainConfig, changed, check, defaults
+from turbo.config import GAME_DEFAULTS, PRESETS, TrainConfig, changed, check, defaults, from_saved
 from turbo.corrector import check_url
 from turbo.faults import NumericalFault, diagnosis
 from turbo.guidance import ask_corrector, spread, write_answers
@@ -275,13 +275,7 @@ def parse(argv: list[str]) -> TrainConfig:
 
     c = read(base)
     if c.resume:
-        saved = checkpoint.read_run(Path(c.resume))["config"]
-        known = {f.name for f in dataclasses.fields(TrainConfig)}
-        if set(saved) != known:
-            raise ValueError(
-                f"{c.resume} was made by another version of the program: start a new run"
-            )
-        base = TrainConfig(**saved)
+        base = from_saved(checkpoint.read_run(Path(c.resume))["config"], c.resume)
         c = read(base)
     elif c.env != base.env:  # the environment was not named first
         c = read(defaults(c.env, preset))

@@ -59,11 +59,13 @@ formulas = st.recursive(
 )
 
 
+@pytest.mark.fuzz
 @given(formulas)
 def test_valid_formulas_have_the_oracles_value(tokens):
     assert evaluate(tokens) == oracle(tokens)
 
 
+@pytest.mark.fuzz
 @given(st.lists(st.sampled_from(TOKENS), max_size=12))
 def test_any_tokens_have_the_oracles_value(tokens):
     try:

@@ -17,6 +17,7 @@ from turbo.config import (
     check,
     check_sft,
     defaults,
+    from_saved,
     sft_defaults,
 )
 
@@ -135,6 +136,7 @@ def test_settings_at_the_edge_are_allowed(changes):
 def test_what_a_resumed_run_may_change():
     old = dataclasses.asdict(TrainConfig())
     free = dict(resume="r", out="o", updates=7, minutes=1.0, keep=9, save_every=3, tensorboard=True)
+    free["max_faults"] = 2
     assert changed(old, TrainConfig(**free, overwrite=True)) == []
     for f in FIELDS:
         if f.name in free or f.name == "overwrite":
@@ -171,3 +173,32 @@ def test_sft_settings(env):
     for wrong in (-0.1, 1.1) if env == "points24" else (0.5,):
         with pytest.raises(ValueError, match=r"^--other-targets must be a share from 0 to 1"):
             check_sft(dataclasses.replace(c, other_targets=wrong))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("updates", 1.5),
+        ("updates", True),
+        ("tensorboard", 1),
+        ("learning_rate", "1e-3"),
+        ("guidance", "abc"),
+        ("guidance", ["kl"]),
+        ("env", "chess"),
+        ("model", None),
+    ],
+)
+def test_saved_settings_of_a_wrong_type_are_named(name, value):
+    saved = {**dataclasses.asdict(TrainConfig()), name: value}
+    with pytest.raises(ValueError, match=f"^RUN: {name} cannot be "):
+        from_saved(saved, "RUN")
+
+
+def test_saved_settings_come_back():
+    c = TrainConfig(updates=3, learning_rate=1, guidance="sft")  # an int where a float may be
+    assert from_saved(dataclasses.asdict(c), "RUN") == c
+    more = {**dataclasses.asdict(c), "new": 1}
+    less = {k: v for k, v in dataclasses.asdict(c).items() if k != "seed"}
+    for odd in (more, less, {}, [], None):
+        with pytest.raises(ValueError, match="RUN was made by another version"):
+            from_saved(odd, "RUN")

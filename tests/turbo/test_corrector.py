@@ -10,7 +10,7 @@ from email.utils import formatdate
 import httpx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.corrector_server import serve
@@ -280,8 +280,8 @@ def hostile():
     return corrector, replies
 
 
+@pytest.mark.fuzz
 @given(status=st.integers(200, 599), body=st.binary() | DUMPED, headers=HEADERS)
-@settings(max_examples=200)
 def test_no_reply_raises(hostile, status, body, headers):
     corrector, replies = hostile
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
@@ -293,6 +293,7 @@ def test_no_reply_raises(hostile, status, body, headers):
     assert corrector.usage.cost(1.0, 1.0) >= 0
 
 
+@pytest.mark.fuzz
 @given(st.binary() | DUMPED)
 def test_no_body_raises(body):
     reply = read_body(body)
