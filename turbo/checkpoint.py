@@ -46,6 +46,7 @@ ADAPTER, STATE, META, MANIFEST = (
     "meta.json",
     "manifest.json",
 )
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 NAME = re.compile(r"[0-9]{8}")
 
 
@@ -276,11 +277,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restore what `optimizer_tensors` gave."""
+    """Restore what `optimizer_tensors` gave: the moments of every parameter, or of none."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, i, name = key.split("/")
-            state.setdefault(int(i), {})[name] = value
+    for key, value in section(tensors, "optimizer/").items():
+        i, _, name = key.partition("/")
+        state.setdefault(int(i), {})[name] = value
+    if state and sorted(state) != list(range(len(parameters))):
+        raise ValueError(f"moments of {len(state)} parameters, expected {len(parameters)}")
+    for i, values in state.items():
+        want = {"step": torch.Size([]), **dict.fromkeys(MOMENTS, parameters[i].shape)}
+        found = {name: value.shape for name, value in values.items()}
+        if found != want or not all(v.dtype == torch.float32 for v in values.values()):
+            raise ValueError(f"the moments of parameter {i} are not those of float32 {want}")
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -44,10 +44,11 @@ class Lora:
             )
         with torch.no_grad():
             for name, value in own.items():
-                if value.shape != state[name].shape:
+                other = state[name]
+                if value.shape != other.shape or not other.is_floating_point():
                     raise ValueError(
-                        f"adapter tensor {name!r} has shape {tuple(state[name].shape)}, "
-                        f"expected {tuple(value.shape)}: another rank or model"
+                        f"adapter tensor {name!r} is {other.dtype} {tuple(other.shape)}, "
+                        f"expected floating point {tuple(value.shape)}: another rank or model"
                     )
                 value.copy_(state[name])
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from turbo import checkpoint
 from turbo.config import TrainConfig
@@ -29,6 +30,7 @@ from turbo.teacher import Teacher
 from turbo.tiny import builtin_path
 from turbo.update import Learner
 
+PARTS = ("optimizer", "teacher", "examples", "value_head")  # of a checkpoint's state
 SCORE_SEED = 777  # the deals that weigh checkpoints are not those of the evaluations
 
 
@@ -78,6 +80,7 @@ class Run:
             "env_steps": self.env_steps,
             "elapsed": self.elapsed,
             "beta": self.beta,
+            "moments": sum(k.startswith("optimizer/") for k in state),
             "teacher": teacher_data,
         }
         adapter = self.lora.state_dict()
@@ -116,14 +119,13 @@ class Run:
     def restore(self) -> None:
         """Continue from the run's newest checkpoint; metrics written after it are dropped."""
         adapter, state, meta = checkpoint.load(self.path)
-        self.lora.load_state_dict(adapter)
-        checkpoint.load_optimizer(self.optimizer, state)
-        if self.value_head is not None:
-            self.value_head.load_state_dict(checkpoint.section(state, "value_head/"))
-        self.examples.load_state_dict(checkpoint.section(state, "examples/"))
-        self.teacher.load_state_dict(checkpoint.section(state, "teacher/"), meta["teacher"])
-        self.update, self.env_steps = meta["update"], meta["env_steps"]
-        self.elapsed, self.beta = meta["elapsed"], meta["beta"]
+        try:
+            self._load(adapter, state, meta)
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"the checkpoint of {self.path} is not of these settings: {error}; resume it with "
+                "the program and the model that made it"
+            ) from error
         records = []
         for name in (checkpoint.EPISODES, checkpoint.METRICS) if self.crew.leads else ():
             file = self.path / name
@@ -133,6 +135,20 @@ class Run:
                     records = self._take_owed(records)
                 checkpoint.write_text(file, "".join(json.dumps(r) + "\n" for r in records))
         self.owed, self.is_over = self.crew.share((self.owed, self.is_over))[0]
+
+    def _load(self, adapter: dict[str, Tensor], state: dict[str, Tensor], meta: dict) -> None:
+        odd = [k for k in state if k.split("/")[0] not in PARTS]
+        count = sum(k.startswith("optimizer/") for k in state)
+        if odd or count != meta["moments"]:
+            raise ValueError(f"its state has {odd[0]!r}" if odd else f"{count} moments were saved")
+        self.lora.load_state_dict(adapter)
+        checkpoint.load_optimizer(self.optimizer, state)
+        if self.value_head is not None:
+            self.value_head.load_state_dict(checkpoint.section(state, "value_head/"))
+        self.examples.load_state_dict(checkpoint.section(state, "examples/"))
+        self.teacher.load_state_dict(checkpoint.section(state, "teacher/"), meta["teacher"])
+        self.update, self.env_steps = meta["update"], meta["env_steps"]
+        self.elapsed, self.beta = meta["elapsed"], meta["beta"]
 
     def _take_owed(self, records: list[dict]) -> list[dict]:
         """The records, less the last one where its evaluation is due and was not finished."""

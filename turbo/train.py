@@ -343,7 +343,12 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
                 shutil.rmtree(path)  # nothing is in it yet
         return 2
     if c.resume:
-        run.restore()
+        try:
+            run.restore()
+        except ValueError as error:  # alike in all workers
+            if crew.leads:
+                print(f"error: {error}", file=sys.stderr)
+            return 2
         if run.is_over:
             return already_over(run)
     elif teaches(c) and c.guide_first:
