@@ -139,16 +139,19 @@ def evaluate(
     crew: Crew,
     envs: int = 256,
     samples: int = 1,
+    patient: bool = False,
 ) -> dict:
     """Play `episodes` fresh deals, `samples` times each; figures, success's 95 % interval.
 
     `solved` lists how many samples of each deal succeeded, `pass_at_k` is the share of the deals
-    with at least one. Evaluation seeds start at 2**31, above every seed that training draws.
+    with at least one. Evaluation seeds start at 2**31, above every seed that training draws. Unless
+    it is `patient`, it is abandoned when a worker is asked to stop.
     """
     envs = max(crew.size * samples, min(envs, episodes * samples))
     options = RolloutOptions(envs, samples, temperature, max_new_tokens)
     deals = [{"seed": 2**31 + seed * 1_000_003 + i} for i in range(episodes)]
-    rollout = Table(vlm, make_env, options, crew).collect(weights, (seed, 2**31), deals=deals)
+    table = Table(vlm, make_env, options, crew)
+    rollout = table.collect(weights, (seed, 2**31), deals=deals, patient=patient)
     played = all_episodes(rollout.episodes, crew)
     steps = [s for e in played for s in e.steps]
     low, high = interval(sum(e.success for e in played), len(played))

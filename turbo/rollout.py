@@ -123,16 +123,17 @@ class Table:
         seed: tuple[int, ...],
         steps: int = 0,
         deals: list[dict] | None = None,
+        patient: bool = False,
     ) -> Rollout:
         """This worker's share of at least `steps` steps, or of the given `deals`, played once each.
 
         A deal is the arguments of `reset`. Raises Abandoned, in all workers, when one was asked to
-        stop.
+        stop, unless they are `patient`.
         """
         crew, rank, size = self.crew, self.crew.rank, self.crew.size
         player = _Player(self.vlm, weights, self.envs, self.scout, self.options, (*seed, rank))
         deals = None if deals is None else deals[rank::size]
-        rollout = player.play(-(-steps // size), deals, lambda: crew.is_asked)
+        rollout = player.play(-(-steps // size), deals, lambda: crew.is_asked and not patient)
         if any(crew.share(rollout is None)):  # all workers abandon it, or none
             raise Abandoned
         return rollout

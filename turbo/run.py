@@ -180,9 +180,11 @@ class Run:
             return None
         with torch.no_grad():
             weights = self.vlm.weights(self.lora)
-        return self._play(weights, c.score_episodes, c.seed + SCORE_SEED)["success_rate"]
+        # An update that has begun to learn is finished: this is part of it.
+        figures = self._play(weights, c.score_episodes, c.seed + SCORE_SEED, patient=True)
+        return figures["success_rate"]
 
-    def _play(self, weights: TextWeights, episodes: int, seed: int) -> dict[str, float]:
+    def _play(self, weights: TextWeights, episodes: int, seed: int, patient: bool = False) -> dict:
         c = self.config
         return evaluate(
             self.vlm,
@@ -193,6 +195,7 @@ class Run:
             temperature=c.eval_temperature,
             max_new_tokens=c.max_new_tokens,
             crew=self.crew,
+            patient=patient,
         )
 
 

@@ -131,9 +131,8 @@ def teacher_thoughts(run: Run, rollout: Rollout) -> dict[str, float]:
     """Let the teacher answer some of the steps: examples to imitate, figures of its thoughts."""
     c, imitated = run.config, run.config.guidance in ("sft", "gtr")
     wanted = c.sft_rows if imitated else c.teacher_sample
-    if c.guidance == "none" or (run.teacher.weights is None and c.guidance != "gtr"):
-        return {}
-    if not imitated and not wanted:
+    absent = run.teacher.weights is None and c.guidance != "gtr"
+    if c.guidance == "none" or absent or not (imitated or wanted):
         return {}
     rows = spread(len(rollout.steps), -(-wanted // run.crew.size))
     if c.guidance == "gtr":

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from trainer import finish, result, start
 
-UPDATES = 100
+UPDATES = 160
+SHORT = ["--envs", "4", "--group-size", "2", "--steps-per-update", "4", "--teacher-sample", "2"]
 
 
 def kill(process, run: Path, rng: random.Random, while_saving: bool) -> bool:
@@ -60,16 +61,16 @@ def test_one_kill(tmp_path, undisturbed, while_saving):
 @pytest.mark.long
 def test_forty_kills(tmp_path):
     whole, run, rng = tmp_path / "whole", tmp_path / "run", random.Random(0)
-    status, _, err = finish(start(whole, "--updates", str(UPDATES)))
+    flags = [*SHORT, "--updates", str(UPDATES)]
+    status, _, err = finish(start(whole, *flags), timeout=900)
     assert status == 0, err
     kills, saving, damaged, resume = 0, 0, 0, False
     while True:
-        more = ["--updates", str(UPDATES)]
-        more += [] if resume or not run.exists() else ["--overwrite"]
-        process = start(run, *more, resume=resume)
+        anew = [*flags, "--overwrite"] if run.exists() else flags
+        process = start(run, *([] if resume else anew), resume=resume)
         while_saving = kills % 2 == 1
         if kills >= 40:
-            status, _, err = finish(process)
+            status, _, err = finish(process, timeout=900)
             assert status == 0, err
             damaged += err.count("warning: ")
             break

@@ -257,7 +257,9 @@ def test_a_rollout_is_abandoned_when_somebody_asks(fitted):
         patch.setattr(Decoder, "advance", advance)
         with pytest.raises(Abandoned):
             table.collect(fitted.weights(), (0,), 40)
-    assert len(passes) == 3  # at once
+        assert len(passes) == 3  # at once
+        rollout = table.collect(fitted.weights(), (0,), 40, patient=True)  # goes on to its end
+        assert len(rollout.steps) == len(whole.steps) and len(passes) > 4
     crew._asked.value = 0  # as in the next process: the same rollout from its beginning
     again = table.collect(fitted.weights(), (0,), 40)
     assert [s.tokens for s in again.steps] == [s.tokens for s in whole.steps]
