@@ -32,6 +32,7 @@ class Comparison:
     worse: str
     figure: str = SUCCESS
     against: str = ""  # the figure of `worse` where it is another one
+    words: str = ""  # what is compared, where it is not final success
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,23 @@ def pairs(regime: str, better: str, *worse: str) -> tuple[Comparison, ...]:
     return tuple(Comparison(regime, better, other) for other in worse)
 
 
+def teacher_over_policy(regime: str, method: str) -> Comparison:
+    """Final success of the merged teacher less that of the policy."""
+    return Comparison(regime, method, method, TEACHER, SUCCESS, f"{method}: teacher over policy")
+
+
+def steadier(regime: str, method: str) -> Comparison:
+    """How much more success changes between evaluations for the policy than for its teacher."""
+    words = f"{method}: change from one evaluation to the next, policy less teacher"
+    return Comparison(regime, method, method, f"change {SUCCESS}", f"change {TEACHER}", words)
+
+
+def right_thoughts(regime: str, better: str, worse: str) -> Comparison:
+    """Final share of right thoughts."""
+    words = f"{better} over {worse}, right thoughts"
+    return Comparison(regime, better, worse, "eval_reasoning_score", words=words)
+
+
 CLAIMS = (
     Claim(
         "a",
@@ -79,11 +97,13 @@ CLAIMS = (
     ),
     Claim(
         "b",
-        "The merged teacher is at least as good as the current policy.",
+        "The merged teacher is at least as good as the current policy, and steadier.",
         (
-            Comparison("harsh", "kl", "kl", TEACHER, SUCCESS),
-            Comparison("harsh", "linear-sma", "linear-sma", TEACHER, SUCCESS),
-            Comparison("calm", "kl", "kl", TEACHER, SUCCESS),
+            teacher_over_policy("harsh", "kl"),
+            teacher_over_policy("harsh", "linear-sma"),
+            teacher_over_policy("calm", "kl"),
+            steadier("harsh", "kl"),
+            steadier("harsh", "linear-sma"),
         ),
     ),
     Claim(
@@ -124,8 +144,8 @@ CLAIMS = (
         "i",
         "Without guidance thoughts collapse; guidance keeps them right.",
         (
-            Comparison("harsh", "kl", "none", "eval_reasoning_score"),
-            Comparison("calm", "kl", "none", "eval_reasoning_score"),
+            right_thoughts("harsh", "kl", "none"),
+            right_thoughts("calm", "kl", "none"),
         ),
     ),
     Claim(
@@ -155,11 +175,18 @@ CLAIMS = (
 
 def final(runs: Sequence[StudyRun], regime: str, method: str, figure: str) -> dict[int, float]:
     """Seed -> the figure in the evaluation at the end."""
-    return {
-        run.seed: run.after[figure]
-        for run in runs
-        if (run.regime, run.method) == (regime, method) and run.after.get(figure) is not None
-    }
+    of_method = [r for r in runs if (r.regime, r.method) == (regime, method)]
+    found = {run.seed: value_of(run, figure) for run in of_method}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def value_of(run: StudyRun, figure: str) -> float | None:
+    """A figure at the end; "change X" is the mean size of X's changes between evaluations."""
+    if not figure.startswith("change "):
+        return run.after.get(figure)
+    name = figure.removeprefix("change ")
+    values = [r[name] for r in run.records if r.get(name) is not None]
+    return float(np.mean(np.abs(np.diff(values)))) if len(values) > 2 else None
 
 
 def spread(values: Sequence[float]) -> Finding:

@@ -13,19 +13,19 @@ URL = f"http://127.0.0.1:{PORT}/v1"
 
 
 @contextmanager
-def corrector(needed: bool = True) -> Iterator[None]:
-    """The endpoint at URL in a process of its own, for as long as the block runs, if it is needed.
+def corrector(needed: bool = True, port: int = PORT) -> Iterator[None]:
+    """The endpoint in a process of its own, for as long as the block runs, if it is needed.
 
-    RuntimeError where it does not start.
+    At URL unless another port is given. RuntimeError where it does not start.
     """
     if not needed:
         yield
         return
-    program = [sys.executable, "-m", "examples.corrector_server", "--port", str(PORT)]
+    program = [sys.executable, "-m", "examples.corrector_server", "--port", str(port)]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as server:
         try:
-            if URL not in server.stdout.readline():
-                raise RuntimeError(f"the corrector did not start: is port {PORT} in use?")
+            if f"http://127.0.0.1:{port}/v1" not in server.stdout.readline():
+                raise RuntimeError(f"the corrector did not start: is port {port} in use?")
             yield
         finally:
             server.terminate()

@@ -157,11 +157,7 @@ def claim_lines(claim: Claim, runs: Sequence[StudyRun]) -> list[str]:
     ]
     for c in claim.comparisons:
         found = compare(runs, c)
-        told = f"{c.better} over {c.worse}"
-        if c.better == c.worse:
-            told = f"{c.better}: teacher over policy"
-        if c.figure == "eval_reasoning_score":
-            told += ", right thoughts"
+        told = c.words or f"{c.better} over {c.worse}"
         row = (c.regime, told, str(found.seeds), percent(found), found.verdict)
         lines.append("| " + " | ".join(row) + " |")
     return [*lines, ""]

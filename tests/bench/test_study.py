@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 import tomllib
 from pathlib import Path
 
@@ -11,7 +12,18 @@ import pytest
 import tiny_models
 
 from bench import endpoint, study
-from bench.claims import CLAIMS, T975, Comparison, compare, compare_passes, spread
+from bench.claims import (
+    CLAIMS,
+    SUCCESS,
+    T975,
+    TEACHER,
+    Comparison,
+    compare,
+    compare_passes,
+    spread,
+    steadier,
+    value_of,
+)
 from bench.study_page import band, write_page
 from bench.study_runs import StudyRun, read_runs, read_table, write_runs
 
@@ -112,6 +124,17 @@ def test_verdicts():
     assert math.isnan(spread([]).mean)
 
 
+def test_steadiness_is_the_mean_change_between_evaluations():
+    run = run_of("one", 0, 0.5)
+    rates = [(0.4, 0.4), (0.5, 0.45), (0.3, 0.5), (0.6, 0.5)]
+    run.records = [{SUCCESS: p, TEACHER: t} for p, t in rates]
+    assert value_of(run, f"change {SUCCESS}") == pytest.approx((0.1 + 0.2 + 0.3) / 3)
+    found = compare([run], steadier("r", "one"))
+    assert found.mean == pytest.approx(0.2 - 0.1 / 3)
+    run.records = run.records[:2]  # before and after alone say nothing
+    assert value_of(run, f"change {SUCCESS}") is None
+
+
 def test_students_t():
     """Of samples with a known mean, 95 % of the intervals hold it."""
     rng = np.random.default_rng(0)
@@ -200,13 +223,16 @@ def test_passes_are_compared_hand_by_hand(tmp_path, table):
 def test_the_corrector_is_there_for_the_runs_that_ask_it():
     planned = [p for p in study.plan(read_table()) if p.config.guidance == "gtr"]
     assert planned and all(p.config.teacher_url == endpoint.URL for p in planned)
-    with endpoint.corrector():
-        status = httpx.post(f"{endpoint.URL}/chat/completions", json={}, timeout=20).status_code
-        assert status == 400  # it is there, and says what it misses
-        with pytest.raises(RuntimeError, match="in use"), endpoint.corrector():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/v1/chat/completions"
+    with endpoint.corrector(port=port):
+        assert httpx.post(url, json={}, timeout=20).status_code == 400  # it says what it misses
+        with pytest.raises(RuntimeError, match="in use"), endpoint.corrector(port=port):
             pass
-    with endpoint.corrector(False), pytest.raises(httpx.ConnectError):
-        httpx.get(endpoint.URL)
+    with endpoint.corrector(False, port), pytest.raises(httpx.ConnectError):
+        httpx.get(url)
 
 
 def test_claims_are_toml(tmp_path):
