@@ -18,7 +18,7 @@ test-gpu: ## the tests that need a CUDA device, in one process
 test-faults: ## a run is killed 40 times; 200 updates are watched: minutes
 	python -m pytest -n 0 -s -m long tests/reliability
 
-test-fuzz: ## over 20,000 hostile inputs
+test-fuzz: ## 40,000 hostile inputs
 	python -m pytest -m fuzz --hypothesis-profile fuzz
 
 lint: ## ruff: rules and format, changing nothing

@@ -61,11 +61,13 @@ def write_answers(
 
     def begin(slot: int) -> None:
         i = busy[slot] = waiting.pop()
-        step = steps[i]
+        asked, answer = steps[i].asked, steps[i].answer.text
+
+        def guess(written: str) -> str:  # what the policy answered is the best guess there is
+            return asked.guess_answer(written, answer)
+
         decoder.show(slot, prefix, owner[i])
-        # What the policy answered here is the best guess of what its teacher will.
-        guess = lambda written: step.asked.guess_answer(written, step.answer.text)  # noqa: E731
-        decoder.ask(slot, Request(step.suffix, guess))
+        decoder.ask(slot, Request(steps[i].suffix, guess))
 
     for slot in range(slots):
         begin(slot)

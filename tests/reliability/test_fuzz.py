@@ -1,6 +1,6 @@
 """Hostile text and files: nothing raises but the one clear error, and nothing takes long.
 
-Some 3,000 cases run with the other tests; `make test-fuzz` runs over 20,000, with those of the
+Some 2,000 cases run with the other tests; `make test-fuzz` runs 40,000, with those of the
 exact evaluator (tests/envs/test_cards.py) and of the corrector's replies
 (tests/turbo/test_corrector.py), which bear the same mark.
 """
