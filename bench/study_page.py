@@ -26,7 +26,8 @@ ABOUT = """Written by `python -m bench.study` from [runs.csv](runs.csv): {done} 
 runs of [its table](../../bench/study.toml) are complete. The runs of a regime have the same number
 of updates and of steps asked for. Success is that of 500 fresh deals at temperature 0.2, the same
 deals for all methods of a seed. Differences are paired by seed; intervals are Student's t over
-seeds, 95 %."""
+seeds, 95 %. Steps a second are of runs that shared the cores with other work, and compare
+nothing."""
 
 
 def by_method(runs: Sequence[StudyRun], regime: str) -> dict[str, list[StudyRun]]:
