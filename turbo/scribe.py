@@ -68,11 +68,6 @@ class Scribe:
         """Print a line."""
         self.console.print(text)
 
-    def fail(self, text: str) -> None:
-        """Print why the run ends here."""
-        if self.leads:
-            print(f"error: {text}", file=sys.stderr)
-
     def write(self, metrics: dict) -> None:
         """Append a record to the log."""
         if self.leads:

@@ -331,23 +331,26 @@ def already_over(run: Run) -> int:
     return 0
 
 
+def fail(crew: Crew, why: object, status: int) -> int:
+    """Say in one line why the run cannot go on; the exit status."""
+    if crew.leads:
+        print(f"error: {why}", file=sys.stderr)
+    return status
+
+
 def train(crew: Crew, c: TrainConfig, path: Path) -> int:
     """What every worker runs; worker 0 also talks, logs and saves."""
     run = Run(c, path, crew)
     problem = crew.share(run.lack_of_space())[0]
     if problem:
-        if crew.leads:
-            print(f"error: {problem}", file=sys.stderr)
-            if not c.resume:
-                shutil.rmtree(path)  # nothing is in it yet
-        return 2
+        if crew.leads and not c.resume:
+            shutil.rmtree(path)  # nothing is in it yet
+        return fail(crew, problem, 2)
     if c.resume:
         try:
             run.restore()
         except ValueError as error:  # alike in all workers
-            if crew.leads:
-                print(f"error: {error}", file=sys.stderr)
-            return 2
+            return fail(crew, error, 2)
         if run.is_over:
             return already_over(run)
     elif teaches(c) and c.guide_first:
@@ -371,8 +374,7 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
         except Abandoned:  # a rollout, when the user stops the run: what was before it counts
             scribe.must_stop()
         except NumericalFault as error:
-            scribe.fail(f"{error}; the last checkpoint can be resumed")
-            return 1
+            return fail(crew, f"{error}; the last checkpoint can be resumed", 1)
         if scribe.interrupted:
             scribe.save()
             scribe.say(f"continue with: python -m turbo.train {c.env} --resume {path}")
