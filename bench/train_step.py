@@ -33,7 +33,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from bench.endpoint import URL, corrector
+from bench.endpoint import PORT, corrector
 from bench.flops import Tally
 from bench.harness import (
     ROOT,
@@ -61,7 +61,7 @@ VARIANTS = {
     "kl": dict(guidance="kl", kl_placement="loss"),
     "sft": dict(guidance="sft"),
     "sft, all steps": dict(guidance="sft", sft_rows=0),  # as the paper does
-    "gtr": dict(guidance="gtr", teacher_url=URL, teacher_model="expert"),
+    "gtr": dict(guidance="gtr", teacher_model="expert"),
 }
 RECIPE, PRODUCT = "published recipe", "square product"
 PHASES = ("rollout", "score", "write", "train", "merge", "checkpoint", "other")
@@ -108,6 +108,8 @@ class BenchConfig:
     """environment steps of an update of the published recipe (0: leave it out; it needs peft)"""
     memory: bool = True
     """measure the peak memory too: two more updates of each variant, in processes of their own"""
+    port: int = PORT
+    """where the external corrector of guidance gtr listens, another one if that is taken"""
     profile: bool = False
     """print the operations that take most time in one update on one worker; nothing is recorded"""
     save: bool = True
@@ -142,6 +144,7 @@ def settings(c: BenchConfig) -> dict[str, TrainConfig]:
         model=c.model,
         steps_per_update=c.steps or base.steps_per_update,
         envs=c.envs or base.envs,
+        teacher_url=f"http://127.0.0.1:{c.port}/v1",
     )
     return {name: replace(base, **changes) for name, changes in VARIANTS.items()}
 
@@ -223,9 +226,17 @@ def updates(crew: Crew, c: BenchConfig, folder: Path) -> Measured:
         crew.wait()
         return {"flops_per_second": crew.total(product_rate(dtype, device))[0]}
 
+    calls = {name: lambda n=name, call=call: told(crew, n, call()) for name, call in calls.items()}
     timed = alternate(calls | {PRODUCT: product}, repeats=c.updates - 1)
     turns = {name: [figures for _, figures in results] for name, results in timed.items()}
     return Measured(compare(turns) if crew.leads else turns, setting)
+
+
+def told(crew: Crew, name: str, figures: dict[str, float]) -> dict[str, float]:
+    """The figures of an update, which takes a while, after a line about it."""
+    if crew.leads:
+        print(f"{label(name)}: {number(figures['steps_per_second'])} steps/s", flush=True)
+    return figures
 
 
 def compare(turns: Turns) -> Turns:
@@ -361,7 +372,7 @@ def main(argv: list[str] | None = None) -> int:
         profile(Crew(), c)
         return 0
     workers = c.workers or cores()
-    with corrector(), tempfile.TemporaryDirectory() as scratch:
+    with corrector(port=c.port), tempfile.TemporaryDirectory() as scratch:
         measured = run_crew(workers, updates, c, Path(scratch))
         peaks = memory(c, workers, measured, Path(scratch)) if c.memory else {}
     summary = summaries(measured.turns)

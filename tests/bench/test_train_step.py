@@ -46,7 +46,7 @@ def test_rows_of_a_whole_run(one_variant, tmp_path, monkeypatch, capsys):
     path = tmp_path / "cpu.csv"
     monkeypatch.setattr(train_step, "results_file", lambda: path)
     monkeypatch.setattr(train_step, "ROOT", tmp_path)
-    monkeypatch.setattr(train_step, "corrector", contextlib.nullcontext)
+    monkeypatch.setattr(train_step, "corrector", lambda port: contextlib.nullcontext())
     monkeypatch.setattr(train_step, "memory", lambda *a: {"kl": 5, RECIPE: 7})
     flags = "--updates 2 --workers 1 --steps 8 --envs 8 --recipe-steps 1"
     assert train_step.main(flags.split()) == 0
@@ -83,6 +83,7 @@ def test_what_is_shown_and_how():
     shown = [train_step.number(n) for n in (0.0123, 12.34, 480.4, 1.5e6, 2.25e11, 3.1e13)]
     assert shown == ["0.012", "12.3", "480", "1.500M", "225G", "31.0T"]
     shapes = train_step.describe(BenchConfig(steps=64), 2, Setting(torch.float32, 1, "cpu"))
+    assert train_step.settings(BenchConfig(port=99))["gtr"].teacher_url.endswith(":99/v1")
     assert "workers=2" in shapes["gtr"] and "steps=64" in shapes["none"]
     for part in ("envs=1", "steps=64", "dtype=float32", "threads=1"):
         assert part in shapes[RECIPE]
