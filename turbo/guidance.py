@@ -19,7 +19,7 @@ from torch import Tensor
 
 from turbo.corrector import Corrector, Question
 from turbo.decode import Decoder, Request
-from turbo.model import TextWeights, VisionLanguageModel
+from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew
 from turbo.rollout import Episode, Rollout, Step, mix, read_answer
 from turbo.score import local_pictures
@@ -36,7 +36,7 @@ def spread(count: int, wanted: int) -> list[int]:
 @torch.no_grad()
 def write_answers(
     vlm: VisionLanguageModel,
-    weights: TextWeights,
+    weights: Weights,
     rollout: Rollout,
     rows: Sequence[int],
     *,
@@ -50,6 +50,7 @@ def write_answers(
     """
     if not rows:
         return []
+    weights = vlm.merged(weights)
     steps = [rollout.steps[i] for i in rows]
     pictures, owner = local_pictures(steps)
     prefix = vlm.prefix(weights, rollout.features[pictures], rollout.fixed, rollout.grid)
@@ -140,7 +141,7 @@ class Examples:
         usable = [s for e in written for s in e.steps if s.answer.action is not None and s.thought]
         pictures, owner = local_pictures(usable)
         own = (
-            rollout.features[pictures].numpy() if usable else np.empty(0),
+            rollout.features[pictures].float().cpu().numpy() if usable else np.empty(0),
             [(p, s.suffix, s.tokens[: s.thought]) for p, s in zip(owner, usable, strict=True)],
         )
         for features, rows in crew.share(own):

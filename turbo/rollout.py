@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from turbo.attend import PrefixKV
 from turbo.batch import run_batches
 from turbo.decode import Decoder, Request, Sample
 from turbo.envs.base import Answer, Verdict, VisualEnv
-from turbo.model import PrefixKV, TextWeights, VisionLanguageModel
+from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew
-from turbo.prompts import suffix_text
 
 AHEAD = 4  # deals whose pictures are seen together, once all environments are busy
 
@@ -119,7 +119,7 @@ class Table:
 
     def collect(
         self,
-        weights: TextWeights,
+        weights: Weights,
         seed: tuple[int, ...],
         steps: int = 0,
         deals: list[dict] | None = None,
@@ -142,7 +142,7 @@ class Table:
 class _Gallery:
     """The pictures of a round: each one is seen once, and its prompt prefix is computed once."""
 
-    def __init__(self, vlm: VisionLanguageModel, weights: TextWeights, fixed: str):
+    def __init__(self, vlm: VisionLanguageModel, weights: Weights, fixed: str):
         self.vlm, self.weights, self.fixed = vlm, weights, fixed
         self.number: dict[bytes, int] = {}
         self.last: dict[
@@ -267,7 +267,7 @@ class _Player:
         self.dealt += block
 
     def _suffix(self, env) -> list[int]:
-        return self.vlm.encode(suffix_text(env.prompt(self.options.prompt_style).state))
+        return self.vlm.encode(self.vlm.frame.suffix(env.prompt(self.options.prompt_style).state))
 
     def _request(self, env, previous: str | None) -> Request:
         return Request(self._suffix(env), lambda written: env.guess_answer(written, previous))
