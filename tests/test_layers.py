@@ -26,8 +26,8 @@ MODULES = {
     2: "checkpoint families fused hub lock lora merge model modules tiny",
     # 3: the model at work
     3: """
-        backprop corrector decode demos faults finetune guidance measure rollout run score scribe
-        teacher update
+        backprop corrector decode demos faults finetune guidance measure prefixes rollout run score
+        scribe teacher update
     """,
     # 4: what is run
     4: "__main__ eval export replay sft train view",

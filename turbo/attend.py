@@ -40,12 +40,6 @@ class PrefixKV:
         """Tokens in the prefix, P."""
         return self.keys[0].shape[2]
 
-    def extend(self, other: "PrefixKV") -> "PrefixKV":
-        """These prefixes and then the `other` ones, of the same length."""
-        keys = [torch.cat(pair) for pair in zip(self.keys, other.keys, strict=True)]
-        values = [torch.cat(pair) for pair in zip(self.values, other.values, strict=True)]
-        return PrefixKV(keys, values, self.next_position)
-
     def select(self, rows: Tensor) -> "PrefixKV":
         """The prefixes `rows` [R], repeated as asked."""
         return PrefixKV(

@@ -25,6 +25,14 @@ from turbo.batch import TokenBatch, micro_batches, pad_rows, pad_to
 from turbo.model import VisionLanguageModel, Weights
 
 
+def rows_of(
+    vlm: VisionLanguageModel, suffixes: Sequence[list[int]], answers: Sequence[list[int]]
+) -> TokenBatch:
+    """Rows padded for this model, where it runs."""
+    exact = not vlm.text.small
+    return pad_rows(suffixes, answers, vlm.pad, vlm.device, exact)
+
+
 def backward_rows(
     vlm: VisionLanguageModel,
     w: Weights,  # leaves (see `cut`); their .grad is added to
@@ -61,9 +69,7 @@ def _backward_group(vlm, w, prefix: PrefixKV, first: int, mine, owner, suffixes,
     lengths = [len(suffixes[i]) + len(answers[i]) for i in mine]
     for group in micro_batches(lengths, vlm.batches.train, tokens=vlm.batches.tokens):
         rows = [mine[i] for i in group]
-        batch = pad_rows(
-            [suffixes[i] for i in rows], [answers[i] for i in rows], vlm.pad, vlm.device
-        )
+        batch = rows_of(vlm, [suffixes[i] for i in rows], [answers[i] for i in rows])
         own = torch.tensor([owner[i] - first for i in rows])
         own = pad_to(own, batch.padded_rows).to(vlm.device)
         hidden = vlm.suffix(w, batch.ids, kv.select(own))

@@ -48,11 +48,16 @@ def pad_rows(
     answers: Sequence[list[int]],
     pad: int,
     device: torch.device | str = "cpu",
+    exact: bool = False,
 ) -> TokenBatch:
-    """Build a `TokenBatch` of R rows on `device`; every answer has at least one token."""
+    """Build a `TokenBatch` of R rows on `device`; every answer has at least one token.
+
+    Sizes are rounded up, see `round_up`, unless they are to be `exact`.
+    """
     rows = [s + a[:-1] for s, a in zip(suffixes, answers, strict=True)]
-    length = round_up(max(map(len, rows)))
-    blank = [[pad] * length] * (round_up(len(rows)) - len(rows))
+    length = max(map(len, rows))
+    length = length if exact else round_up(length)
+    blank = [] if exact else [[pad] * length] * (round_up(len(rows)) - len(rows))
     ids = torch.tensor([r + [pad] * (length - len(r)) for r in rows] + blank)
     starts = torch.tensor([len(s) - 1 for s in suffixes]) + torch.arange(len(rows)) * length
     counts = torch.tensor([len(a) for a in answers])
@@ -60,7 +65,8 @@ def pad_rows(
     within = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
     targets = torch.tensor([t for a in answers for t in a])
     select = starts[row] + within
-    select = torch.cat([select, select.new_zeros(round_up(len(select), 64) - len(select))])
+    if not exact:
+        select = torch.cat([select, select.new_zeros(round_up(len(select), 64) - len(select))])
     tensors = (t.to(device) for t in (ids, select, targets, row, starts))
     return TokenBatch(len(rows), *tensors)
 

@@ -66,6 +66,7 @@ class _Row:
 
 
 CACHED = 32  # places of the cache are reserved in multiples of this
+LOGITS = 1 << 26  # logits that are held at once while answers are sampled, about
 AFTER_REFUSAL = 4  # tokens guessed behind a refused guess, beside as many as were right before it
 SHORT = 8  # inputs of at most so many tokens run together, apart from longer ones
 
@@ -179,7 +180,35 @@ class Decoder:
 
     def _verify(self, rows: list[_Row], hidden: Tensor, counts: list[int]) -> None:
         """Accept or replace the guesses of every row; append what was sampled."""
-        logits = F.linear(hidden, self.weights.head, self.bias)[: sum(counts)].float()  # [N, V]
+        verdicts: list[tuple[list[float], int, float]] = []
+        first = at = 0
+        while first < len(rows):  # as many rows at once as their logits have room
+            last, n = first + 1, counts[first]
+            while last < len(rows) and (n + counts[last]) * len(self.bias) <= LOGITS:
+                n += counts[last]
+                last += 1
+            part = slice(first, last)
+            verdicts += self._judge(rows[part], hidden[at : at + n], counts[part])
+            first, at = last, at + n
+        offset = 0
+        for row, count, (logp, new, new_logp) in zip(rows, counts, verdicts, strict=True):
+            k = len(logp)
+            if row.hidden is None:
+                row.hidden = hidden[offset].float().cpu()
+            row.tokens += [*row.draft[:k], new]
+            row.logprobs += [*logp, new_logp]
+            row.position += len(row.pending) + k
+            row.pending = [new]
+            row.limit = AFTER_REFUSAL + k if k < len(row.draft) else 1 << 30
+            self.guessed += len(row.draft)
+            self.accepted += k
+            offset += count
+
+    def _judge(
+        self, rows: list[_Row], hidden: Tensor, counts: list[int]
+    ) -> list[tuple[list[float], int, float]]:
+        """Of every row: log-probs of the guesses that are accepted, the next token and its own."""
+        logits = F.linear(hidden, self.weights.head, self.bias).float()  # [N, V]
         logprobs = torch.log_softmax(logits.div_(self.temperature), -1)
         device = logprobs.device
         n = torch.tensor(counts, device=device)
@@ -198,20 +227,9 @@ class Decoder:
         drawn = torch.stack([r.drawn for r in rows]).to(device)
         new = _draw(torch.softmax(others, -1), drawn)
         new_logp = logprobs.gather(1, new[:, None])[:, 0].tolist()
-        taken = (first - (end + 1 - n)).tolist()  # accepted guesses of each row
-        logp, new, offset = logp.tolist(), new.tolist(), 0
-        for i, row in enumerate(rows):
-            k = taken[i]
-            if row.hidden is None:
-                row.hidden = hidden[offset].float().cpu()
-            row.tokens += [*row.draft[:k], new[i]]
-            row.logprobs += [*logp[offset : offset + k], new_logp[i]]
-            row.position += len(row.pending) + k
-            row.pending = [new[i]]
-            row.limit = AFTER_REFUSAL + k if k < len(row.draft) else 1 << 30
-            self.guessed += len(row.draft)
-            self.accepted += k
-            offset += counts[i]
+        starts, taken = (end + 1 - n).tolist(), first.tolist()  # accepted: what lies in between
+        logp, new = logp.tolist(), new.tolist()
+        return [(logp[starts[i] : taken[i]], new[i], new_logp[i]) for i in range(len(rows))]
 
 
 def _draw(p: Tensor, u: Tensor) -> Tensor:

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from turbo.batch import run_batches
 from turbo.corrector import Corrector, Question
 from turbo.decode import Decoder, Request
 from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew
+from turbo.prefixes import Prefixes
 from turbo.rollout import Episode, Rollout, Step, mix, read_answer
 from turbo.score import local_pictures
 
@@ -53,7 +55,13 @@ def write_answers(
     weights = vlm.merged(weights)
     steps = [rollout.steps[i] for i in rows]
     pictures, owner = local_pictures(steps)
-    prefix = vlm.prefix(weights, rollout.features[pictures], rollout.fixed, rollout.grid)
+    prefixes = Prefixes(vlm, weights, rollout.fixed, SLOTS)
+    run_batches(
+        [1] * len(pictures),
+        vlm.batches,
+        "decode",
+        lambda part: prefixes.add(rollout.features[[pictures[i] for i in part]], rollout.grid),
+    )
     generator = torch.Generator().manual_seed(mix(*seed))
     slots = min(len(steps), SLOTS)
     decoder = Decoder(vlm, weights, slots, temperature, max_new_tokens, generator)
@@ -67,7 +75,7 @@ def write_answers(
         def guess(written: str) -> str:  # what the policy answered is the best guess there is
             return asked.guess_answer(written, answer)
 
-        decoder.show(slot, prefix, owner[i])
+        decoder.show(slot, *prefixes.get(owner[i]))
         decoder.ask(slot, Request(steps[i].suffix, guess))
 
     for slot in range(slots):

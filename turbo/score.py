@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from turbo.attend import PrefixKV
-from turbo.batch import TokenBatch, pad_rows, pad_to, run_batches
+from turbo.backprop import rows_of
+from turbo.batch import TokenBatch, pad_to, run_batches
 from turbo.kernels.policy_head import PolicyHeadOutput, policy_head
 from turbo.kl import kl_estimate, mean_over
 from turbo.model import VisionLanguageModel, Weights
@@ -85,7 +86,7 @@ def read_answers(
         mine = [steps[i] for i in group]
         pictures, owner = local_pictures(mine)
         prefix = vlm.prefix(w, rollout.features[pictures], rollout.fixed, rollout.grid)
-        batch = pad_rows([s.suffix for s in mine], [s.tokens for s in mine], vlm.pad, vlm.device)
+        batch = rows_of(vlm, [s.suffix for s in mine], [s.tokens for s in mine])
         read = answer_hidden(vlm, w, prefix, owner, batch)[: len(batch.targets)]
         parts = read.split([len(s.tokens) for s in mine])
         hidden.update(zip([rows[i] for i in group], parts, strict=True))
@@ -114,7 +115,7 @@ def teacher_kl(
         mine = [steps[i] for i in rows]
         pictures, owner = local_pictures(mine)
         features = rollout.features[pictures]
-        batch = pad_rows([s.suffix for s in mine], [s.tokens for s in mine], vlm.pad, vlm.device)
+        batch = rows_of(vlm, [s.suffix for s in mine], [s.tokens for s in mine])
         shared = dict(temperature=temperature, banned=vlm.banned)
         prefix = vlm.prefix(teacher, features, rollout.fixed, rollout.grid)
         hidden = answer_hidden(vlm, teacher, prefix, owner, batch)
