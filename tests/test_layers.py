@@ -21,7 +21,10 @@ MODULES = {
         envs.make envs.numberline envs.picture envs.points24
     """,
     # 1: no model
-    1: "attend batch config gae history kl log memory parallel ppo prompts sft_config",
+    1: """
+        attend batch config footprint gae history kl log memory parallel ppo prompts sft_config
+        shapes
+    """,
     # 2: the model and its weights
     2: "checkpoint families fused hub lock lora merge model modules tiny",
     # 3: the model at work
