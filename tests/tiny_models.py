@@ -243,6 +243,6 @@ def scripted(game, choose=None, **options):
 
 
 def without_times(record: dict) -> dict:
-    """A record of metrics.jsonl, less what the clock says."""
-    timed = ("elapsed", "steps_per_second", "tokens_per_second")
+    """A record of metrics.jsonl, less what the clock and the machine say."""
+    timed = ("elapsed", "steps_per_second", "tokens_per_second", "peak_memory_gb")
     return {k: v for k, v in record.items() if k not in timed and not k.startswith("seconds_")}

@@ -132,13 +132,16 @@ def own_workers(c: TrainConfig | SftConfig, most: int) -> int:
 
 
 def lack_of_memory(c: TrainConfig) -> str:
-    """Why a run cannot fit its card, and the nearest settings that do; nothing where it can.
+    """Why a run cannot fit its card, and the nearest settings that do; nothing where it can."""
+    plan = memory_plan(c)
+    return memory.refuse(plan) if plan else ""
 
-    Asked before anything is loaded, of a GPU or of the card that --gpu names.
-    """
+
+def memory_plan(c: TrainConfig) -> memory.Plan | None:
+    """What a run needs of its GPU, or of the card that --gpu names; nothing is loaded for it."""
     on_gpu = pick_device(c.device, c.model == "tiny").type == "cuda"
     if not (on_gpu or c.gpu):
-        return ""
+        return None
     own = ("quantize", "lora_rank", "optimizer", "gradient_checkpointing", "envs")
     own += ("max_new_tokens", "micro_tokens", "steps_per_update")
     settings = memory.Settings(
@@ -147,7 +150,7 @@ def lack_of_memory(c: TrainConfig) -> str:
     name = c.model if c.random_weights else str(model_folder(c))
     shape = shapes.text_shape(shapes.find_config(name), c.model)
     there = c.gpu * memory.GB or torch.cuda.mem_get_info()[1]
-    return memory.refuse(memory.plan(shape, settings, there))
+    return memory.plan(shape, settings, there)
 
 
 def observation(c: TrainConfig) -> Literal["small", "full"]:

@@ -21,11 +21,15 @@ Left out: several GPUs, full fine-tuning, memory of the host but for what the de
 import contextlib
 import io
 import math
+import re
+import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -295,6 +299,19 @@ def _changes(old: Settings, new: Settings) -> str:
     if "gradient_checkpointing" in words:  # it is only ever turned on
         words["gradient_checkpointing"] = "--gradient-checkpointing"
     return " ".join(words.values())
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory that was held so far: reserved on the GPU, or resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved()
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage counts a parent's memory too
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
+        if found:
+            return 1024 * int(found[1])
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 # ------------------------------------------------------------------------------------ the command

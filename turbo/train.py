@@ -34,6 +34,7 @@ from turbo.guidance import ask_corrector, spread, write_answers
 from turbo.hub import lack_of_memory, model_sha256, own_workers
 from turbo.kl import auto_coefficient
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
+from turbo.memory import GB, peak_bytes
 from turbo.parallel import Crew, run_crew
 from turbo.rollout import Abandoned, Episode, Rollout, mix
 from turbo.run import Run, due
@@ -118,6 +119,7 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
         / seconds["rollout"],
         **{f"seconds_{name}": value for name, value in seconds.items()},
         "seconds_other": clock.total() - sum(seconds.values()),
+        "peak_memory_gb": peak_bytes(run.vlm.device) / GB,
     }
     steer(run, metrics, data, guided)
     return metrics, episodes

@@ -15,10 +15,10 @@ from turbo.model import Engine, load
 COMMON = "--workers 1 --dtype float32 --device cpu"
 SMALL = (
     f"{COMMON} --engine modules --lora-rank 4 --envs 8 --group-size 4 --steps-per-update 12 "
-    "--max-new-tokens 40 --updates 2 --epochs 1 --minibatch 8 --eval-episodes 0 --teacher-sample 4 "
+    "--max-new-tokens 16 --updates 2 --epochs 1 --minibatch 8 --eval-episodes 0 --teacher-sample 4 "
     "--save-every 1 --skip-certain 0 --micro-tokens 600 --advantage gae"
 )
-SFT = f"{COMMON} --steps 3 --deals 4 --states 1 --lora-rank 4 --eval-episodes 4 --max-new-tokens 40"
+SFT = f"{COMMON} --steps 3 --deals 4 --states 1 --lora-rank 4 --eval-episodes 4 --max-new-tokens 16"
 
 
 def do_train(model: Path, out: Path, *flags: str) -> list[dict]:
@@ -63,7 +63,16 @@ def test_training_and_evaluation(warm, tmp_path, capsys):
     capsys.readouterr()
     figures = []
     for flags in ([], ["--teacher"]):
-        arguments = [str(tmp_path / "run"), "--env", "numberline", "--episodes", "4", *flags]
+        arguments = [
+            str(tmp_path / "run"),
+            "--env",
+            "numberline",
+            "--episodes",
+            "4",
+            "--max-new-tokens",
+            "16",
+            *flags,
+        ]
         assert eval.main([*arguments, "--json", "--workers", "1"]) == 0
         figures.append(json.loads(capsys.readouterr().out.strip().splitlines()[-1]))
     assert all(0 <= f["success_rate"] <= 1 for f in figures)
