@@ -21,7 +21,7 @@ MODULES = {
         envs.make envs.numberline envs.picture envs.points24
     """,
     # 1: no model
-    1: "batch config gae history kl log memory parallel ppo prompts",
+    1: "batch card config gae history kl log memory parallel ppo prompts",
     # 2: the model and its weights
     2: "checkpoint lock lora merge model tiny",
     # 3: the model at work

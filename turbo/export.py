@@ -1,0 +1,411 @@
+"""A result to take away: `python -m turbo.export RUN --what adapter|policy|teacher --out DIR`.
+
+    adapter    LoRA factors that peft's `PeftModel.from_pretrained(base, DIR)` loads
+    policy     base + s B A, merged in float32, as a model that plain transformers loads
+    teacher    base + merge(s_1 B_1 A_1, ...), the merged teacher, likewise
+
+Beside the weights: tokenizer, chat template, image processor, generation settings, a picture to try
+it with, a model card (`turbo.card`) and gtr_turbo.json, the record of how it was made. Everything
+is written into DIR.partial-PROCESS, which becomes DIR at the end, so DIR is whole or not there (only
+a process that is killed outright leaves the other one behind). The network is used with --push
+alone.
+
+Left out: quantised formats, serving, and weights of the value head.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal, get_type_hints
+
+import torch
+import tyro
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from turbo import checkpoint
+from turbo.card import Facts, card
+from turbo.config import TrainConfig, from_saved
+from turbo.log import read_jsonl
+from turbo.lora import Lora, new_lora
+from turbo.model import VisionLanguageModel, load
+from turbo.run import env_maker, model_folder, model_sha256, rollout_options
+from turbo.teacher import Teacher
+
+RECORD, PICTURE = "gtr_turbo.json", "example.png"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Files of the base that transformers' AutoProcessor reads and the parts do not write
+PROCESSOR_FILES = ("processor_config.json", "video_preprocessor_config.json")
+
+
+@dataclass
+class ExportConfig:
+    """Write a run's policy, its LoRA adapter or its merged teacher as files for plain transformers
+    and peft: weights, tokenizer, image processor, generation settings, and a model card whose
+    README.md says how to load them and what the run measured.
+
+    python -m turbo.export runs/first --out first
+
+    python -m turbo.export runs/first --out first-adapter --what adapter --base owner/base
+
+    python -m turbo.export runs/first --out first-teacher --what teacher --push owner/name
+    """
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """run directory of `turbo.train`; it is only read, and may still be training"""
+    out: Annotated[str, tyro.conf.arg(metavar="DIR")]
+    """folder for the export; it must not exist, or be empty, and is made at the very end"""
+    what: Literal["adapter", "policy", "teacher"] = "policy"
+    """policy: the base with the LoRA factors merged in, a complete model;
+    adapter: the factors alone, for peft;
+    teacher: the merged teacher, a complete model (runs with --guidance kl or sft)"""
+    checkpoint: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """take the checkpoint of update N; without it the newest that is whole"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the saved weights; auto: as the base was saved, and float32, as trained, for an adapter"""
+    base: str = ""
+    """what card and adapter call the base, such as its name on the Hub (empty: as the run did)"""
+    overwrite: bool = False
+    """replace DIR if it is an export"""
+    push: Annotated[str, tyro.conf.arg(metavar="OWNER/NAME")] = ""
+    """also upload to the Hugging Face Hub, with the token of `hf auth login`"""
+    private: bool = False
+    """with --push: a new repository is a private one"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened run: its model, and what is to be exported of it."""
+
+    config: TrainConfig
+    record: dict  # of the run's config.json
+    vlm: VisionLanguageModel
+    lora: Lora
+    dense: dict[str, Tensor]  # matrices in place of the base's, by module name
+    update: int
+    env_steps: int
+
+
+def check(c: ExportConfig) -> TrainConfig:
+    """Refuse what cannot be exported, before anything is loaded; the settings of the run."""
+    run, out = Path(c.run), Path(c.out)
+    if not run.is_dir():
+        raise ValueError(f"{c.run!r} is no folder: give a run directory of turbo.train")
+    record = checkpoint.read_run(run)
+    settings = from_saved(record["config"], c.run)
+    if c.what == "teacher" and settings.guidance in ("none", "gtr"):
+        raise ValueError(
+            f"{run} has no merged teacher, it was trained with --guidance {settings.guidance}: "
+            "export its policy, or train with --guidance kl or sft"
+        )
+    if c.what == "teacher" and settings.teacher == "initial":
+        raise ValueError(
+            f"the teacher of {run} is the warm start, {settings.model!r}, itself: use that model, "
+            "or train with --teacher merged"
+        )
+    if c.push and not HUB_NAME.fullmatch(c.push):
+        raise ValueError(f"--push must be owner/name, got {c.push!r}")
+    if c.private and not c.push:
+        raise ValueError("--private is for --push: name the repository too, or leave it out")
+    if not c.out.strip():
+        raise ValueError("--out must be a folder, got an empty name")
+    there = sorted(out.iterdir()) if out.is_dir() else [out] if out.exists() else []
+    if there and not c.overwrite:
+        raise ValueError(f"{out} is there already: choose another --out, or add --overwrite")
+    if there and not (out / RECORD).is_file():
+        raise ValueError(f"{out} is no export (it has no {RECORD}), so --overwrite leaves it alone")
+    for kept in (run, model_folder(settings)):
+        if kept.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"--out {out} would replace {kept}, which is needed: choose another")
+    if record.get("model_sha256") != model_sha256(settings):
+        raise ValueError(f"{run} was trained from another model than {settings.model!r} is now")
+    return settings
+
+
+def open_run(c: ExportConfig, settings: TrainConfig) -> Source:
+    """Load a run's model and a checkpoint; ValueError if they do not belong together."""
+    run = Path(c.run)
+    if c.checkpoint is None:
+        folder, problems = checkpoint.newest(run)
+        for problem in problems:
+            print(f"warning: {problem}; taking {folder}", file=sys.stderr)
+    adapter, state, meta = checkpoint.load(run, c.checkpoint)
+    vlm = load(model_folder(settings), torch.float32)
+    try:
+        lora = new_lora(vlm.matrices, settings.lora_rank, settings.lora_alpha, 0)
+        lora.load_state_dict(adapter)
+        dense = {}
+        if c.what == "policy":
+            dense = policy_matrices(vlm, lora)
+        if c.what == "teacher":
+            dense = teacher_matrices(vlm, lora, settings, state, meta)
+        update, env_steps = int(meta["update"]), int(meta["env_steps"])
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the checkpoint of {run} cannot be exported: {error}; use the program and the model "
+            "that made it"
+        ) from error
+    return Source(settings, checkpoint.read_run(run), vlm, lora, dense, update, env_steps)
+
+
+@torch.no_grad()
+def policy_matrices(vlm: VisionLanguageModel, lora: Lora) -> dict[str, Tensor]:
+    """base + s B A in float32, [out, in], by module name."""
+    return {
+        name: torch.addmm(vlm.matrices[name + ".weight"].float(), b, a, alpha=lora.scale)
+        for name, (a, b) in lora.factors.items()
+    }
+
+
+@torch.no_grad()
+def teacher_matrices(
+    vlm: VisionLanguageModel, lora: Lora, settings: TrainConfig, state: dict[str, Tensor], meta
+) -> dict[str, Tensor]:
+    """The merged teacher of a checkpoint, [out, in], by module name."""
+    teacher = Teacher(vlm, lora, settings)
+    teacher.load_state_dict(checkpoint.section(state, "teacher/"), meta["teacher"])
+    if not teacher.merged:
+        raise ValueError("no checkpoint had been merged yet: choose a later --checkpoint")
+    return dict(teacher.merged)
+
+
+@torch.no_grad()
+def put(module: nn.Module, dense: dict[str, Tensor]) -> None:
+    """Replace matrices of a model, in place."""
+    parameters = dict(module.named_parameters())
+    for name, matrix in dense.items():
+        parameters[name + ".weight"].copy_(matrix)
+
+
+def base_dtype(settings: TrainConfig) -> torch.dtype:
+    """The dtype in which the base was saved."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_folder(settings), local_files_only=True)
+    return config.dtype or config.get_text_config().dtype or torch.float32
+
+
+def save_model(folder: Path, module: nn.Module, dtype: torch.dtype) -> None:
+    """A complete model in Hugging Face format, shards as transformers makes them."""
+    for name in module.config.sub_configs:  # else they go on telling how the base was loaded
+        if (part := getattr(module.config, name, None)) is not None:
+            part.dtype = dtype
+    module.to(dtype).save_pretrained(folder)
+
+
+def target_modules(names: Iterable[str], modules: Iterable[str]) -> str:
+    """A regular expression that matches these of a model's modules and no other.
+
+    peft takes it for the whole name. Bare names such as `q_proj` would also hit those of the
+    vision tower. Layers are written as one number where that hits nothing else.
+    """
+    wanted = sorted(names)
+    short = "|".join(
+        dict.fromkeys(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(n)) for n in wanted)
+    )
+    if {m for m in modules if re.fullmatch(short, m)} == set(wanted):
+        return short
+    return "|".join(re.escape(n) for n in wanted)
+
+
+def save_adapter(folder: Path, source: Source, base: str, dtype: torch.dtype) -> None:
+    """adapter_model.safetensors and adapter_config.json, which peft itself writes."""
+    from peft import LoraConfig
+
+    vlm, lora = source.vlm, source.lora
+    alpha = lora.scale * lora.rank
+    kind = type(vlm.module)
+    config = LoraConfig(
+        base_model_name_or_path=base,
+        r=lora.rank,
+        lora_alpha=round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha,
+        target_modules=target_modules(lora.factors, (n for n, _ in vlm.module.named_modules())),
+        lora_dropout=0.0,
+        bias="none",
+        inference_mode=True,
+    )
+    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    config.save_pretrained(folder, auto_mapping_dict=mapping)
+    tensors = {k: v.to(dtype).contiguous() for k, v in lora.state_dict().items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def set_generation(vlm: VisionLanguageModel, settings: TrainConfig) -> None:
+    """Let transformers sample as the run was evaluated: temperature, end, and what is banned.
+
+    Nothing of the base's own settings stays, such as a penalty on repetition.
+    """
+    from transformers import GenerationConfig
+
+    vlm.module.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=settings.eval_temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_id=vlm.end,
+        pad_token_id=vlm.pad,
+        suppress_tokens=vlm.banned.nonzero()[:, 0].tolist(),
+    )
+
+
+def write(folder: Path, c: ExportConfig, source: Source) -> None:
+    """All files of an export."""
+    vlm, settings = source.vlm, source.config
+    dtype = torch.float32 if c.what == "adapter" else base_dtype(settings)
+    if c.dtype != "auto":
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[c.dtype]
+    set_generation(vlm, settings)
+    base, on_hub = base_name(c, settings)
+    if c.what == "adapter":
+        save_adapter(folder, source, base, dtype)
+        vlm.module.generation_config.save_pretrained(folder)
+    else:
+        put(vlm.module, source.dense)
+        save_model(folder, vlm.module, dtype)
+    vlm.tokenizer.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+    for name in PROCESSOR_FILES:
+        if (file := model_folder(settings) / name).is_file():
+            shutil.copyfile(file, folder / name)
+    env = env_maker(settings)()
+    Image.fromarray(env.reset(seed=settings.seed)[0]).save(folder / PICTURE)
+    metrics = Path(c.run) / checkpoint.METRICS
+    facts = Facts(
+        what=c.what,
+        base=base,
+        base_on_hub=on_hub,
+        base_sha256=source.record["model_sha256"],
+        config=settings,
+        update=source.update,
+        env_steps=source.env_steps,
+        dtype=str(dtype).removeprefix("torch."),
+        trained_with=source.record.get("versions") or {},
+        exported_with=checkpoint.versions(),
+        records=read_jsonl(metrics) if metrics.is_file() else [],
+        question=env.prompt(rollout_options(settings).prompt_style).text,
+        image_token=vlm.tokenizer.convert_ids_to_tokens(vlm.image),
+        counts_patches=hasattr(vlm.processor, "merge_size"),
+    )
+    checkpoint.write_text(folder / "README.md", card(facts))
+    told = ("what", "base", "base_sha256", "update", "env_steps", "dtype")
+    record = {key: getattr(facts, key) for key in told}
+    record["settings"] = shareable(settings)
+    record |= {"trained_with": dict(facts.trained_with), "exported_with": facts.exported_with}
+    checkpoint.write_json(folder / RECORD, record)
+
+
+def shareable(settings: TrainConfig) -> dict:
+    """The settings but for free text, which may hold paths, addresses and names of one machine."""
+    kinds = get_type_hints(TrainConfig)
+    return {k: v for k, v in asdict(settings).items() if kinds[k] is not str or k == "kl_coef"}
+
+
+def base_name(c: ExportConfig, settings: TrainConfig) -> tuple[str, bool]:
+    """How the base is called, and whether that is a name on the Hub."""
+    name = c.base or settings.model
+    if name == "tiny":
+        return f"turbo/models/{settings.env}", False  # within the repository
+    return name, bool(HUB_NAME.fullmatch(name)) and not Path(name).exists()
+
+
+def export(c: ExportConfig, source: Source) -> None:
+    """Write into a folder beside DIR, then give it its name; OSError where that fails."""
+    out = Path(c.out).resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (out.with_name(f"{out.name}.{end}-{os.getpid()}") for end in ("partial", "old"))
+    try:
+        partial.mkdir()
+        write(partial, c, source)
+        mode = (partial / RECORD).stat().st_mode
+        for file in [p for p in partial.rglob("*") if p.is_file()]:
+            file.chmod(mode)  # safetensors lets nobody else read what it writes
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        if out.exists() and any(out.iterdir()):
+            os.replace(out, old)
+        try:
+            os.replace(partial, out)
+        except OSError:
+            if old.exists():
+                os.replace(old, out)
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def upload(c: ExportConfig) -> None:
+    """Copy DIR to the Hub; OSError tells in one line what came in between."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(c.push, private=c.private or None, exist_ok=True)  # None: as it is
+        api.upload_folder(repo_id=c.push, folder_path=c.out, commit_message="Add an export")
+    except Exception as error:  # of several libraries, other ones from version to version
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(
+            f"{c.push} could not be uploaded: {why}. {c.out} is complete; look at the network and "
+            f"at `hf auth whoami`, then: hf upload {c.push} {c.out}"
+        ) from error
+
+
+def need_packages(c: ExportConfig) -> None:
+    """ImportError, with what to install, if an optional package is missing."""
+    if c.what == "adapter" and importlib.util.find_spec("peft") is None:
+        raise ImportError("--what adapter needs peft: pip install peft")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export; returns the exit status: 0, 1 for a failure, 2 for bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    c = tyro.cli(ExportConfig, args=argv, prog="turbo.export")
+    # SIGTERM ends like Ctrl-C, so that a folder that is half written is removed on the way out
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        return run(c)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run(c: ExportConfig) -> int:
+    """Check, open, write, upload; the exit status."""
+    try:
+        settings = check(c)
+        need_packages(c)
+        source = open_run(c, settings)
+    except (ValueError, OSError) as error:
+        return fail(error, 2)
+    except ImportError as error:
+        return fail(error, 1)
+    try:
+        export(c, source)
+        print(f"{c.what} after {source.update} updates: {c.out}; its README.md says how to use it")
+        if c.push:
+            upload(c)
+            print(f"uploaded to {c.push}")
+    except (ValueError, OSError, SafetensorError, ImportError) as error:
+        return fail(error, 1)
+    return 0
+
+
+def fail(error: Exception, status: int) -> int:
+    """Say in one line what went wrong; the exit status."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
