@@ -6,9 +6,8 @@
 
 Beside the weights: tokenizer, chat template, image processor, generation settings, a picture to try
 it with, a model card (`turbo.card`) and gtr_turbo.json, the record of how it was made. Everything
-is written into DIR.partial-PROCESS, which becomes DIR at the end, so DIR is whole or not there (only
-a process that is killed outright leaves the other one behind). The network is used with --push
-alone.
+is written into DIR.partial-PROCESS, which becomes DIR at the end: DIR is whole or not there, and
+only a process that is killed outright leaves the other one. The network is used with --push alone.
 
 Left out: quantised formats, serving, and weights of the value head.
 """
@@ -86,7 +85,9 @@ class Source:
     """An opened run: its model, and what is to be exported of it."""
 
     config: TrainConfig
-    record: dict  # of the run's config.json
+    sha256: str  # of the base's weights
+    versions: dict  # with which the run was made
+    records: list[dict]  # of its metrics.jsonl
     vlm: VisionLanguageModel
     lora: Lora
     dense: dict[str, Tensor]  # matrices in place of the base's, by module name
@@ -153,7 +154,19 @@ def open_run(c: ExportConfig, settings: TrainConfig) -> Source:
             f"the checkpoint of {run} cannot be exported: {error}; use the program and the model "
             "that made it"
         ) from error
-    return Source(settings, checkpoint.read_run(run), vlm, lora, dense, update, env_steps)
+    record, metrics = checkpoint.read_run(run), run / checkpoint.METRICS
+    made_with = record.get("versions")
+    return Source(
+        config=settings,
+        sha256=record["model_sha256"],
+        versions=made_with if isinstance(made_with, dict) else {},
+        records=read_jsonl(metrics) if metrics.is_file() else [],
+        vlm=vlm,
+        lora=lora,
+        dense=dense,
+        update=update,
+        env_steps=env_steps,
+    )
 
 
 @torch.no_grad()
@@ -278,19 +291,18 @@ def write(folder: Path, c: ExportConfig, source: Source) -> None:
             shutil.copyfile(file, folder / name)
     env = env_maker(settings)()
     Image.fromarray(env.reset(seed=settings.seed)[0]).save(folder / PICTURE)
-    metrics = Path(c.run) / checkpoint.METRICS
     facts = Facts(
         what=c.what,
         base=base,
         base_on_hub=on_hub,
-        base_sha256=source.record["model_sha256"],
+        base_sha256=source.sha256,
         config=settings,
         update=source.update,
         env_steps=source.env_steps,
         dtype=str(dtype).removeprefix("torch."),
-        trained_with=source.record.get("versions") or {},
+        trained_with=source.versions,
         exported_with=checkpoint.versions(),
-        records=read_jsonl(metrics) if metrics.is_file() else [],
+        records=source.records,
         question=env.prompt(rollout_options(settings).prompt_style).text,
         image_token=vlm.tokenizer.convert_ids_to_tokens(vlm.image),
         counts_patches=hasattr(vlm.processor, "merge_size"),
@@ -299,7 +311,7 @@ def write(folder: Path, c: ExportConfig, source: Source) -> None:
     told = ("what", "base", "base_sha256", "update", "env_steps", "dtype")
     record = {key: getattr(facts, key) for key in told}
     record["settings"] = shareable(settings)
-    record |= {"trained_with": dict(facts.trained_with), "exported_with": facts.exported_with}
+    record |= {"trained_with": facts.trained_with, "exported_with": facts.exported_with}
     checkpoint.write_json(folder / RECORD, record)
 
 

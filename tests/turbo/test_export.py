@@ -3,6 +3,7 @@
 Left out: refusals and interruptions (`test_export_refusals.py`), pushing (`test_export_push.py`).
 """
 
+import fcntl
 import json
 import os
 import re
@@ -35,6 +36,10 @@ SMALL = f"""{GAME}
     --temperature 0.8 --learning-rate 0.01 --final-learning-rate 0.01 --kl-coef 0.5
 """
 ANSWER = '{"current number": "3", "target number": "5", "thoughts": "3 is less than 5, so +"'
+RUNS = {
+    "kl": "--updates 2 --eval-episodes 4",
+    "folder": "--updates 1 --eval-episodes 0 --guidance none",
+}
 EXPORTS = {  # name -> run, options
     "policy": ("kl", "--what policy --dtype float32"),
     "policy-bf16": ("kl", "--what policy"),
@@ -64,7 +69,7 @@ for name, job in jobs["exports"].items():
         plain = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
         model = PeftModel.from_pretrained(plain, folder)
         told[name] = {"adapted": [n for n, m in model.named_modules() if hasattr(m, "lora_A")]}
-        if job["own"]:
+        if base in open(os.path.join(folder, "adapter_config.json")).read():
             auto = AutoPeftModel.from_pretrained(folder)
             told[name]["auto"] = type(auto.get_base_model()).__name__
     else:
@@ -106,7 +111,7 @@ print(json.dumps(told))
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def signals():
     """A run takes over Ctrl-C; it is given back."""
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -117,65 +122,75 @@ def signals():
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
+def place(signals, tmp_path_factory) -> Path:
+    """Runs, their exports, and what a fresh process makes of them: once for all test processes."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "test_export"
+    root.mkdir(exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "told.json").exists():
+            save_model(root / "model")
+            make_runs(root / "runs", root / "model")
+            make_exports(root / "exports", root / "runs")
+            told = load_exports(root)
+            (root / "told.json").write_text(json.dumps(told))
+    return root
+
+
+def save_model(folder: Path) -> None:
     """The built-in model as a folder of one's own, in float32."""
-    folder, vlm = tmp_path_factory.mktemp("model"), load(builtin_path(GAME), torch.float32)
+    vlm = load(builtin_path(GAME), torch.float32)
     for part in (vlm.module, vlm.tokenizer, vlm.processor):
         part.save_pretrained(folder)
-    return folder
 
 
-@pytest.fixture(scope="module")
-def runs(model, tmp_path_factory):
+def make_runs(folder: Path, model: Path) -> None:
     """Real runs: of the built-in model with a teacher, without one, and of a model in a folder."""
-    folder, out = tmp_path_factory.mktemp("runs"), {}
-    options = {
-        "kl": "--updates 2 --eval-episodes 4",
-        "none": "--updates 1 --eval-episodes 0 --guidance none",
-        "folder": f"--updates 1 --eval-episodes 0 --model {model}",
-    }
-    for name, more in options.items():
-        out[name] = folder / name
-        assert train.main([*SMALL.split(), *more.split(), "--out", str(out[name])]) == 0
-    return out
+    for name, options in RUNS.items():
+        argv = [*SMALL.split(), *options.split(), "--out", str(folder / name)]
+        assert train.main([*argv, *(["--model", str(model)] if name == "folder" else [])]) == 0
 
 
-@pytest.fixture(scope="module")
-def exported(runs, tmp_path_factory):
-    """Every kind of export, by name."""
-    folder = tmp_path_factory.mktemp("exports")
+def make_exports(folder: Path, runs: Path) -> None:
+    """Every kind of export."""
     for name, (run, options) in EXPORTS.items():
-        argv = [str(runs[run]), *options.split(), "--out", str(folder / name)]
-        assert export.main(argv) == 0
-    return {name: folder / name for name in EXPORTS}
+        assert export.main([str(runs / run), *options.split(), "--out", str(folder / name)]) == 0
 
 
-@pytest.fixture(scope="module")
-def fresh(model, exported, tmp_path_factory):
-    """What plain transformers and peft compute from the exports, and what they found there."""
-    folder = tmp_path_factory.mktemp("fresh")
-    bases = {"adapter": builtin_path(GAME), "folder-adapter": model}
+def load_exports(root: Path) -> dict:
+    """Let a fresh process load them all: logits to out.safetensors, and what it says."""
+    bases = {"adapter": builtin_path(GAME), "folder-adapter": root / "model"}
+    exports = {
+        name: dict(folder=str(root / "exports" / name), base=str(bases.get(name, "")))
+        for name in EXPORTS
+    }
     programs = {}
     for name in ("policy-bf16", "adapter"):
-        card = (exported[name] / "README.md").read_text()
-        programs[name] = str(folder / f"{name}.py")
+        card = (root / "exports" / name / "README.md").read_text()
+        programs[name] = str(root / f"{name}.py")
         Path(programs[name]).write_text(re.search(r"```python\n(.*?)```", card, re.S)[1])
-    jobs = {
-        "exports": {
-            name: {
-                "folder": str(path),
-                "base": str(bases.get(name, "")),
-                "own": name == "folder-adapter",
-            }
-            for name, path in exported.items()
-        },
-        "programs": programs,
-        "question": question(),
-        "answer": ANSWER,
-        "out": str(folder / "out.safetensors"),
-    }
-    told = in_fresh_process(FRESH, json.dumps(jobs), cwd=folder)
-    return load_file(jobs["out"]), told
+    jobs = dict(exports=exports, programs=programs, question=question(), answer=ANSWER)
+    jobs["out"] = str(root / "out.safetensors")
+    return in_fresh_process(FRESH, json.dumps(jobs), cwd=root)
+
+
+@pytest.fixture(scope="module")
+def runs(place) -> dict[str, Path]:
+    """The folders of the runs."""
+    return {name: place / "runs" / name for name in RUNS}
+
+
+@pytest.fixture(scope="module")
+def exported(place) -> dict[str, Path]:
+    """The folders of the exports."""
+    return {name: place / "exports" / name for name in EXPORTS}
+
+
+@pytest.fixture(scope="module")
+def fresh(place) -> tuple[dict[str, torch.Tensor], dict]:
+    """What plain transformers and peft compute from the exports, and what they found there."""
+    return load_file(place / "out.safetensors"), json.loads((place / "told.json").read_text())
 
 
 def in_fresh_process(program: str, argument: str, cwd: Path) -> dict:
@@ -296,14 +311,14 @@ def test_generation_is_turbos_own(runs, exported, fresh):
         assert (known["eos_token_id"], known["pad_token_id"]) == (vlm.end, vlm.pad)
 
 
-def test_the_adapter_leaves_the_vision_tower_alone(model, exported, fresh):
+def test_the_adapter_leaves_the_vision_tower_alone(place, exported, fresh):
     vlm = load(builtin_path(GAME), torch.float32)
     wanted = new_lora(vlm.matrices, 4, 8.0, 0).factors
     for name in ("adapter", "folder-adapter"):
         assert set(fresh[1][name]["adapted"]) == {f"base_model.model.{n}" for n in wanted}
     assert fresh[1]["folder-adapter"]["auto"] == "Qwen2_5_VLForConditionalGeneration"
     known = json.loads((exported["folder-adapter"] / "adapter_config.json").read_text())
-    assert known["base_model_name_or_path"] == str(model)
+    assert known["base_model_name_or_path"] == str(place / "model")
     assert (known["r"], known["lora_alpha"], known["peft_type"]) == (4, 8, "LORA")
 
 

@@ -109,6 +109,12 @@ def test_bad_runs_are_refused(runs, tmp_path, capsys):
     assert export.main([str(damaged), "--out", str(tmp_path / "older")]) == 0
     assert "warning: " in capsys.readouterr().err
     assert json.loads((tmp_path / "older" / export.RECORD).read_text())["update"] == 1
+    garbled = changed("garbled", versions=["odd"])
+    (garbled / checkpoint.METRICS).write_text("no record\n")
+    assert "metrics.jsonl, line 1" in refused(capsys, garbled, *out)
+    (garbled / checkpoint.METRICS).write_text('{"update": 2, "eval_success_rate": "all"}\n')
+    assert export.main([str(garbled), "--out", str(tmp_path / "odd")]) == 0
+    assert "has no figures yet" in (tmp_path / "odd" / "README.md").read_text()
     assert not (tmp_path / "out").exists()
 
 
