@@ -23,7 +23,7 @@ MODULES = {
     # 1: no model
     1: "batch card config gae history kl log memory parallel ppo prompts",
     # 2: the model and its weights
-    2: "checkpoint lock lora merge model tiny",
+    2: "checkpoint formats lock lora merge model tiny",
     # 3: the model at work
     3: "backprop corrector decode faults guidance measure rollout run score scribe teacher update",
     # 4: what is run

@@ -18,7 +18,6 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
@@ -27,12 +26,12 @@ import torch
 import tyro
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from turbo import checkpoint
 from turbo.card import Facts, card
 from turbo.config import TrainConfig, from_saved
+from turbo.formats import generation_config, save_adapter, save_model, saved_dtype
 from turbo.log import read_jsonl
 from turbo.lora import Lora, new_lora
 from turbo.model import VisionLanguageModel, load
@@ -190,100 +189,20 @@ def teacher_matrices(
     return dict(teacher.merged)
 
 
-@torch.no_grad()
-def put(module: nn.Module, dense: dict[str, Tensor]) -> None:
-    """Replace matrices of a model, in place."""
-    parameters = dict(module.named_parameters())
-    for name, matrix in dense.items():
-        parameters[name + ".weight"].copy_(matrix)
-
-
-def base_dtype(settings: TrainConfig) -> torch.dtype:
-    """The dtype in which the base was saved."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model_folder(settings), local_files_only=True)
-    return config.dtype or config.get_text_config().dtype or torch.float32
-
-
-def save_model(folder: Path, module: nn.Module, dtype: torch.dtype) -> None:
-    """A complete model in Hugging Face format, shards as transformers makes them."""
-    for name in module.config.sub_configs:  # else they go on telling how the base was loaded
-        if (part := getattr(module.config, name, None)) is not None:
-            part.dtype = dtype
-    module.to(dtype).save_pretrained(folder)
-
-
-def target_modules(names: Iterable[str], modules: Iterable[str]) -> str:
-    """A regular expression that matches these of a model's modules and no other.
-
-    peft takes it for the whole name. Bare names such as `q_proj` would also hit those of the
-    vision tower. Layers are written as one number where that hits nothing else.
-    """
-    wanted = sorted(names)
-    short = "|".join(
-        dict.fromkeys(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(n)) for n in wanted)
-    )
-    if {m for m in modules if re.fullmatch(short, m)} == set(wanted):
-        return short
-    return "|".join(re.escape(n) for n in wanted)
-
-
-def save_adapter(folder: Path, source: Source, base: str, dtype: torch.dtype) -> None:
-    """adapter_model.safetensors and adapter_config.json, which peft itself writes."""
-    from peft import LoraConfig
-
-    vlm, lora = source.vlm, source.lora
-    alpha = lora.scale * lora.rank
-    kind = type(vlm.module)
-    config = LoraConfig(
-        base_model_name_or_path=base,
-        r=lora.rank,
-        lora_alpha=round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha,
-        target_modules=target_modules(lora.factors, (n for n, _ in vlm.module.named_modules())),
-        lora_dropout=0.0,
-        bias="none",
-        inference_mode=True,
-    )
-    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-    config.save_pretrained(folder, auto_mapping_dict=mapping)
-    tensors = {k: v.to(dtype).contiguous() for k, v in lora.state_dict().items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def set_generation(vlm: VisionLanguageModel, settings: TrainConfig) -> None:
-    """Let transformers sample as the run was evaluated: temperature, end, and what is banned.
-
-    Nothing of the base's own settings stays, such as a penalty on repetition.
-    """
-    from transformers import GenerationConfig
-
-    vlm.module.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=settings.eval_temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_id=vlm.end,
-        pad_token_id=vlm.pad,
-        suppress_tokens=vlm.banned.nonzero()[:, 0].tolist(),
-    )
-
-
 def write(folder: Path, c: ExportConfig, source: Source) -> None:
     """All files of an export."""
     vlm, settings = source.vlm, source.config
-    dtype = torch.float32 if c.what == "adapter" else base_dtype(settings)
+    dtype = torch.float32 if c.what == "adapter" else saved_dtype(model_folder(settings))
     if c.dtype != "auto":
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[c.dtype]
-    set_generation(vlm, settings)
+    generation = generation_config(vlm, settings.eval_temperature, settings.max_new_tokens)
+    vlm.module.generation_config = generation  # transformers would refuse to save some bases' own
     base, on_hub = base_name(c, settings)
     if c.what == "adapter":
-        save_adapter(folder, source, base, dtype)
-        vlm.module.generation_config.save_pretrained(folder)
+        save_adapter(folder, vlm.module, source.lora, base, dtype)
     else:
-        put(vlm.module, source.dense)
-        save_model(folder, vlm.module, dtype)
+        save_model(folder, vlm.module, source.dense, dtype)
+    generation.save_pretrained(folder)
     vlm.tokenizer.save_pretrained(folder)
     vlm.processor.save_pretrained(folder)
     for name in PROCESSOR_FILES:
