@@ -32,10 +32,11 @@ from bench.harness import (
     spread,
 )
 from turbo.config import TrainConfig, check, defaults
+from turbo.hub import model_sha256
 from turbo.log import METRICS
 from turbo.model import pick_dtype
 from turbo.parallel import Crew, cores, run_crew
-from turbo.run import Run, model_sha256
+from turbo.run import Run
 from turbo.train import train_update
 
 VARIANTS = {

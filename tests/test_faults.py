@@ -19,7 +19,6 @@ import turbo.decode
 import turbo.model
 import turbo.score
 from turbo import prompts
-from turbo.backprop import flatten
 from turbo.envs.base import read_json_answer
 from turbo.envs.cards import evaluate, tokenize
 from turbo.gae import gae
@@ -66,7 +65,7 @@ def test_fault_01_the_teacher_changes_at_every_merge(vlm):
     teacher, seen = new_teacher(vlm), []
     for k in range(4):
         teacher.push(k, tiny_models.noisy_lora(vlm, k), 0.5)
-        seen.append([t.clone() for t in flatten(teacher.weights)])
+        seen.append([t.clone() for t in teacher.weights.tensors()])
     for k in range(3):
         changed = [not torch.equal(a, b) for a, b in zip(seen[k], seen[k + 1], strict=True)]
         assert sum(changed) == 4 * vlm.text.layers  # q, k, v fused; o; gate and up; down

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from turbo import prompts, sft, tiny
-from turbo.config import SftConfig, TrainConfig
+from turbo.config import TrainConfig
 from turbo.envs.make import make, tiny_kwargs
 from turbo.lora import Lora, new_lora
 from turbo.model import VisionLanguageModel, load
 from turbo.parallel import Crew
 from turbo.rollout import Rollout, RolloutOptions, Step, Table
+from turbo.sft_config import SftConfig
 
 GAME = "numberline"
 
@@ -30,8 +31,13 @@ def _scratch() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="gtr-turbo-tests-")
 
 
+def new_folder(name: str) -> Path:
+    """A folder that goes with the process."""
+    return Path(_scratch().name) / name
+
+
 def _save(module, name: str) -> Path:
-    folder = Path(_scratch().name) / name
+    folder = new_folder(name)
     module.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     tiny.image_processor().save_pretrained(folder)
@@ -187,7 +193,7 @@ def own_answer(
 
     Specials are banned, and the temperature divides the logits.
     """
-    pixels, grid = vlm.pixels([picture])
+    pixels, grid = vlm.pixels([picture]).values()
     prefix = vlm.encode(prompts.prefix_text(fixed, int(grid.prod()) // 4))
     logits, hidden = own_forward(vlm, parameters, [*prefix, *suffix, *answer], pixels, grid)
     first = len(prefix) + len(suffix) - 1

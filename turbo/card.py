@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from string import Template
 
 from turbo.config import TrainConfig
+from turbo.families import Frame
 
 PROJECT = "[gtr-turbo](https://github.com/gtr-turbo/gtr-turbo)"
 PAPER = "[GTR-Turbo](https://arxiv.org/abs/2512.13043)"
@@ -41,8 +42,8 @@ class Facts:
     exported_with: Mapping[str, str]
     records: Sequence[Mapping]  # of metrics.jsonl
     question: str  # the text beside the example's picture
-    image_token: str
-    counts_patches: bool  # the image processor says where each picture's patches are
+    frame: Frame  # how the chat template takes a picture
+    places: int  # image tokens of a picture; 0 where they depend on the grid of its patches
 
 
 def card(f: Facts) -> str:
@@ -50,7 +51,7 @@ def card(f: Facts) -> str:
     c = f.config
     rows = [
         ("This is", f"{WHAT[f.what]}; {f.dtype}"),
-        ("Base", f"{base(f)}, SHA-256 of its weights {code(f.base_sha256)}"),
+        ("Base", f"{base(f)}, fingerprint of its weights {code(f.base_sha256)}"),
         ("Environment", environment(c)),
         ("Training", training(f)),
         ("Guidance", guidance(c)),
@@ -104,10 +105,11 @@ def training(f: Facts) -> str:
     c = f.config
     kind = "PPO" if c.objective == "ppo" else "rejection sampling"
     advantage = f"{c.advantage} advantages" if c.objective == "ppo" else "own successes"
+    base = ", on a base in 4 bits (NF4)" if c.quantize == "nf4" else ""
     return (
-        f"{kind} with {advantage}, LoRA of rank {c.lora_rank} (alpha {c.lora_alpha:g}), learning "
-        f"rate {c.learning_rate:g}; {updates(f)}, {f.env_steps:,} environment steps, sampled "
-        f"at temperature {c.temperature:g}"
+        f"{kind} with {advantage}, LoRA of rank {c.lora_rank} (alpha {c.lora_alpha:g}){base}, "
+        f"learning rate {c.learning_rate:g}; {updates(f)}, {f.env_steps:,} environment steps, "
+        f"sampled at temperature {c.temperature:g}"
     )
 
 
@@ -193,29 +195,36 @@ def usage(f: Facts) -> str:
         "`generation_config.json` holds the temperature of the evaluations, the end of an answer "
         "and the tokens that were never sampled in training."
     )
-    if f.counts_patches:
+    if not f.places:
         text += (
             " Without `mm_token_type_ids` the picture silently gets the positions of text, which "
-            "are not those of training. `AutoProcessor` does these steps in one, but transformers "
-            "5 loads it only with torchvision, for the videos that Qwen2.5-VL and its like also "
-            "take; the parts used here do without."
+            "are not those of training."
         )
-    return text
+    return text + (
+        " `AutoProcessor` does these steps in one; for families that also take videos, such as "
+        "Qwen's, transformers 5 loads it only with torchvision. The parts used here do without."
+    )
 
 
 def example(f: Facts) -> str:
     """A program that loads the export and lets it answer once."""
-    wanted = ["AutoModelForImageTextToText"]
-    wanted += ["AutoImageProcessor", "AutoTokenizer"] if f.counts_patches else ["AutoProcessor"]
+    wanted = ["AutoImageProcessor", "AutoModelForImageTextToText", "AutoTokenizer"]
     wanted += ["GenerationConfig"] * (f.what == "adapter")
     program = OPENING + (ADAPTED if f.what == "adapter" else COMPLETE) + QUESTION
-    program += BY_PARTS if f.counts_patches else BY_PROCESSOR
+    program += (FIXED if f.places else GRID) + ANSWER
+    frame = f.frame
+    picture = f"{frame.image_token!r} * places"
+    if frame.opening or frame.closing:
+        picture = f"{frame.opening!r} + {picture} + {frame.closing!r}"
     return Template(program).substitute(
         peft="from peft import PeftModel\n" * (f.what == "adapter"),
-        classes=", ".join(sorted(wanted)),
+        classes=", ".join(wanted),
         base=repr(f.base),
         question=repr(f.question),
-        image=repr(f.image_token),
+        holder=repr(frame.place_holder),
+        picture=picture,
+        image=repr(frame.image_token),
+        places=f.places,
     )
 
 
@@ -240,28 +249,26 @@ question = $question
 content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
 messages = [{"role": "user", "content": content}]
 
-"""
-BY_PARTS = """\
 tokenizer = AutoTokenizer.from_pretrained(".")
 image_processor = AutoImageProcessor.from_pretrained(".", backend="pil")
 text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 seen = image_processor(images=[picture], return_tensors="pt")
+"""
+GRID = """\
 places = int(seen["image_grid_thw"].prod()) // image_processor.merge_size**2
-text = text.replace($image, $image * places)
-inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+inputs = tokenizer(text.replace($holder, $picture), add_special_tokens=False, return_tensors="pt")
 is_image = inputs["input_ids"] == tokenizer.convert_tokens_to_ids($image)
 inputs["mm_token_type_ids"] = is_image.int()
+"""
+FIXED = """\
+places = $places  # of one picture, whatever its size
+text = text.replace($holder, $picture)
+inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+"""
+ANSWER = """\
 with torch.inference_mode():
     answer = model.generate(**inputs, **seen, generation_config=generation)[0]
-print(tokenizer.decode(answer[is_image.shape[1] :], skip_special_tokens=True))
-"""
-BY_PROCESSOR = """\
-processor = AutoProcessor.from_pretrained(".")
-options = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
-inputs = processor.apply_chat_template(messages, **options)
-with torch.inference_mode():
-    answer = model.generate(**inputs, generation_config=generation)[0]
-print(processor.decode(answer[inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+print(tokenizer.decode(answer[inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
 
 

@@ -20,11 +20,11 @@ import tyro
 
 from turbo import checkpoint
 from turbo.config import Game, TrainConfig, defaults, from_saved
+from turbo.hub import model_sha256, open_model
 from turbo.lora import new_lora
 from turbo.measure import evaluate
-from turbo.model import load, pick_dtype
 from turbo.parallel import Crew, cores, run_crew
-from turbo.run import env_maker, model_folder, model_sha256
+from turbo.run import env_maker, prompt_style
 from turbo.teacher import Teacher
 
 JSON_KEYS = [
@@ -112,7 +112,7 @@ def check(c: EvalConfig) -> TrainConfig:
 
 def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
     """Load, play, and gather the figures; what every worker runs."""
-    vlm = load(model_folder(run), pick_dtype(c.dtype))
+    vlm = open_model(replace(run, dtype=c.dtype))
     lora = None
     if (Path(c.source) / "checkpoints").is_dir():
         adapter, state, meta = checkpoint.load(Path(c.source))
@@ -137,6 +137,7 @@ def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
         temperature=c.temperature,
         max_new_tokens=c.max_new_tokens,
         crew=crew,
+        prompt_style=prompt_style(run),
         samples=c.samples,
     )
     asked = {key: getattr(c, key) for key in ("samples", "seed", "temperature", "split")}

@@ -7,7 +7,8 @@
 Beside the weights: tokenizer, chat template, image processor, generation settings, a picture to try
 it with, a model card (`turbo.card`) and gtr_turbo.json, the record of how it was made. Everything
 is written into DIR.partial-PROCESS, which becomes DIR at the end: DIR is whole or not there, and
-only a process that is killed outright leaves the other one. The network is used with --push alone.
+only a process that is killed outright leaves the other one. The network is used with --push alone
+(and for a base of the Hub that has gone from the cache).
 
 Left out: quantised formats, serving, and weights of the value head.
 """
@@ -18,7 +19,7 @@ import re
 import shutil
 import signal
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
 
@@ -28,14 +29,16 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from turbo import checkpoint
+from turbo import checkpoint, families
 from turbo.card import Facts, card
 from turbo.config import TrainConfig, from_saved
 from turbo.formats import generation_config, save_adapter, save_model, saved_dtype
+from turbo.hub import model_folder, model_sha256, open_model
+from turbo.kernels.nf4 import Nf4Matrix, dequantize_nf4
 from turbo.log import read_jsonl
 from turbo.lora import Lora, new_lora
-from turbo.model import VisionLanguageModel, load
-from turbo.run import env_maker, model_folder, model_sha256, rollout_options
+from turbo.model import VisionLanguageModel
+from turbo.run import env_maker, rollout_options
 from turbo.teacher import Teacher
 
 RECORD, PICTURE = "gtr_turbo.json", "example.png"
@@ -90,6 +93,7 @@ class Source:
     vlm: VisionLanguageModel
     lora: Lora
     dense: dict[str, Tensor]  # matrices in place of the base's, by module name
+    dtype: torch.dtype  # in which they are saved
     update: int
     env_steps: int
 
@@ -101,6 +105,8 @@ def check(c: ExportConfig) -> TrainConfig:
         raise ValueError(f"{c.run!r} is no folder: give a run directory of turbo.train")
     record = checkpoint.read_run(run)
     settings = from_saved(record["config"], c.run)
+    if settings.random_weights:
+        raise ValueError(f"{run} ran on random weights, for measuring: nothing of it is of use")
     if c.what == "teacher" and settings.guidance in ("none", "gtr"):
         raise ValueError(
             f"{run} has no merged teacher, it was trained with --guidance {settings.guidance}: "
@@ -132,19 +138,19 @@ def check(c: ExportConfig) -> TrainConfig:
 
 def open_run(c: ExportConfig, settings: TrainConfig) -> Source:
     """Load a run's model and a checkpoint; ValueError if they do not belong together."""
-    run = Path(c.run)
+    run, dtype = Path(c.run), wanted_dtype(c, settings)
     if c.checkpoint is None:
         folder, problems = checkpoint.newest(run)
         for problem in problems:
             print(f"warning: {problem}; taking {folder}", file=sys.stderr)
     adapter, state, meta = checkpoint.load(run, c.checkpoint)
-    vlm = load(model_folder(settings), torch.float32)
+    vlm = open_base(settings, dtype)
     try:
         lora = new_lora(vlm.matrices, settings.lora_rank, settings.lora_alpha, 0)
         lora.load_state_dict(adapter)
         dense = {}
         if c.what == "policy":
-            dense = policy_matrices(vlm, lora)
+            dense = policy_matrices(vlm, lora, dtype)
         if c.what == "teacher":
             dense = teacher_matrices(vlm, lora, settings, state, meta)
         update, env_steps = int(meta["update"]), int(meta["env_steps"])
@@ -163,18 +169,38 @@ def open_run(c: ExportConfig, settings: TrainConfig) -> Source:
         vlm=vlm,
         lora=lora,
         dense=dense,
+        dtype=dtype,
         update=update,
         env_steps=env_steps,
     )
 
 
+def wanted_dtype(c: ExportConfig, settings: TrainConfig) -> torch.dtype:
+    """The dtype of the saved weights."""
+    if c.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[c.dtype]
+    return torch.float32 if c.what == "adapter" else saved_dtype(model_folder(settings))
+
+
+def open_base(settings: TrainConfig, dtype: torch.dtype) -> VisionLanguageModel:
+    """A run's base on the CPU, by the engine of the run, for it decides how teachers are kept.
+
+    In bfloat16 if it was saved so and is saved so again, else in float32: nothing is rounded twice.
+    """
+    plain = dtype == torch.bfloat16 == saved_dtype(model_folder(settings))
+    engine = "modules" if settings.device == "cuda" else settings.engine
+    name = "bfloat16" if plain else "float32"
+    return open_model(replace(settings, device="cpu", engine=engine, dtype=name))
+
+
 @torch.no_grad()
-def policy_matrices(vlm: VisionLanguageModel, lora: Lora) -> dict[str, Tensor]:
-    """base + s B A in float32, [out, in], by module name."""
-    return {
-        name: torch.addmm(vlm.matrices[name + ".weight"].float(), b, a, alpha=lora.scale)
-        for name, (a, b) in lora.factors.items()
-    }
+def policy_matrices(vlm: VisionLanguageModel, lora: Lora, dtype: torch.dtype) -> dict[str, Tensor]:
+    """base + s B A, [out, in], by module name; computed in float32."""
+    dense = uncoded(vlm)
+    for name, (a, b) in lora.factors.items():
+        base = read(vlm.matrices[name + ".weight"]).float()
+        dense[name] = torch.addmm(base, b, a, alpha=lora.scale).to(dtype)
+    return dense
 
 
 @torch.no_grad()
@@ -184,17 +210,26 @@ def teacher_matrices(
     """The merged teacher of a checkpoint, [out, in], by module name."""
     teacher = Teacher(vlm, lora, settings)
     teacher.load_state_dict(checkpoint.section(state, "teacher/"), meta["teacher"])
-    if not teacher.merged:
+    merged = teacher.dense()
+    if not merged:
         raise ValueError("no checkpoint had been merged yet: choose a later --checkpoint")
-    return dict(teacher.merged)
+    return uncoded(vlm) | {name: read(matrix) for name, matrix in merged.items()}
+
+
+def uncoded(vlm: VisionLanguageModel) -> dict[str, Tensor]:
+    """The base's own matrices, by module name, as far as they are held in 4 bits."""
+    coded = {n: m for n, m in vlm.matrices.items() if isinstance(m, Nf4Matrix)}
+    return {name.removesuffix(".weight"): read(matrix) for name, matrix in coded.items()}
+
+
+def read(matrix: Tensor | Nf4Matrix) -> Tensor:
+    """A matrix as it is, or read from 4 bits."""
+    return dequantize_nf4(matrix) if isinstance(matrix, Nf4Matrix) else matrix.detach()
 
 
 def write(folder: Path, c: ExportConfig, source: Source) -> None:
     """All files of an export."""
-    vlm, settings = source.vlm, source.config
-    dtype = torch.float32 if c.what == "adapter" else saved_dtype(model_folder(settings))
-    if c.dtype != "auto":
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[c.dtype]
+    vlm, settings, dtype = source.vlm, source.config, source.dtype
     generation = generation_config(vlm, settings.eval_temperature, settings.max_new_tokens)
     vlm.module.generation_config = generation  # transformers would refuse to save some bases' own
     base, on_hub = base_name(c, settings)
@@ -204,12 +239,17 @@ def write(folder: Path, c: ExportConfig, source: Source) -> None:
         save_model(folder, vlm.module, source.dense, dtype)
     generation.save_pretrained(folder)
     vlm.tokenizer.save_pretrained(folder)
+    for option, value in families.WHOLE.get(vlm.module.config.model_type, {}).items():
+        setattr(vlm.processor, option, value)  # one picture stays one, as in training
     vlm.processor.save_pretrained(folder)
     for name in PROCESSOR_FILES:
         if (file := model_folder(settings) / name).is_file():
             shutil.copyfile(file, folder / name)
     env = env_maker(settings)()
-    Image.fromarray(env.reset(seed=settings.seed)[0]).save(folder / PICTURE)
+    picture = env.reset(seed=settings.seed)[0]
+    Image.fromarray(picture).save(folder / PICTURE)
+    with torch.no_grad():
+        places = vlm.see([picture])[0].shape[1]
     facts = Facts(
         what=c.what,
         base=base,
@@ -223,8 +263,8 @@ def write(folder: Path, c: ExportConfig, source: Source) -> None:
         exported_with=checkpoint.versions(),
         records=source.records,
         question=env.prompt(rollout_options(settings).prompt_style).text,
-        image_token=vlm.tokenizer.convert_ids_to_tokens(vlm.image),
-        counts_patches=hasattr(vlm.processor, "merge_size"),
+        frame=vlm.frame,
+        places=0 if hasattr(vlm.processor, "merge_size") else places,
     )
     checkpoint.write_text(folder / "README.md", card(facts))
     told = ("what", "base", "base_sha256", "update", "env_steps", "dtype")

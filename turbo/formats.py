@@ -26,17 +26,17 @@ def saved_dtype(folder: Path) -> torch.dtype:
     return config.dtype or config.get_text_config().dtype or torch.float32
 
 
-@torch.no_grad()
 def save_model(
     folder: Path, module: nn.Module, dense: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:
     """A model with some matrices replaced, by module name, in shards as transformers makes them.
 
-    The module is changed: it has these matrices and this dtype afterwards.
+    The module is changed: it has these matrices and this dtype afterwards. A layer whose own matrix
+    is in 4 bits must be among them.
     """
-    parameters = dict(module.named_parameters())
     for name, matrix in dense.items():
-        parameters[name + ".weight"].copy_(matrix)
+        layer = module.get_submodule(name)
+        layer.weight = nn.Parameter(matrix.to(dtype), requires_grad=False)
     for name in module.config.sub_configs:  # else they go on telling how the base was loaded
         if (part := getattr(module.config, name, None)) is not None:
             part.dtype = dtype

@@ -56,7 +56,7 @@ class Lora:
 def new_lora(matrices: Mapping[str, Tensor], rank: int, alpha: float, seed: int) -> Lora:
     """Fresh factors, A uniform and B zero, on every linear layer of the text model.
 
-    Embeddings and head have none.
+    Embeddings and head have none. They are float32 and stand where the matrices do.
     """
     if rank < 1:
         raise ValueError(f"lora rank must be at least 1, got {rank}")
@@ -69,7 +69,8 @@ def new_lora(matrices: Mapping[str, Tensor], rank: int, alpha: float, seed: int)
         out_features, in_features = weight.shape
         bound = 1 / math.sqrt(in_features)  # kaiming_uniform with a = sqrt(5), as peft
         a = (torch.rand(rank, in_features, generator=generator) * 2 - 1) * bound
-        factors[module] = (a.requires_grad_(), torch.zeros(out_features, rank, requires_grad=True))
+        a, b = a.to(weight.device), torch.zeros(out_features, rank, device=weight.device)
+        factors[module] = (a.requires_grad_(), b.requires_grad_())
     return Lora(factors, alpha / rank, rank)
 
 

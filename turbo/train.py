@@ -31,11 +31,12 @@ from turbo.config import GAME_DEFAULTS, PRESETS, TrainConfig, changed, check, de
 from turbo.corrector import check_url
 from turbo.faults import NumericalFault, diagnosis
 from turbo.guidance import ask_corrector, spread, write_answers
+from turbo.hub import model_sha256, own_workers
 from turbo.kl import auto_coefficient
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
-from turbo.parallel import Crew, cores, run_crew
+from turbo.parallel import Crew, run_crew
 from turbo.rollout import Abandoned, Episode, Rollout, mix
-from turbo.run import Run, due, model_sha256
+from turbo.run import Run, due
 from turbo.score import TeacherReading, read_answers, teacher_kl
 from turbo.scribe import Scribe
 from turbo.update import Imitated, StepData, prepare
@@ -48,7 +49,7 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
     # play: sampled from the policy as it is, temperature and all
     with torch.no_grad():
         weights = run.vlm.weights(run.lora)
-    rollout = run.table.collect(weights, (c.seed, update), c.steps_per_update)
+    rollout = run.table.collect(run.vlm.merged(weights), (c.seed, update), c.steps_per_update)
     seconds = {"rollout": clock.lap()}
 
     # score and weigh: KL of every thought to the teacher where the reward or the advantage needs
@@ -308,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     """Read the settings and train; returns the exit status."""
     try:
         c = parse(sys.argv[1:] if argv is None else argv)
-        c.workers = c.workers or min(cores(), max(1, c.envs // c.group_size))
+        c.workers = own_workers(c, max(1, c.envs // c.group_size))
         if c.envs < c.workers * c.group_size:
             raise ValueError(
                 f"--envs must be at least --workers * --group-size = {c.workers * c.group_size}, "

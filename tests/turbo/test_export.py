@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from turbo import checkpoint, export, prompts, train
+from turbo import checkpoint, export, train
 from turbo.config import from_saved
+from turbo.hub import model_sha256
 from turbo.lora import effective, new_lora
 from turbo.model import load
-from turbo.run import model_sha256
 from turbo.teacher import Teacher
 from turbo.tiny import builtin_path
 
@@ -245,7 +245,7 @@ def differences(exported, fresh, name: str, vlm, weights) -> torch.Tensor:
     env = tiny_models.new_env()
     env.reset(seed=0)
     picture = np.asarray(Image.open(exported[name] / export.PICTURE))
-    rest = vlm.encode(prompts.suffix_text(env.prompt("short").state)) + vlm.encode(ANSWER)
+    rest = vlm.encode(vlm.frame.suffix(env.prompt("short").state)) + vlm.encode(ANSWER)
     tensors, _ = fresh
     assert tensors[name + ".ids"][-len(rest) :].tolist() == rest  # template and tokens are turbo's
     got = tensors[name][-len(rest) :]
@@ -299,7 +299,7 @@ def test_generation_is_turbos_own(runs, exported, fresh):
     env = tiny_models.new_env()
     env.reset(seed=0)
     vlm, weights = own(runs["kl"], "policy")
-    suffix = vlm.encode(prompts.suffix_text(env.prompt("short").state))
+    suffix = vlm.encode(vlm.frame.suffix(env.prompt("short").state))
     picture = np.asarray(Image.open(exported["policy"] / export.PICTURE))
     for name in ("policy", "adapter"):
         answer = fresh[0][name + ".greedy"].tolist()

@@ -16,8 +16,9 @@ import pytest
 import tiny_models
 
 from turbo import checkpoint, export
+from turbo.hub import model_sha256
 from turbo.parallel import Crew
-from turbo.run import Run, model_sha256
+from turbo.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

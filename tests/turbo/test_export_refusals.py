@@ -11,9 +11,10 @@ import tiny_models
 from safetensors.torch import load_file
 
 from turbo import checkpoint, export
+from turbo.hub import model_sha256
 from turbo.lora import new_lora
 from turbo.parallel import Crew
-from turbo.run import Run, model_sha256
+from turbo.run import Run
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,135 @@
+"""Where a run's model comes from: the built-in warm starts, a folder, the Hub, or nowhere.
+
+Left out: what a loaded model is (`turbo.model`).
+"""
+
+import hashlib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from turbo.config import TrainConfig
+from turbo.kernels.nf4 import Nf4Matrix, dequantize_nf4
+from turbo.model import (
+    Engine,
+    VisionLanguageModel,
+    is_small,
+    load,
+    pick_device,
+    pick_dtype,
+    random_model,
+)
+from turbo.parallel import cores
+from turbo.sft_config import SftConfig
+from turbo.tiny import builtin_path
+
+WHOLE = 1 << 30  # bytes of weights that are hashed whole
+
+
+def open_model(c: TrainConfig) -> VisionLanguageModel:
+    """The model of a run, loaded and put where it is to run."""
+    device = pick_device(c.device, c.model == "tiny")
+    engine = Engine(c.engine, c.device, c.quantize, c.gradient_checkpointing)
+    dtype = pick_dtype(c.dtype, device)
+    if c.random_weights:
+        vlm = random_model(c.model, dtype, engine)
+    else:
+        vlm = load(model_folder(c), dtype, engine)
+    if not vlm.text.small:
+        vlm.batches.tokens = c.micro_tokens
+    return vlm
+
+
+def model_folder(c: TrainConfig) -> Path:
+    """Where the model's files are.
+
+    `tiny` is the warm start shipped for the environment; what is no folder is an id of the Hugging
+    Face Hub, taken from its cache, or downloaded.
+    """
+    if c.model == "tiny":
+        return builtin_path(c.env)
+    path = Path(c.model)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", c.model):
+        return path
+    return snapshot(c.model)
+
+
+def snapshot(name: str) -> Path:
+    """The files of a model of the Hub: those in the cache, or fresh ones."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+    except LocalEntryNotFoundError:
+        print(f"{name} is not in the cache: downloading it", file=sys.stderr)
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # no network, no such model, no permission
+        raise ValueError(
+            f"model {name!r} is neither a folder nor could it be downloaded: {error}"
+        ) from error
+
+
+def model_sha256(c: TrainConfig) -> str:
+    """A fingerprint of the model's weights, so that a run is never resumed on others.
+
+    The hash of a model in one small file; of large ones, of sizes and of both ends of every file.
+    """
+    if c.random_weights:
+        return hashlib.sha256(f"random {c.model}".encode()).hexdigest()
+    folder = model_folder(c)
+    file = folder / "model.safetensors"
+    if file.is_file() and file.stat().st_size < WHOLE:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"model {c.model!r}: {file} is missing; make it with `python -m turbo.sft`"
+        )
+    found = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        found.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            found.update(stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            found.update(stream.read())
+    return found.hexdigest()
+
+
+def write_model(
+    vlm: VisionLanguageModel, folder: Path, merged: Callable[[str, Tensor], Tensor]
+) -> None:
+    """Write a model in Hugging Face format in its dtype, with `merged(name, base)` in place of
+    every adapted matrix; a base in 4 bits is written dense."""
+    state = vlm.module.state_dict()
+    for name, matrix in vlm.text.adapted().items():
+        base = dequantize_nf4(matrix) if isinstance(matrix, Nf4Matrix) else matrix.detach()
+        state[name + ".weight"] = merged(name, base).cpu()
+    vlm.module.save_pretrained(folder, state_dict=state)
+    vlm.tokenizer.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+
+
+def own_workers(c: TrainConfig | SftConfig, most: int) -> int:
+    """How many processes work by themselves: one on a GPU, else one a core, at most `most`."""
+    if pick_device(c.device, c.model in ("", "tiny")).type == "cuda":
+        if c.workers > 1:
+            raise ValueError(f"--workers must be 1 on a GPU, got {c.workers}")
+        return 1
+    return c.workers or min(cores(), most)
+
+
+def observation(c: TrainConfig) -> Literal["small", "full"]:
+    """How the games are shown to the model of a run."""
+    if c.observation != "auto":
+        return c.observation
+    if c.random_weights:
+        return "full"
+    return "small" if c.model == "tiny" or is_small(Path(c.model)) else "full"

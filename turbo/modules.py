@@ -1,0 +1,347 @@
+"""Any family's text model, run by transformers' own decoder with a place for every role.
+
+Every linear layer of the decoder becomes an `AdaptedLinear`: the pristine base (dense, or NF4), the
+LoRA factors, and a view of one scratch buffer, as large as all of them. It computes in one of three
+roles, which the weights that are handed to `forward` choose:
+
+    base       x W^T
+    adapted    x W^T + s (x A^T) B^T       training and scoring; no dense gradient ever exists
+    scratch    x M^T                       M: the policy merged, for decoding; or the teacher
+
+The scratch is always filled from the pristine base: merging in and out of bfloat16 in place drifts.
+It has one content at a time, and weights that refer to an older one are refused.
+
+Keys and values pass through the caller's `attend` (the decoder believes that it has a cache), so
+prompt prefixes are shared and rows stand where they like, whatever the family.
+
+Left out: vision and prompts (`turbo.model`, `turbo.families`), the merge of teachers
+(`turbo.merge`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from turbo.kernels.nf4 import (
+    Nf4Matrix,
+    dequantize_nf4,
+    empty_nf4,
+    quantize_nf4,
+    ties_merge_lora_nf4,
+)
+from turbo.kernels.ties import linear_merge_lora
+from turbo.lora import Lora
+
+BASE, ADAPTED, SCRATCH = "base", "adapted", "scratch"
+
+Matrix = Tensor | Nf4Matrix
+
+
+@dataclass(frozen=True)
+class ModuleWeights:
+    """Which weights the decoder is to run with."""
+
+    role: str
+    embed: Tensor  # [V, D]
+    head: Tensor  # [V, D]
+    content: int = 0  # of the scratch, with role `scratch`
+    lora: Lora | None = None  # with role `adapted`
+
+    def cut(self) -> "ModuleWeights":
+        """The same: gradients reach the factors directly, nothing dense is in between."""
+        return self
+
+    def backward(self, shards, scale: float = 1.0) -> None:
+        """Nothing is left to do."""
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer of the decoder in one of its roles."""
+
+    def __init__(self, linear: nn.Linear, state: "_State", quantize: bool):
+        super().__init__()
+        self.state = state
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.coded = linear.weight, None
+        if quantize:
+            self.coded = quantize_nf4(linear.weight.data)
+            self.weight = None
+        self.bias = linear.bias
+        self.scratch: Matrix | None = None
+        self.factors: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def base(self) -> Matrix:
+        """The pristine matrix [out, in]."""
+        return self.weight if self.coded is None else self.coded
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]"""
+        if self.state.role == SCRATCH:
+            return linear(x, self.scratch, self.bias)
+        y = linear(x, self.base, self.bias)
+        if self.state.role == ADAPTED:
+            a, b = self.factors
+            low = F.linear(x, a.to(x.dtype))
+            y = y + F.linear(low, b.to(x.dtype)) * self.state.scale
+        return y
+
+
+@dataclass
+class _State:
+    """What all layers of a decoder share."""
+
+    role: str = BASE
+    scale: float = 1.0
+
+
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
+    """x W^T + bias for a frozen matrix, dense or in NF4."""
+    if isinstance(weight, Nf4Matrix):
+        return _CodedLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class _CodedLinear(torch.autograd.Function):
+    """A product with a matrix in NF4; read back once forward and once backward, and never kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.weight = weight
+        return F.linear(x, read(weight).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ read(ctx.weight).to(grad.dtype), None, None
+
+
+def read(matrix: Nf4Matrix) -> Tensor:
+    """The dense matrix [out, in]; on a GPU by bitsandbytes' kernel, where it is installed."""
+    if matrix.device.type == "cuda":
+        try:
+            from bitsandbytes import functional as bnb
+        except ImportError:
+            return dequantize_nf4(matrix)
+        return bnb_read(bnb, matrix)
+    return dequantize_nf4(matrix)
+
+
+def bnb_read(bnb, matrix: Nf4Matrix) -> Tensor:
+    """The dense matrix [out, in] by `bitsandbytes.functional`, whose layout this is."""
+    state = bnb.QuantState(
+        absmax=matrix.absmax,
+        shape=torch.Size(matrix.shape),
+        code=bnb.get_4bit_type("nf4", device=matrix.device),
+        blocksize=64,
+        quant_type="nf4",
+        dtype=matrix.dtype,
+    )
+    return bnb.dequantize_4bit(matrix.codes[:, None], state)
+
+
+class _Attend:
+    """What the decoder takes for its cache: every layer's keys and values go to `attend`."""
+
+    is_compileable = False
+
+    def __init__(self, attend: Callable):
+        self.attend = attend
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
+        """New keys and values [R, Hkv, L, hd] in, all to be attended to out."""
+        return self.attend(layer, keys, values)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Asked for by families that count positions themselves; they are always given here."""
+        return 0
+
+
+class ModuleText:
+    """The decoder of a loaded model, with the interface of `turbo.fused.FusedText`."""
+
+    keys = 1
+    groups = True  # prefixes run group by group, within the budget of tokens
+    small = False
+
+    def __init__(
+        self,
+        model: nn.Module,  # frozen; its linear layers are replaced
+        *,
+        device: torch.device | str = "cpu",
+        quantize: bool = False,
+        checkpointing: bool = True,
+    ):
+        c = model.config.get_text_config()
+        self.decoder = model.get_decoder()
+        self.head = model.get_output_embeddings()
+        self.dim, self.vocabulary = c.hidden_size, self.head.weight.shape[0]
+        self.layers = c.num_hidden_layers
+        self.dtype, self.device = self.head.weight.dtype, torch.device(device)
+        self._state, self._linears = _State(), {}
+        self.content, self.owner = 0, None  # what the scratch holds, and for whom
+        self._adapt(model, quantize)
+        model.to(self.device)
+        self.checkpointing(checkpointing)
+
+    def _adapt(self, model: nn.Module, quantize: bool) -> None:
+        """Put an `AdaptedLinear` in the place of every linear layer."""
+        prefix = next(n for n, m in model.named_modules() if m is self.decoder)
+        found = {
+            name: module
+            for name, module in self.decoder.layers.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        for name, module in found.items():
+            parent, _, last = name.rpartition(".")
+            adapted = AdaptedLinear(module.to(self.device), self._state, quantize)
+            setattr(self.decoder.layers.get_submodule(parent), last, adapted)
+            self._linears[f"{prefix}.layers.{name}"] = adapted
+        if not found:
+            raise ValueError(
+                f"a {model.config.model_type} has no linear layers in its decoder that LoRA could "
+                "adapt: use another model"
+            )
+
+    @property
+    def matrices(self) -> dict[str, Matrix]:
+        """The pristine matrices that LoRA adapts, by parameter name."""
+        return {name + ".weight": m.base for name, m in self._linears.items()}
+
+    def adapted(self) -> dict[str, Matrix]:
+        """The pristine matrices by module name."""
+        return {name: m.base for name, m in self._linears.items()}
+
+    def checkpointing(self, wanted: bool) -> None:
+        """Keep only every layer's input for the backward pass, and compute the rest again."""
+        for layer in self.decoder.layers:
+            layer.gradient_checkpointing = layer.training = wanted
+            layer._can_checkpoint_with_cache = True  # `attend` has no side effect worth the name
+            layer._gradient_checkpointing_func = partial(_checkpoint, self._state)
+
+    def weights(self, lora: Lora | None = None) -> ModuleWeights:
+        """Base + LoRA without merging; differentiable in the factors."""
+        role = BASE if lora is None else ADAPTED
+        return ModuleWeights(role, self._embedding, self.head.weight, lora=lora)
+
+    @property
+    def _embedding(self) -> Tensor:
+        return self.decoder.get_input_embeddings().weight
+
+    def merged(self, w: ModuleWeights) -> ModuleWeights:
+        """Weights to decode with: the policy merged into the scratch, or those that are."""
+        if w.role != ADAPTED:
+            return w
+        lora = w.lora
+
+        def merge(name: str, base: Matrix, out: Matrix) -> None:
+            merge_policy(base, *lora.factors[name], lora.scale, out)
+
+        return self.fill(merge, None)
+
+    def fill(self, merge: Callable[[str, Matrix, Matrix], None], owner: object) -> ModuleWeights:
+        """Write every matrix of the scratch by `merge(name, base, out)`; the weights that use it.
+
+        `owner` is remembered, so that the same content need not be merged twice.
+        """
+        self.owner = None
+        self.content += 1
+        for name, module in self._linears.items():
+            if module.scratch is None:
+                module.scratch = _room(module)
+            merge(name, module.base, module.scratch)
+        self.owner = owner
+        return ModuleWeights(SCRATCH, self._embedding, self.head.weight, self.content)
+
+    def held(self, owner: object) -> ModuleWeights | None:
+        """The weights of what the scratch holds, if it is the owner's."""
+        if owner is None or self.owner != owner:
+            return None
+        return ModuleWeights(SCRATCH, self._embedding, self.head.weight, self.content)
+
+    def prefix_rope(self, positions: Tensor) -> Tensor:
+        """Positions [3, 1, P], or [1, P] where a family counts in one dimension."""
+        return positions.to(self.device)
+
+    def text_rope(self, positions: Tensor) -> Tensor:
+        """Positions [R, L] or [L] of plain text."""
+        return positions if positions.dim() == 2 else positions[None]
+
+    def embed(self, w: ModuleWeights, ids: Tensor) -> Tensor:
+        """Embeddings [..., D] of token ids."""
+        return self.decoder.get_input_embeddings()(ids)
+
+    def forward(
+        self,
+        w: ModuleWeights,
+        x: Tensor,  # [R, L, D]
+        rope: Tensor,  # positions [..., R or 1, L]
+        mask: Tensor,  # additive, [L, S] or [R, 1, 1, L, S]
+        attend,  # (layer, k [R, Hkv, L, hd], v) -> all keys and values to attend to [R, Hkv, S, hd]
+        seen: Mapping | None = None,  # further arguments of the decoder
+    ) -> Tensor:
+        """Hidden states [R, L, D] behind the final norm."""
+        self._use(w)
+        mask = mask[None, None] if mask.dim() == 2 else mask[:, 0]
+        out = self.decoder(
+            inputs_embeds=x.to(self.dtype),
+            position_ids=rope.expand(*rope.shape[:-2], x.shape[0], -1),
+            attention_mask=mask.expand(x.shape[0], -1, -1, -1),
+            past_key_values=_Attend(attend),
+            use_cache=True,
+            **(seen or {}),
+        )
+        return out.last_hidden_state
+
+    def final_norm(self, w: ModuleWeights, hidden: Tensor) -> Tensor:
+        """Hidden states as they are: the decoder ends with its norm."""
+        return hidden
+
+    def _use(self, w: ModuleWeights) -> None:
+        if w.role == SCRATCH and w.content != self.content:
+            raise RuntimeError(
+                "these weights were merged into the scratch and something else is there by now: "
+                "merge them again"
+            )
+        self._state.role = w.role
+        if w.role == ADAPTED:
+            self._state.scale = w.lora.scale
+            for name, module in self._linears.items():
+                module.factors = w.lora.factors[name]
+
+
+def _checkpoint(state: _State, function: Callable, *args) -> Tensor:
+    """`function` checkpointed; computed again in the role in which it was computed first."""
+    role = state.role
+    if not torch.is_grad_enabled() or role != ADAPTED:
+        return function(*args)
+
+    def again(*inputs):
+        state.role = role
+        return function(*inputs)
+
+    return checkpoint(again, *args, use_reentrant=False)
+
+
+def _room(module: AdaptedLinear) -> Matrix:
+    """A matrix like the base's, for the scratch."""
+    base = module.base
+    if isinstance(base, Nf4Matrix):
+        return empty_nf4(base.shape, base.dtype, base.device)
+    return torch.empty_like(base, requires_grad=False)
+
+
+@torch.no_grad()
+def merge_policy(base: Matrix, a: Tensor, b: Tensor, scale: float, out: Matrix) -> Matrix:
+    """out <- base + scale * B @ A, computed in float32, rounded once; returns `out`."""
+    pair = [a.detach()], [b.detach()], [scale], [1.0]
+    if isinstance(base, Nf4Matrix):
+        # TIES of one checkpoint of which nothing is trimmed is that checkpoint.
+        ties_merge_lora_nf4(base, *pair, [0.0], out=out, check_finite=False)
+    else:
+        linear_merge_lora(base.detach(), *pair, out=out, check_finite=False)
+    return out
