@@ -11,11 +11,14 @@ from torch import Tensor
 from turbo.batch import round_up
 
 
-def causal_mask(length: int, past: int, text) -> Tensor:
+def causal_mask(length: int, past: int, text) -> Tensor | None:
     """Additive mask [length, S >= past + length]: query i sees the past and the keys up to itself.
 
-    S is a multiple of `text.keys`, the dtype and the device are the text model's.
+    S is a multiple of `text.keys`, the dtype and the device are the text model's. None where that
+    attends causally without a mask.
     """
+    if text.flash:
+        return None
     width = past + length if text.keys == 1 else round_up(past + length, text.keys)
     blocked = torch.ones(length, width, dtype=torch.bool, device=text.device).triu(past + 1)
     return additive(blocked, text.dtype)

@@ -51,7 +51,7 @@ def backward_rows(
     count = size = len(features)
     if vlm.text.groups and vlm.batches.tokens:
         length = len(vlm.encode(vlm.frame.prefix(fixed, features.shape[1])))
-        size = max(1, vlm.batches.tokens // length)
+        size = max(1, vlm.batches.half // length)
     for first in range(0, count, size):
         pictures = range(first, min(first + size, count))
         rows = [i for i, picture in enumerate(owner) if picture in pictures]
@@ -67,7 +67,7 @@ def _backward_group(vlm, w, prefix: PrefixKV, first: int, mine, owner, suffixes,
         prefix.next_position,
     )
     lengths = [len(suffixes[i]) + len(answers[i]) for i in mine]
-    for group in micro_batches(lengths, vlm.batches.train, tokens=vlm.batches.tokens):
+    for group in micro_batches(lengths, vlm.batches.train, tokens=vlm.batches.half):
         rows = [mine[i] for i in group]
         batch = rows_of(vlm, [suffixes[i] for i in rows], [answers[i] for i in rows])
         own = torch.tensor([owner[i] - first for i in rows])

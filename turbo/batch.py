@@ -85,7 +85,12 @@ class BatchSizes:
     decode: int = 64
     score: int = 64
     train: int = MICRO_ROWS
-    tokens: int = 0  # bound on the padded tokens of rows in a training step (0: none)
+    tokens: int = 0  # bound on the tokens that run at once, prompts' prefixes included (0: none)
+
+    @property
+    def half(self) -> int:
+        """The part of the tokens that rows may have; the other one is that of their prefixes."""
+        return self.tokens // 2
 
     def halve(self, phase: str, rows: int) -> int:
         """The size to go on with, after `rows` rows were too many."""
@@ -95,8 +100,7 @@ class BatchSizes:
                 "fewer --envs or a lower --max-new-tokens"
             )
         setattr(self, phase, min(getattr(self, phase), rows // 2))
-        if phase == "train":
-            self.tokens //= 2
+        self.tokens //= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return rows // 2
@@ -113,7 +117,7 @@ def run_batches(
 
     When it fails, `work` leaves nothing behind. Rows of equal numbers in `together` come together.
     """
-    todo = micro_batches(lengths, getattr(sizes, phase), together=together)
+    todo = micro_batches(lengths, getattr(sizes, phase), tokens=sizes.half, together=together)
     while todo:
         rows = todo.pop(0)
         if not fits(work, rows):

@@ -174,6 +174,8 @@ class TrainConfig:
     """where the model runs; auto is the GPU where there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of the matrix products; auto is bfloat16 where it is native (GPU, AMX), else float32"""
+    gpu: float = 0.0
+    """plan for a card of so many GB, and use no more of it (0: what the card has)"""
     observation: Literal["auto", "small", "full"] = "auto"
     """small: short prompts and few pixels; full: the rules in words and large pictures; auto: small
     for models of less than 200 MB, full for all others"""
@@ -182,8 +184,8 @@ class TrainConfig:
     modules: that of transformers, for all others"""
     gradient_checkpointing: bool = True
     """modules: keep only the layers' inputs for the backward pass and compute the rest again"""
-    micro_tokens: int = 8192
-    """modules: tokens that run forward and backward at once, halved where memory runs out"""
+    micro_tokens: int = 2048
+    """modules: tokens that run at once, prompts and answers; halved where memory runs out"""
     eval_episodes: int = 500
     """episodes of the evaluations before and after training (0: none)"""
     eval_start: bool = True

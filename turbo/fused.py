@@ -77,6 +77,7 @@ class FusedText:
     """The forward pass of Qwen2.5-VL's text model, as a function of weights."""
 
     keys = KEYS
+    flash = False
     groups = False  # all prefixes of a minibatch run at once
     small = True  # a dense copy of the weights, or some, can be afforded
 

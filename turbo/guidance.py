@@ -55,7 +55,7 @@ def write_answers(
     weights = vlm.merged(weights)
     steps = [rollout.steps[i] for i in rows]
     pictures, owner = local_pictures(steps)
-    prefixes = Prefixes(vlm, weights, rollout.fixed, SLOTS)
+    prefixes = Prefixes(vlm, weights, rollout.fixed)
     run_batches(
         [1] * len(pictures),
         vlm.batches,

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from turbo import memory, shapes
 from turbo.config import TrainConfig
 from turbo.kernels.nf4 import Nf4Matrix, dequantize_nf4
 from turbo.model import (
@@ -35,6 +37,9 @@ def open_model(c: TrainConfig) -> VisionLanguageModel:
     device = pick_device(c.device, c.model == "tiny")
     engine = Engine(c.engine, c.device, c.quantize, c.gradient_checkpointing)
     dtype = pick_dtype(c.dtype, device)
+    if c.gpu and device.type == "cuda":
+        share = c.gpu * memory.GB / torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     if c.random_weights:
         vlm = random_model(c.model, dtype, engine)
     else:
@@ -124,6 +129,25 @@ def own_workers(c: TrainConfig | SftConfig, most: int) -> int:
             raise ValueError(f"--workers must be 1 on a GPU, got {c.workers}")
         return 1
     return c.workers or min(cores(), most)
+
+
+def lack_of_memory(c: TrainConfig) -> str:
+    """Why a run cannot fit its card, and the nearest settings that do; nothing where it can.
+
+    Asked before anything is loaded, of a GPU or of the card that --gpu names.
+    """
+    on_gpu = pick_device(c.device, c.model == "tiny").type == "cuda"
+    if not (on_gpu or c.gpu):
+        return ""
+    own = ("quantize", "lora_rank", "optimizer", "gradient_checkpointing", "envs")
+    own += ("max_new_tokens", "micro_tokens", "steps_per_update")
+    settings = memory.Settings(
+        **{name: getattr(c, name) for name in own}, history=c.history_max or c.updates + 1
+    )
+    name = c.model if c.random_weights else str(model_folder(c))
+    shape = shapes.text_shape(shapes.find_config(name), c.model)
+    there = c.gpu * memory.GB or torch.cuda.mem_get_info()[1]
+    return memory.refuse(memory.plan(shape, settings, there))
 
 
 def observation(c: TrainConfig) -> Literal["small", "full"]:

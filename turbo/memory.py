@@ -36,6 +36,7 @@ from turbo.shapes import TextShape, find_config, text_shape
 PHASES = ("decode", "score", "train", "step", "merge")
 GB = 1e9
 MOST_ENVS, MOST_TOKENS = 1 << 16, 1 << 20  # no more is searched for
+KEPT = 8  # prompts whose keys and values are kept beside those in the cache of environments
 STEP = 64  # micro-batches are proposed in multiples of so many tokens
 # What `nearest` falls back to, and one row for a micro-batch
 SMALLEST = dict(
@@ -57,7 +58,7 @@ class Settings:
     """moments in fp32, or in 8 bits"""
     gradient_checkpointing: bool = True
     """keep only the input of each layer and compute the layer again in the backward pass"""
-    stream: Literal["float32", "bfloat16"] = "float32"
+    stream: Literal["float32", "bfloat16"] = "bfloat16"
     """dtype of the hidden states between layers"""
     envs: int = 64
     """environments that decode at once"""
@@ -191,7 +192,7 @@ def _passing(shape: TextShape, s: Settings) -> list[Term]:
         kept += size.cast_bytes(shape, rank, layers)
     back = size.read_back_bytes(shape, s.nf4)
     answers = s.envs * (s.suffix_tokens + s.max_new_tokens)
-    prompts = s.envs * s.prompt_tokens
+    prompts = (s.envs + KEPT) * s.prompt_tokens
     modelled = {
         "KV of prompts": {"decode": size.cache_bytes(shape, prompts)},
         "KV of answers": {"decode": size.cache_bytes(shape, answers)},

@@ -14,6 +14,9 @@ It has one content at a time, and weights that refer to an older one are refused
 Keys and values pass through the caller's `attend` (the decoder believes that it has a cache), so
 prompt prefixes are shared and rows stand where they like, whatever the family.
 
+Prompts and answers that are read whole attend causally by FlashAttention-2, where it is installed
+and on a GPU; everything else by PyTorch's own attention with a mask.
+
 Left out: vision and prompts (`turbo.model`, `turbo.families`), the merge of teachers
 (`turbo.merge`).
 """
@@ -26,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import is_flash_attn_2_available
 
 from turbo.kernels.nf4 import (
     Nf4Matrix,
@@ -160,6 +164,12 @@ class _Attend:
         """Asked for by families that count positions themselves; they are always given here."""
         return 0
 
+    get_query_offset = get_seq_length  # asked for where there is no mask, to make none
+
+    def get_mask_sizes(self, length: int, layer: int) -> tuple[int, int]:
+        """Likewise."""
+        return length, 0
+
 
 class ModuleText:
     """The decoder of a loaded model, with the interface of `turbo.fused.FusedText`."""
@@ -184,6 +194,9 @@ class ModuleText:
         self.dtype, self.device = self.head.weight.dtype, torch.device(device)
         self._state, self._linears = _State(), {}
         self.content, self.owner = 0, None  # what the scratch holds, and for whom
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        self.flash = self.device.type == "cuda" and half and is_flash_attn_2_available()
+        self.decoder.set_attn_implementation("sdpa")
         self._adapt(model, quantize)
         model.to(self.device)
         self.checkpointing(checkpointing)
@@ -280,17 +293,22 @@ class ModuleText:
         w: ModuleWeights,
         x: Tensor,  # [R, L, D]
         rope: Tensor,  # positions [..., R or 1, L]
-        mask: Tensor,  # additive, [L, S] or [R, 1, 1, L, S]
+        mask: Tensor | None,  # additive, [L, S] or [R, 1, 1, L, S]; None: causal, by flash
         attend,  # (layer, k [R, Hkv, L, hd], v) -> all keys and values to attend to [R, Hkv, S, hd]
         seen: Mapping | None = None,  # further arguments of the decoder
     ) -> Tensor:
         """Hidden states [R, L, D] behind the final norm."""
         self._use(w)
-        mask = mask[None, None] if mask.dim() == 2 else mask[:, 0]
+        if self.flash:
+            kind = "flash_attention_2" if mask is None else "sdpa"
+            self.decoder.config._attn_implementation = kind
+        if mask is not None:
+            mask = mask[None, None] if mask.dim() == 2 else mask[:, 0]
+            mask = mask.expand(x.shape[0], -1, -1, -1)
         out = self.decoder(
             inputs_embeds=x.to(self.dtype),
             position_ids=rope.expand(*rope.shape[:-2], x.shape[0], -1),
-            attention_mask=mask.expand(x.shape[0], -1, -1, -1),
+            attention_mask=mask,
             past_key_values=_Attend(attend),
             use_cache=True,
             **(seen or {}),

@@ -142,9 +142,8 @@ class Table:
 class _Gallery:
     """The pictures of a round: each one is seen once, and its prompt prefix is computed once."""
 
-    def __init__(self, vlm: VisionLanguageModel, weights: Weights, fixed: str, slots: int):
-        self.vlm = vlm
-        self.prefixes = Prefixes(vlm, weights, fixed, 4 * slots)
+    def __init__(self, vlm: VisionLanguageModel, weights: Weights, fixed: str):
+        self.vlm, self.prefixes = vlm, Prefixes(vlm, weights, fixed)
         self.number: dict[bytes, int] = {}
         # environment -> its last picture and that picture's number
         self.last: dict[int, tuple] = {}
@@ -192,7 +191,7 @@ class _Player:
         self.deals, self.steps = deals, steps
         self.scout.reset(seed=0)  # an environment says what it asks once it is reset
         fixed = self.scout.prompt(o.prompt_style).fixed
-        gallery = self.gallery = _Gallery(self.vlm, self.weights, fixed, len(self.envs))
+        gallery = self.gallery = _Gallery(self.vlm, self.weights, fixed)
         size = len(self.envs) if deals is None else min(len(self.envs), len(deals) * o.group)
         decoder = Decoder(
             self.vlm, self.weights, size, o.temperature, o.max_new_tokens, self.sampling

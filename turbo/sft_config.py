@@ -65,7 +65,7 @@ class SftConfig:
     for models of less than 200 MB, full for all others"""
     quantize: Literal["none", "nf4"] = "none"
     """nf4: the base in 4 bits"""
-    micro_tokens: int = 8192
+    micro_tokens: int = 2048
     """tokens that run forward and backward at once"""
 
 

@@ -31,7 +31,7 @@ from turbo.config import GAME_DEFAULTS, PRESETS, TrainConfig, changed, check, de
 from turbo.corrector import check_url
 from turbo.faults import NumericalFault, diagnosis
 from turbo.guidance import ask_corrector, spread, write_answers
-from turbo.hub import model_sha256, own_workers
+from turbo.hub import lack_of_memory, model_sha256, own_workers
 from turbo.kl import auto_coefficient
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
 from turbo.parallel import Crew, run_crew
@@ -317,6 +317,8 @@ def main(argv: list[str] | None = None) -> int:
             )
         if c.guidance == "gtr":
             check_url(c.teacher_url)
+        if refusal := lack_of_memory(c):
+            raise ValueError(refusal)
         path, held = run_folder(c)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -218,3 +218,32 @@ def test_sampled_log_probs_are_the_scored_ones(vlm):
         logits = logits.masked_fill(vlm.banned, -1e30) / 0.7
         scored = torch.log_softmax(logits, -1)[range(len(step.tokens)), step.tokens]
         assert (scored - torch.tensor(step.logprobs)).abs().max() < 1e-3
+
+
+def bottom_right(module, query, key, value, attention_mask, scaling=None, **_):
+    """What FlashAttention-2 computes without a mask: the last query sees all keys."""
+    assert attention_mask is None
+    length, keys = query.shape[2], key.shape[2]
+    seen = torch.ones(length, keys, dtype=torch.bool).tril(keys - length)
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    out = F.scaled_dot_product_attention(query, key, value, seen, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_causal_attention_without_a_mask(family, monkeypatch):
+    """The way of FlashAttention-2, with its definition in its place: there is no GPU here."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    vlm = model(family)
+    lora, rows = tiny_models.noisy_lora(vlm), [vlm.encode(TEXT), vlm.encode("so 4")]
+    masked = our_logits(vlm, lora, shown(2), [0, 1], rows)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", bottom_right)
+    vlm.text.flash = True
+    plain = our_logits(vlm, lora, shown(2), [0, 1], rows)
+    for i, row in enumerate(rows):
+        assert (masked - plain)[i, : len(row)].abs().max() < 1e-4
+    rollout = tiny_models.play(vlm, lora, steps=4, max_new_tokens=8)  # decoding keeps its masks
+    assert len(rollout.steps) >= 4

@@ -71,7 +71,7 @@ def test_each_frugal_choice_saves(name):
         return plan(shape(name), replace(Settings(), **changes), GB).totals[phase]
 
     assert total("train", gradient_checkpointing=False) > total("train")
-    assert total("train") > total("train", stream="bfloat16")
+    assert total("train", stream="float32") > total("train")
     assert total("step") > total("step", optimizer="adamw8bit")
     for phase in PHASES:
         assert total(phase) > total(phase, quantize="nf4")
@@ -145,7 +145,7 @@ def test_mild_changes_come_first():
         found = nearest(shape(), s, gpu * GB)
         return {name for name in HARM if getattr(found, name) != getattr(s, name)}
 
-    assert changed(39.2) == {"micro_tokens"}
+    assert changed(39.35) == {"micro_tokens"}
     assert changed(38) == {"micro_tokens", "envs"}  # decoding needs most
     assert changed(39, envs=8, micro_tokens=6144) == {"micro_tokens"}
     assert changed(40, envs=8, gradient_checkpointing=False) == {"gradient_checkpointing"}
