@@ -26,7 +26,7 @@ MODULES = {
         shapes
     """,
     # 2: the model and its weights
-    2: "checkpoint families fused hub lock lora merge model modules tiny",
+    2: "card checkpoint families formats fused hub lock lora merge model modules tiny",
     # 3: the model at work
     3: """
         backprop corrector decode demos faults finetune guidance measure prefixes rollout run score

@@ -228,9 +228,21 @@ def newest(run: Path) -> tuple[Path, list[str]]:
     raise CheckpointError(f"{run} has no checkpoint yet: train it first")
 
 
-def load(run: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """Adapter, state and meta data of a run's newest whole checkpoint."""
-    folder, _ = newest(run)
+def find(run: Path, update: int) -> Path:
+    """A run's checkpoint of one update; CheckpointError if it is gone or not whole."""
+    there = {int(p.name): p for p in checkpoints(run)}
+    if update not in there:
+        kept = ", ".join(map(str, there)) or "none"
+        raise CheckpointError(f"{run} has no checkpoint of update {update}; those kept: {kept}")
+    problem = damage(there[update])
+    if problem is not None:
+        raise CheckpointError(problem)
+    return there[update]
+
+
+def load(run: Path, update: int | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+    """Adapter, state and meta data of one checkpoint; without `update` of the newest whole one."""
+    folder = newest(run)[0] if update is None else find(run, update)
     try:
         adapter, state = load_file(folder / ADAPTER), load_file(folder / STATE)
     except (OSError, SafetensorError) as error:
