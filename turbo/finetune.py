@@ -8,6 +8,7 @@ Left out: the demonstrations (`turbo.demos`), the tiny model from scratch (`turb
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,7 +20,9 @@ import torch
 from turbo.checkpoint import versions, write_json
 from turbo.config import TrainConfig
 from turbo.demos import backward_demos, demonstrate
-from turbo.hub import observation, open_model, write_model
+from turbo.formats import save_model
+from turbo.hub import observation, open_model
+from turbo.kernels.nf4 import Nf4Matrix, dequantize_nf4
 from turbo.lora import Lora, new_lora
 from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel
@@ -39,8 +42,12 @@ def settings(c: SftConfig) -> TrainConfig:
 def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> int:
     """Train, evaluate, write; the exit status."""
     run, started = settings(c), time.perf_counter()
-    vlm = open_model(run)
     say = say if crew.leads else lambda text: None
+    try:
+        vlm = open_model(run)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     lora = new_lora(vlm.matrices, c.lora_rank, 2.0 * c.lora_rank, c.seed)
     trained = sum(p.numel() for p in lora.parameters())
     say(f"{c.model}: {trained:,} parameters in factors of rank {c.lora_rank}")
@@ -112,11 +119,15 @@ def save(
 ) -> None:
     """Write the merged model and the record of how it was made."""
 
-    def merged(name: str, base: torch.Tensor) -> torch.Tensor:
-        return merge_policy(base, *lora.factors[name], lora.scale, torch.empty_like(base))
-
+    dense = {}
+    for name, (a, b) in lora.factors.items():
+        base = vlm.text.adapted()[name]
+        base = dequantize_nf4(base) if isinstance(base, Nf4Matrix) else base.detach()
+        dense[name] = merge_policy(base, a, b, lora.scale, torch.empty_like(base)).cpu()
     out = Path(c.out)
-    write_model(vlm, out, merged)
+    save_model(out, vlm.module, dense, vlm.text.dtype)
+    vlm.tokenizer.save_pretrained(out)
+    vlm.processor.save_pretrained(out)
     config = {k: v for k, v in asdict(c).items() if k not in ("out", "overwrite")}
     record = {
         "config": config,

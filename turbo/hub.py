@@ -6,16 +6,13 @@ Left out: what a loaded model is (`turbo.model`).
 import hashlib
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from turbo import memory, shapes
 from turbo.config import TrainConfig
-from turbo.kernels.nf4 import Nf4Matrix, dequantize_nf4
 from turbo.model import (
     Engine,
     VisionLanguageModel,
@@ -87,6 +84,7 @@ def model_sha256(c: TrainConfig) -> str:
     The hash of a model in one small file; of large ones, of sizes and of both ends of every file.
     """
     if c.random_weights:
+        shapes.find_config(c.model)  # says which there are
         return hashlib.sha256(f"random {c.model}".encode()).hexdigest()
     folder = model_folder(c)
     file = folder / "model.safetensors"
@@ -106,20 +104,6 @@ def model_sha256(c: TrainConfig) -> str:
             stream.seek(max(0, size - (1 << 20)))
             found.update(stream.read())
     return found.hexdigest()
-
-
-def write_model(
-    vlm: VisionLanguageModel, folder: Path, merged: Callable[[str, Tensor], Tensor]
-) -> None:
-    """Write a model in Hugging Face format in its dtype, with `merged(name, base)` in place of
-    every adapted matrix; a base in 4 bits is written dense."""
-    state = vlm.module.state_dict()
-    for name, matrix in vlm.text.adapted().items():
-        base = dequantize_nf4(matrix) if isinstance(matrix, Nf4Matrix) else matrix.detach()
-        state[name + ".weight"] = merged(name, base).cpu()
-    vlm.module.save_pretrained(folder, state_dict=state)
-    vlm.tokenizer.save_pretrained(folder)
-    vlm.processor.save_pretrained(folder)
 
 
 def own_workers(c: TrainConfig | SftConfig, most: int) -> int:

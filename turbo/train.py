@@ -345,8 +345,11 @@ def fail(crew: Crew, why: object, status: int) -> int:
 
 def train(crew: Crew, c: TrainConfig, path: Path) -> int:
     """What every worker runs; worker 0 also talks, logs and saves."""
-    run = Run(c, path, crew)
-    problem = crew.share(run.lack_of_space())[0]
+    try:
+        run = Run(c, path, crew)
+        problem = crew.share(run.lack_of_space())[0]
+    except (ValueError, OSError) as error:  # a model that does not fit its settings: in all workers
+        problem = error
     if problem:
         if crew.leads and not c.resume:
             shutil.rmtree(path)  # nothing is in it yet

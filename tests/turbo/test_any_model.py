@@ -1,6 +1,7 @@
 """From a warm start to an evaluation with models of every family: the commands themselves."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from family_models import FAMILIES, folder, load_plain
 from tiny_models import without_times
 
-from turbo import checkpoint, eval, finetune, sft, train
+from turbo import checkpoint, eval, sft, shapes, train
+from turbo.envs.make import make
 from turbo.log import read_jsonl
 from turbo.model import Engine, load
+from turbo.shapes import published
 
 COMMON = "--workers 1 --dtype float32 --device cpu"
 SMALL = (
@@ -108,7 +111,74 @@ def test_a_quantised_run_of_every_family(tmp_path):
         assert record["grad_norm"] > 0
 
 
-def test_what_cannot_be_fine_tuned(tmp_path, capsys):
-    missing = ["numberline", "--model", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match="is not a folder with a Hugging Face model"):
-        finetune.open_model(finetune.settings(sft.SftConfig(model=missing[2])))
+def test_models_that_cannot_be_used(tmp_path, capsys):
+    """One line each, exit status 2, and no run directory is left behind."""
+
+    def refused(command, model: Path) -> str:
+        arguments = ["numberline", "--model", str(model), "--out", str(tmp_path / "out")]
+        assert command([*arguments, "--workers", "1", "--device", "cpu"]) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    mute = tmp_path / "mute"
+    shutil.copytree(folder("smolvlm"), mute)
+    (mute / "chat_template.jinja").unlink()
+    text = tmp_path / "text"
+    shutil.copytree(folder("smolvlm"), text)
+    (text / "config.json").write_text('{"model_type": "llama"}')
+    for command in (train.main, sft.main):
+        said = refused(command, tmp_path / "none")
+        assert said.startswith("error: model") and "none" in said
+        assert "takes no pictures" in refused(command, text)
+        assert "has no usable chat template" in refused(command, mute)
+    arguments = ["--model", str(folder("smolvlm")), "--engine", "fused"]
+    arguments += ["--out", str(tmp_path / "out"), "--workers", "1"]
+    assert train.main(["numberline", *arguments]) == 2
+    assert "engine fused runs Qwen2.5-VL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("game", ["points24", "blackjack"])
+def test_full_observations(tmp_path, game):
+    """Rules in words and large pictures, which transformers' processor resizes."""
+    model = folder("qwen3_vl")
+    flags = [
+        "--observation",
+        "full",
+        "--updates",
+        "1",
+        "--max-new-tokens",
+        "8",
+        "--no-early-truncation",
+    ]
+    arguments = [game, "--model", str(model), "--out", str(tmp_path / "run"), *SMALL.split()]
+    assert train.main([*arguments, *flags, "--micro-tokens", "4096"]) == 0
+    (record,) = [r for r in read_jsonl(tmp_path / "run" / checkpoint.METRICS) if "episodes" in r]
+    assert record["grad_norm"] > 0 and record["peak_memory_gb"] > 0.1
+    vlm = load(model, torch.float32, Engine("modules"))
+    env = make(game)
+    features, _ = vlm.see([env.reset(seed=0)[0]])
+    assert features.shape[1] > 60 and len(vlm.encode(env.prompt("full").fixed)) > 60
+
+
+def test_random_weights_of_published_shapes(tmp_path, monkeypatch, capsys):
+    """The way of `--model qwen3-vl-8b --random-weights`, with fewer and narrower layers."""
+
+    def small(name: str):
+        config = published(name)
+        text, vision = config.text_config, config.vision_config
+        text.num_hidden_layers, vision.depth = 2, 2
+        text.hidden_size = vision.out_hidden_size = 64
+        text.intermediate_size, text.num_attention_heads, text.num_key_value_heads = 96, 2, 1
+        vision.hidden_size, vision.intermediate_size, vision.num_heads = 32, 48, 2
+        vision.deepstack_visual_indexes = [0]
+        return config
+
+    monkeypatch.setattr(shapes, "published", small)
+    flags = ["--model", "qwen3-vl-8b", "--random-weights", "--observation", "small"]
+    arguments = ["numberline", "--out", str(tmp_path / "run"), *SMALL.split(), *flags]
+    assert train.main([*arguments, "--updates", "1", "--envs", "4", "--steps-per-update", "4"]) == 0
+    assert train.main([*arguments, "--overwrite", "--gpu", "0.5", "--micro-tokens", "2048"]) == 2
+    said = capsys.readouterr().err
+    assert "qwen3-vl-8b needs" in said and "the card has 0.5 GB" in said
+    assert train.main([*arguments, "--overwrite", "--model", "qwen9"]) == 2
+    assert "qwen9" in capsys.readouterr().err
