@@ -31,7 +31,7 @@ WHOLE = 1 << 30  # bytes of weights that are hashed whole
 
 def open_model(c: TrainConfig) -> VisionLanguageModel:
     """The model of a run, loaded and put where it is to run."""
-    device = pick_device(c.device, c.model == "tiny")
+    device = device_of(c)
     engine = Engine(c.engine, c.device, c.quantize, c.gradient_checkpointing)
     dtype = pick_dtype(c.dtype, device)
     if c.gpu and device.type == "cuda":
@@ -54,10 +54,12 @@ def model_folder(c: TrainConfig) -> Path:
     """
     if c.model == "tiny":
         return builtin_path(c.env)
-    path = Path(c.model)
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", c.model):
-        return path
-    return snapshot(c.model)
+    return snapshot(c.model) if is_hub_id(c.model) else Path(c.model)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is one of the Hub: owner/model, and no file or folder here."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
 
 
 def snapshot(name: str) -> Path:
@@ -106,9 +108,15 @@ def model_sha256(c: TrainConfig) -> str:
     return found.hexdigest()
 
 
+def device_of(c: TrainConfig | SftConfig) -> torch.device:
+    """Where the model of a run will run."""
+    small = c.model in ("", "tiny") or is_small(Path(c.model))
+    return pick_device(c.device, small)
+
+
 def own_workers(c: TrainConfig | SftConfig, most: int) -> int:
     """How many processes work by themselves: one on a GPU, else one a core, at most `most`."""
-    if pick_device(c.device, c.model in ("", "tiny")).type == "cuda":
+    if device_of(c).type == "cuda":
         if c.workers > 1:
             raise ValueError(f"--workers must be 1 on a GPU, got {c.workers}")
         return 1
@@ -123,8 +131,7 @@ def lack_of_memory(c: TrainConfig) -> str:
 
 def memory_plan(c: TrainConfig) -> memory.Plan | None:
     """What a run needs of its GPU, or of the card that --gpu names; nothing is loaded for it."""
-    on_gpu = pick_device(c.device, c.model == "tiny").type == "cuda"
-    if not (on_gpu or c.gpu):
+    if not (device_of(c).type == "cuda" or c.gpu):
         return None
     own = ("quantize", "lora_rank", "optimizer", "gradient_checkpointing", "envs")
     own += ("max_new_tokens", "micro_tokens", "steps_per_update")
