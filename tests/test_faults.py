@@ -18,7 +18,6 @@ import turbo.batch
 import turbo.decode
 import turbo.model
 import turbo.score
-from turbo import prompts
 from turbo.envs.base import read_json_answer
 from turbo.envs.cards import evaluate, tokenize
 from turbo.gae import gae
@@ -338,7 +337,9 @@ def test_fault_10_only_answer_tokens_meet_the_vocabulary_and_environments_are_ba
     drawn = sum(len(s.tokens) for s in again.steps) - again.accepted
     assert sum(playing) == again.guessed + drawn
     positions = sum(len(s.suffix) + len(s.tokens) - 1 for s in rollout.steps)
-    prefixes = n * len(vlm.encode(prompts.prefix_text(rollout.fixed, rollout.features.shape[1])))
+    prefixes = n * len(
+        vlm.encode(tiny_models.prefix_text(rollout.fixed, rollout.features.shape[1]))
+    )
     assert answers < 0.75 * positions < 0.5 * (positions + prefixes)  # what the fault projects
 
     # Environments answer together, and guessed tokens of an answer are verified together.

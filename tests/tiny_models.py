@@ -143,6 +143,17 @@ def play(
     return table.collect(weights, seed, steps, deals)
 
 
+def prefix_text(fixed: str, image_tokens: int) -> str:
+    """The unchanging part of a prompt as the tiny models are used to it: picture, rules."""
+    picture = prompts.VISION_START + prompts.IMAGE_PAD * image_tokens + prompts.VISION_END
+    return f"{prompts.IM_START}user\n{picture}{fixed}"
+
+
+def suffix_text(state: str) -> str:
+    """The part that changes with every step, and the opening of the answer's turn."""
+    return f"{state}{prompts.IM_END}\n{prompts.IM_START}assistant\n"
+
+
 def legal_and_illegal(rollout: Rollout) -> tuple[list[Step], list[Step]]:
     """The steps whose answers were legal, and the others."""
     steps = rollout.steps
@@ -194,7 +205,7 @@ def own_answer(
     Specials are banned, and the temperature divides the logits.
     """
     pixels, grid = vlm.pixels([picture]).values()
-    prefix = vlm.encode(prompts.prefix_text(fixed, int(grid.prod()) // 4))
+    prefix = vlm.encode(prefix_text(fixed, int(grid.prod()) // 4))
     logits, hidden = own_forward(vlm, parameters, [*prefix, *suffix, *answer], pixels, grid)
     first = len(prefix) + len(suffix) - 1
     logits = logits[first : first + len(answer)].masked_fill(vlm.banned, -1e30)

@@ -15,6 +15,7 @@ from turbo.log import read_jsonl
 from turbo.model import Engine, load
 from turbo.shapes import published
 
+pytestmark = pytest.mark.slow
 COMMON = "--workers 1 --dtype float32 --device cpu"
 SMALL = (
     f"{COMMON} --engine modules --lora-rank 4 --envs 8 --group-size 4 --steps-per-update 12 "

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from turbo import demos as demos_of
-from turbo import prompts, sft
+from turbo import sft
 from turbo.backprop import backward_rows
 from turbo.model import VisionLanguageModel, load
 from turbo.parallel import Crew
@@ -26,7 +26,7 @@ def own_cross_entropy(vlm: VisionLanguageModel, demos) -> torch.Tensor:
     parameters = dict(vlm.module.named_parameters())
     for demo in demos:
         pixels, grid = vlm.pixels([demo.picture]).values()
-        prefix = vlm.encode(prompts.prefix_text(demo.fixed, int(grid.prod()) // 4))
+        prefix = vlm.encode(tiny_models.prefix_text(demo.fixed, int(grid.prod()) // 4))
         for suffix, answer in zip(demo.suffixes, demo.answers, strict=True):
             ids = [*prefix, *suffix, *answer]
             logits, _ = tiny_models.own_forward(vlm, parameters, ids, pixels, grid)
@@ -68,7 +68,7 @@ def test_the_size_of_the_pieces_does_not_matter(trainable, monkeypatch):
     features, grid = vlm.see([picture, prompt.reset(seed=1)[0]])
     fixed = prompt.prompt("short").fixed
     texts = ["1", "12+3=15", "x" * 30, "so 4", "9"]
-    suffixes = [vlm.encode(prompts.suffix_text(t)) for t in texts]
+    suffixes = [vlm.encode(tiny_models.suffix_text(t)) for t in texts]
     answers = [vlm.encode(t + " 5*2") for t in reversed(texts)]
 
     def gradient():

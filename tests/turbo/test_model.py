@@ -42,7 +42,7 @@ def their_logits(vlm, lora, picture, row):
     """[L, V] of the same by transformers."""
     pixels, grid = vlm.pixels([picture]).values()
     parameters = tiny_models.merged_parameters(vlm, lora)
-    ids = vlm.encode(prompts.prefix_text(FIXED, int(grid.prod()) // 4))
+    ids = vlm.encode(tiny_models.prefix_text(FIXED, int(grid.prod()) // 4))
     return tiny_models.own_forward(vlm, parameters, ids + row, pixels, grid)[0][len(ids) :]
 
 
@@ -51,7 +51,11 @@ def their_logits(vlm, lora, picture, row):
 @torch.no_grad()
 def test_the_forward_pass_is_that_of_transformers(vlm, game, adapted):
     lora = tiny_models.noisy_lora(vlm) if adapted else None
-    texts = [prompts.suffix_text('formula: ""') + ANSWER, "9+1=10", prompts.suffix_text("x")]
+    texts = [
+        tiny_models.suffix_text('formula: ""') + ANSWER,
+        "9+1=10",
+        tiny_models.suffix_text("x"),
+    ]
     rows, owner, shown = [vlm.encode(t) for t in texts], [1, 0, 1], pictures(2, game)
     ours = own_logits(vlm, lora, shown, owner, rows)
     for i, row in enumerate(rows):
@@ -139,7 +143,7 @@ def test_the_adapter_is_one_of_peft(vlm, random_folder):
     row, shown = vlm.encode(ANSWER), pictures(1)
     ours = own_logits(vlm, lora, shown, [0], [row])[0]
     pixels, grid = vlm.pixels(shown).values()
-    ids = torch.tensor([vlm.encode(prompts.prefix_text(FIXED, int(grid.prod()) // 4)) + row])
+    ids = torch.tensor([vlm.encode(tiny_models.prefix_text(FIXED, int(grid.prod()) // 4)) + row])
     inputs = dict(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),

@@ -7,13 +7,13 @@ import re
 import pytest
 import tiny_models
 import torch
+from tiny_models import suffix_text
 
 from turbo import demos, sft
 from turbo.envs.cards import evaluate, tokenize
 from turbo.envs.formula import aim_of
 from turbo.model import load
 from turbo.parallel import Crew
-from turbo.prompts import suffix_text
 
 
 @pytest.mark.parametrize("game", ["points24", "ezpoints", "numberline", "blackjack"])

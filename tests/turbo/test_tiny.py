@@ -7,10 +7,10 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from tiny_models import suffix_text
 
 from turbo import prompts, tiny
 from turbo.model import VisionLanguageModel
-from turbo.prompts import suffix_text
 
 
 @pytest.fixture(scope="module")
