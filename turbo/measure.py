@@ -127,6 +127,11 @@ def certainty(steps: Sequence[Step]) -> dict[str, float]:
     return {"thought_entropy": mean(thoughts), "action_entropy": mean(actions)}
 
 
+def fresh_deals(count: int, seed: int) -> list[dict]:
+    """The deals of an evaluation, as arguments of `reset`; training draws none of them."""
+    return [{"seed": 2**31 + seed * 1_000_003 + i} for i in range(count)]
+
+
 def evaluate(
     vlm: VisionLanguageModel,
     weights: Weights,
@@ -150,7 +155,7 @@ def evaluate(
     """
     envs = max(crew.size * samples, min(envs, episodes * samples))
     options = RolloutOptions(envs, samples, temperature, max_new_tokens, prompt_style)
-    deals = [{"seed": 2**31 + seed * 1_000_003 + i} for i in range(episodes)]
+    deals = fresh_deals(episodes, seed)
     table = Table(vlm, make_env, options, crew)
     rollout = table.collect(vlm.merged(weights), (seed, 2**31), deals=deals, patient=patient)
     played = all_episodes(rollout.episodes, crew)
