@@ -100,7 +100,8 @@ class BatchSizes:
                 "fewer --envs or a lower --max-new-tokens"
             )
         setattr(self, phase, min(getattr(self, phase), rows // 2))
-        self.tokens //= 2
+        if self.tokens and phase != "decode":
+            self.tokens = max(1, self.tokens // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return rows // 2
@@ -111,13 +112,12 @@ def run_batches(
     sizes: BatchSizes,
     phase: str,
     work: Callable[[list[int]], None],
-    together: Sequence[int] | None = None,
 ) -> None:
     """`work` on all rows in micro-batches; one that runs out of memory is cut in two and run again.
 
-    When it fails, `work` leaves nothing behind. Rows of equal numbers in `together` come together.
+    When it fails, `work` leaves nothing behind.
     """
-    todo = micro_batches(lengths, getattr(sizes, phase), tokens=sizes.half, together=together)
+    todo = micro_batches(lengths, getattr(sizes, phase), tokens=sizes.half)
     while todo:
         rows = todo.pop(0)
         if not fits(work, rows):
@@ -135,28 +135,19 @@ def fits(work: Callable, *arguments) -> bool:
 
 
 def micro_batches(
-    lengths: Sequence[int],
-    size: int = MICRO_ROWS,
-    *,
-    tokens: int = 0,
-    together: Sequence[int] | None = None,
+    lengths: Sequence[int], size: int = MICRO_ROWS, *, tokens: int = 0
 ) -> list[list[int]]:
     """Row numbers in groups of at most `size` rows of similar length, so that little is padded.
 
-    With `tokens`, a group of several rows is at most so large when padded. With `together`, rows
-    are sorted by these numbers first.
+    With `tokens`, a group of several rows is at most so large when padded.
     """
-    keys = lengths if together is None else list(zip(together, lengths, strict=True))
-    order = sorted(range(len(lengths)), key=keys.__getitem__)
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     if not tokens:
         return [order[i : i + size] for i in range(0, len(order), size)]
     groups: list[list[int]] = []
-    longest = 0
-    for i in order:
-        longest = max(longest, lengths[i])
-        if groups and len(groups[-1]) < size and longest * (len(groups[-1]) + 1) <= tokens:
+    for i in order:  # the longest so far is this one
+        if groups and len(groups[-1]) < size and lengths[i] * (len(groups[-1]) + 1) <= tokens:
             groups[-1].append(i)
         else:
             groups.append([i])
-            longest = lengths[i]
     return groups

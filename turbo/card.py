@@ -221,7 +221,7 @@ def example(f: Facts) -> str:
         classes=", ".join(wanted),
         base=repr(f.base),
         question=repr(f.question),
-        holder=repr(frame.place_holder),
+        holder=repr(frame.image_token),
         picture=picture,
         image=repr(frame.image_token),
         places=f.places,

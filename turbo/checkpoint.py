@@ -284,7 +284,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     out = {}
     for i, parameter in enumerate(_parameters(optimizer)):
         for name, value in optimizer.state[parameter].items():
-            out[f"optimizer/{i}/{name}"] = torch.as_tensor(value)
+            out[f"optimizer/{i}/{name}"] = torch.as_tensor(value).clone()  # bnb shares
     return out
 
 

@@ -208,7 +208,11 @@ class Decoder:
         self, rows: list[_Row], hidden: Tensor, counts: list[int]
     ) -> list[tuple[list[float], int, float]]:
         """Of every row: log-probs of the guesses that are accepted, the next token and its own."""
-        logits = F.linear(hidden, self.weights.head, self.bias).float()  # [N, V]
+        head = self.weights.head
+        if hidden.is_cuda and hidden.dtype != torch.float32:  # not rounded, as in `policy_head`
+            logits = torch.mm(hidden, head.T, out_dtype=torch.float32).add_(self.bias)  # [N, V]
+        else:
+            logits = F.linear(hidden, head, self.bias).float()
         logprobs = torch.log_softmax(logits.div_(self.temperature), -1)
         device = logprobs.device
         n = torch.tensor(counts, device=device)
@@ -272,8 +276,9 @@ class _Cache:
         """Make place for `tokens` in every slot; how many of them to attend to."""
         used = round_up(tokens, CACHED)
         if used > self.width:
-            more = (0, 0, 0, used - self.width)
-            self.keys, self.values = ([F.pad(x, more) for x in y] for y in (self.keys, self.values))
+            for cache in (self.keys, self.values):  # layer by layer: never two whole caches
+                for i, x in enumerate(cache):
+                    cache[i] = F.pad(x, (0, 0, 0, used - x.shape[2]))
             self.width = used
         return used
 

@@ -57,6 +57,8 @@ class EvalConfig:
     """deals, each of its own seed"""
     samples: int = 1
     """episodes of each deal; pass_at_k is the share of the deals that one of them solved"""
+    envs: int = 0
+    """environments that play at once (0: as many as in training; 64 for a large model)"""
     seed: int = 0
     """seed of the deals and of sampling; never one that training draws"""
     teacher: bool = False
@@ -142,6 +144,7 @@ def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
         temperature=c.temperature,
         max_new_tokens=c.max_new_tokens,
         crew=crew,
+        envs=c.envs or (run.envs if vlm.text.small else min(run.envs, 64)),
         prompt_style=prompt_style(run),
         samples=c.samples,
     )

@@ -7,7 +7,7 @@ three where the text begins and ends:
     text      of the environment
     after     the turn's end, the opening of the answer
 
-The place holder becomes as many image tokens as the picture has features, in the family's wrapping.
+The image token becomes as many of them as the picture has features, in the family's wrapping.
 
 Left out: the forward pass (`turbo.modules`), loading (`turbo.model`).
 """
@@ -24,10 +24,7 @@ MARK = "@@text@@"
 WRAPPING = {
     "smolvlm": ("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
     "idefics3": ("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
-    "gemma3": ("\n\n<start_of_image>", "<end_of_image>\n\n"),
 }
-# What the template writes for a picture, where it is not the image token itself.
-PLACE_HOLDER = {"gemma3": "<start_of_image>"}
 # Options of image processors that would make several pictures of one.
 WHOLE = {"smolvlm": {"do_image_splitting": False}, "idefics3": {"do_image_splitting": False}}
 
@@ -38,7 +35,6 @@ class Frame:
 
     before: str
     after: str
-    place_holder: str
     image_token: str
     opening: str = ""
     closing: str = ""
@@ -46,7 +42,7 @@ class Frame:
     def prefix(self, fixed: str, image_tokens: int) -> str:
         """The unchanging part of a prompt: picture and rules."""
         picture = self.opening + self.image_token * image_tokens + self.closing
-        return self.before.replace(self.place_holder, picture) + fixed
+        return self.before.replace(self.image_token, picture) + fixed
 
     def suffix(self, state: str) -> str:
         """The part that changes with every step, and the opening of the answer."""
@@ -65,14 +61,13 @@ def frame_of(config, tokenizer) -> Frame:
     except Exception as error:  # no template, or one that does not know pictures
         reason = f"the tokenizer of this {kind} has no usable chat template: {error}"
         raise ValueError(reason) from error
-    place_holder = PLACE_HOLDER.get(kind, image)
     before, mark, after = whole.partition(MARK)
-    if not mark or before.count(place_holder) != 1:
+    if not mark or before.count(image) != 1:
         raise ValueError(
-            f"the chat template of this {kind} does not write one {place_holder!r} before the "
-            f"text: {whole!r}"
+            f"the chat template of this {kind} does not write one {image!r} before the text: "
+            f"{whole!r}"
         )
-    return Frame(before, after, place_holder, image, *WRAPPING.get(kind, ("", "")))
+    return Frame(before, after, image, *WRAPPING.get(kind, ("", "")))
 
 
 def image_token_id(config) -> int:
@@ -83,10 +78,21 @@ def image_token_id(config) -> int:
     raise ValueError(f"a {config.model_type} names no image token: is it a vision-language model?")
 
 
-def end_of_turn(frame: Frame, tokenizer) -> int:
-    """The token that ends an answer: the first special one behind the user's text, else the eos."""
-    special = set(tokenizer.all_special_ids)
-    for i in tokenizer.encode(frame.after, add_special_tokens=False):
+def special_ids(tokenizer) -> set[int]:
+    """Tokens that are no text."""
+    added = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def end_of_turn(tokenizer) -> int:
+    """The token that ends an answer: the first special one behind an assistant's text, else eos."""
+    turns = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("user", "?"), ("assistant", MARK))
+    ]
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    special = special_ids(tokenizer)
+    for i in tokenizer.encode(whole.partition(MARK)[2], add_special_tokens=False):
         if i in special:
             return i
     return tokenizer.eos_token_id
@@ -95,8 +101,7 @@ def end_of_turn(frame: Frame, tokenizer) -> int:
 def banned_tokens(config, tokenizer, vocabulary: int, end: int) -> Tensor:
     """What is never sampled: specials but the end, tokens of pictures, rows without a token. [V]"""
     banned = torch.zeros(vocabulary, dtype=torch.bool)
-    special = set(tokenizer.all_special_ids)
-    special |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    special = special_ids(tokenizer)
     names = [n for n in vars(config) if n.endswith(("_token_id", "_token_index"))]
     special |= {i for n in names if isinstance(i := getattr(config, n), int) and i >= 0}
     banned[[i for i in special if i < vocabulary]] = True
@@ -123,7 +128,8 @@ def token_bytes(tokenizer, vocabulary: int) -> list[bytes]:
         if i in added or token is None:
             out.append(added.get(i, "").encode())
         elif level:
-            out.append(bytes(byte_of[c] for c in token))
+            known = all(c in byte_of for c in token)
+            out.append(bytes(byte_of[c] for c in token) if known else token.encode())
         elif len(token) == 6 and token.startswith("<0x"):
             out.append(bytes([int(token[3:5], 16)]))
         else:

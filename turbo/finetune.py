@@ -20,13 +20,12 @@ import torch
 from turbo.checkpoint import versions, write_json
 from turbo.config import TrainConfig
 from turbo.demos import backward_demos, demonstrate
-from turbo.formats import save_model
+from turbo.formats import generation_config, save_model
 from turbo.hub import observation, open_model
-from turbo.kernels.nf4 import Nf4Matrix, dequantize_nf4
 from turbo.lora import Lora, new_lora
 from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel
-from turbo.modules import merge_policy
+from turbo.modules import merge_policy, read_dense
 from turbo.parallel import Crew
 from turbo.run import env_maker, prompt_style
 from turbo.sft_config import SftConfig
@@ -62,6 +61,7 @@ def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> i
         temperature=run.eval_temperature,
         max_new_tokens=c.max_new_tokens,
         crew=crew,
+        envs=64,
         prompt_style=prompt_style(run),
     )
     say(
@@ -121,10 +121,12 @@ def save(
 
     dense = {}
     for name, (a, b) in lora.factors.items():
-        base = vlm.text.adapted()[name]
-        base = dequantize_nf4(base) if isinstance(base, Nf4Matrix) else base.detach()
+        base = read_dense(vlm.text.adapted()[name])
         dense[name] = merge_policy(base, a, b, lora.scale, torch.empty_like(base)).cpu()
     out = Path(c.out)
+    # transformers refuses to save some bases' own settings
+    temperature = run.eval_temperature
+    vlm.module.generation_config = generation_config(vlm, temperature, c.max_new_tokens)
     save_model(out, vlm.module, dense, vlm.text.dtype)
     vlm.tokenizer.save_pretrained(out)
     vlm.processor.save_pretrained(out)

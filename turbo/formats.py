@@ -22,7 +22,7 @@ def saved_dtype(folder: Path) -> torch.dtype:
     """The dtype in which a model folder was saved."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return config.dtype or config.get_text_config().dtype or torch.float32
 
 

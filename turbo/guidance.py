@@ -45,6 +45,7 @@ def write_answers(
     temperature: float,
     max_new_tokens: int,
     seed: tuple[int, ...],
+    slots: int = SLOTS,
 ) -> list[Episode]:
     """The steps `rows` as other weights, the teacher's, would have answered them, one an episode.
 
@@ -63,7 +64,7 @@ def write_answers(
         lambda part: prefixes.add(rollout.features[[pictures[i] for i in part]], rollout.grid),
     )
     generator = torch.Generator().manual_seed(mix(*seed))
-    slots = min(len(steps), SLOTS)
+    slots = min(len(steps), slots)
     decoder = Decoder(vlm, weights, slots, temperature, max_new_tokens, generator)
     waiting, busy, again = list(range(len(steps)))[::-1], {}, set()
     out: dict[int, Step] = {}

@@ -158,8 +158,8 @@ def score_weights(scores: list[float]) -> list[float]:
 
 
 def _cpu_copy(tensor: Tensor) -> Tensor:
-    """A copy on the CPU; of a tensor of the GPU in pinned memory, from which it comes back fast."""
-    out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    """A copy on the CPU, in pinned memory where there is a GPU to bring it back to."""
+    out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
     return out.copy_(tensor.detach())
 
 

@@ -139,7 +139,12 @@ def memory_plan(c: TrainConfig) -> memory.Plan | None:
         **{name: getattr(c, name) for name in own}, history=c.history_max or c.updates + 1
     )
     name = c.model if c.random_weights else str(model_folder(c))
-    shape = shapes.text_shape(shapes.find_config(name), c.model)
+    config = shapes.find_config(name)
+    try:
+        shape = shapes.text_shape(config, c.model)
+    except ValueError as error:  # of a family that the planner does not know
+        print(f"warning: memory is not planned: {error}", file=sys.stderr)
+        return None
     there = c.gpu * memory.GB or torch.cuda.mem_get_info()[1]
     return memory.plan(shape, settings, there)
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 @dataclass
 class Lora:
@@ -64,7 +62,7 @@ def new_lora(matrices: Mapping[str, Tensor], rank: int, alpha: float, seed: int)
     factors = {}
     for name, weight in matrices.items():
         module = name.removesuffix(".weight")
-        if module.rsplit(".", 1)[-1] not in LORA_TARGETS or not name.endswith(".weight"):
+        if ".layers." not in name or not name.endswith(".weight") or len(weight.shape) != 2:
             continue
         out_features, in_features = weight.shape
         bound = 1 / math.sqrt(in_features)  # kaiming_uniform with a = sqrt(5), as peft

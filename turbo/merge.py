@@ -19,7 +19,6 @@ from turbo.kernels.checks import check_density
 from turbo.kernels.nf4 import (
     Nf4Matrix,
     copy_nf4,
-    dequantize_nf4,
     quantize_nf4,
     ties_merge_lora_nf4,
 )
@@ -63,7 +62,7 @@ def merge_teacher(
 
 
 def merge_matrix(
-    base: Tensor | Nf4Matrix,  # [out, in]
+    base: Tensor,  # [out, in]
     name: str,
     entries: list[Snapshot],  # K
     weights: list[float],  # K
@@ -72,25 +71,22 @@ def merge_matrix(
     lam: float = 1.0,
     out: Tensor | Nf4Matrix | None = None,
 ) -> Tensor | Nf4Matrix:
-    """One merged matrix, dense or in NF4 like its base; only its own factors are uploaded."""
+    """One merged matrix, dense or in NF4 like `out`; only its own factors are uploaded."""
     scales = [entry.scale for entry in entries]
     lora_a, lora_b = (
         [entry.factors[name][side].to(base.device, non_blocking=True) for entry in entries]
         for side in (0, 1)
     )
     # The history has looked at every checkpoint for what is not finite.
-    options = dict(lam=lam, out=out, check_finite=False)
-    coded = isinstance(base, Nf4Matrix)
-    if method == "linear" and not coded:
-        return linear_merge_lora(base, lora_a, lora_b, scales, weights, **options)
-    if method == "linear":  # of one matrix there is room for a dense copy
-        whole = dequantize_nf4(base)
-        plain = dict(lam=lam, check_finite=False)
-        merged = quantize_nf4(linear_merge_lora(whole, lora_a, lora_b, scales, weights, **plain))
-        return merged if out is None else copy_nf4(merged, out)
-    thresholds = [entry.thresholds[name] for entry in entries]
-    merge = ties_merge_lora_nf4 if coded else ties_merge_lora
-    return merge(base, lora_a, lora_b, scales, weights, thresholds, **options)
+    options = dict(lam=lam, check_finite=False)
+    if method == "ties":
+        thresholds = [entry.thresholds[name] for entry in entries]
+        merge = ties_merge_lora_nf4 if isinstance(out, Nf4Matrix) else ties_merge_lora
+        return merge(base, lora_a, lora_b, scales, weights, thresholds, out=out, **options)
+    if isinstance(out, Nf4Matrix):  # of one matrix there is room for a dense copy
+        merged = linear_merge_lora(base, lora_a, lora_b, scales, weights, **options)
+        return copy_nf4(quantize_nf4(merged), out)
+    return linear_merge_lora(base, lora_a, lora_b, scales, weights, out=out, **options)
 
 
 class StreamingTeacher:

@@ -13,6 +13,7 @@ Left out: vision LoRA (picture features are constants of the frozen tower), seve
 prompt.
 """
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,8 +53,8 @@ class VisionLanguageModel:
         self.batches = BatchSizes()
         config = module.config
         self.frame = families.frame_of(config, tokenizer)
-        self.image, self.pad = families.image_token_id(config), tokenizer.pad_token_id
-        self.end = families.end_of_turn(self.frame, tokenizer)
+        self.image, self.end = families.image_token_id(config), families.end_of_turn(tokenizer)
+        self.pad = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         vocabulary = self.text.vocabulary
         self.banned = families.banned_tokens(config, tokenizer, vocabulary, self.end)
         self.banned = self.banned.to(self.text.device)
@@ -266,6 +267,9 @@ def load(folder: Path, dtype: torch.dtype, engine: Engine = Engine()) -> VisionL
         folder, dtype=torch.float32 if fused else dtype, use_safetensors=True, **local
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+    template = folder / "chat_template.json"  # where older models have it
+    if tokenizer.chat_template is None and template.is_file():
+        tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
     return assemble(module, tokenizer, processor, dtype, str(folder), engine, fused)
 
@@ -287,7 +291,7 @@ def random_model(name: str, dtype: torch.dtype, engine: Engine) -> VisionLanguag
 
     folder = Path(name)
     if (folder / "config.json").is_file():
-        local = dict(local_files_only=True)
+        local = dict(local_files_only=True, trust_remote_code=False)
         config = AutoConfig.from_pretrained(folder, **local)
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **local)

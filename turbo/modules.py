@@ -7,6 +7,11 @@ roles, which the weights that are handed to `forward` choose:
     base       x W^T
     adapted    x W^T + s (x A^T) B^T       training and scoring; no dense gradient ever exists
     scratch    x M^T                       M: the policy merged, for decoding; or the teacher
+               x W^T + x M^T               where W is in NF4; M: the teacher's task vector in NF4
+
+A sum would not survive a base in NF4: its values lie on the levels already, and coding them again
+rounds away most of what training has added. So a coded base is decoded unmerged, and the scratch
+holds the coded task vector alone, 9 % off.
 
 The scratch is always filled from the pristine base: merging in and out of bfloat16 in place drifts.
 It has one content at a time, and weights that refer to an older one are refused.
@@ -36,7 +41,6 @@ from turbo.kernels.nf4 import (
     dequantize_nf4,
     empty_nf4,
     quantize_nf4,
-    ties_merge_lora_nf4,
 )
 from turbo.kernels.ties import linear_merge_lora
 from turbo.lora import Lora
@@ -87,7 +91,8 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
         if self.state.role == SCRATCH:
-            return linear(x, self.scratch, self.bias)
+            y = linear(x, self.scratch, self.bias)
+            return y if self.coded is None else y + linear(x, self.coded, None)
         y = linear(x, self.base, self.bias)
         if self.state.role == ADAPTED:
             a, b = self.factors
@@ -133,6 +138,11 @@ def read(matrix: Nf4Matrix) -> Tensor:
             return dequantize_nf4(matrix)
         return bnb_read(bnb, matrix)
     return dequantize_nf4(matrix)
+
+
+def read_dense(matrix: Matrix) -> Tensor:
+    """A dense matrix as it is, or what codes stand for."""
+    return dequantize_nf4(matrix) if isinstance(matrix, Nf4Matrix) else matrix.detach()
 
 
 def bnb_read(bnb, matrix: Nf4Matrix) -> Tensor:
@@ -192,7 +202,8 @@ class ModuleText:
         self.dim, self.vocabulary = c.hidden_size, self.head.weight.shape[0]
         self.layers = c.num_hidden_layers
         self.dtype, self.device = self.head.weight.dtype, torch.device(device)
-        self._state, self._linears = _State(), {}
+        self._state, self.linears, self.coded = _State(), {}, quantize
+        _refuse_other_heads(model, c, self.head)
         self.content, self.owner = 0, None  # what the scratch holds, and for whom
         half = self.dtype in (torch.bfloat16, torch.float16)
         self.flash = self.device.type == "cuda" and half and is_flash_attn_2_available()
@@ -209,25 +220,26 @@ class ModuleText:
             for name, module in self.decoder.layers.named_modules()
             if isinstance(module, nn.Linear)
         }
-        for name, module in found.items():
-            parent, _, last = name.rpartition(".")
-            adapted = AdaptedLinear(module.to(self.device), self._state, quantize)
-            setattr(self.decoder.layers.get_submodule(parent), last, adapted)
-            self._linears[f"{prefix}.layers.{name}"] = adapted
         if not found:
             raise ValueError(
                 f"a {model.config.model_type} has no linear layers in its decoder that LoRA could "
                 "adapt: use another model"
             )
+        for name in list(found):
+            module = found.pop(name).to(self.device)  # the only reference: it goes when it is coded
+            parent, _, last = name.rpartition(".")
+            adapted = AdaptedLinear(module, self._state, quantize)
+            setattr(self.decoder.layers.get_submodule(parent), last, adapted)
+            self.linears[f"{prefix}.layers.{name}"] = adapted
 
     @property
     def matrices(self) -> dict[str, Matrix]:
         """The pristine matrices that LoRA adapts, by parameter name."""
-        return {name + ".weight": m.base for name, m in self._linears.items()}
+        return {name + ".weight": m.base for name, m in self.linears.items()}
 
     def adapted(self) -> dict[str, Matrix]:
         """The pristine matrices by module name."""
-        return {name: m.base for name, m in self._linears.items()}
+        return {name: m.base for name, m in self.linears.items()}
 
     def checkpointing(self, wanted: bool) -> None:
         """Keep only every layer's input for the backward pass, and compute the rest again."""
@@ -246,8 +258,8 @@ class ModuleText:
         return self.decoder.get_input_embeddings().weight
 
     def merged(self, w: ModuleWeights) -> ModuleWeights:
-        """Weights to decode with: the policy merged into the scratch, or those that are."""
-        if w.role != ADAPTED:
+        """Weights to decode with: the policy merged into the scratch, or those that need not be."""
+        if w.role != ADAPTED or self.coded:
             return w
         lora = w.lora
 
@@ -259,14 +271,15 @@ class ModuleText:
     def fill(self, merge: Callable[[str, Matrix, Matrix], None], owner: object) -> ModuleWeights:
         """Write every matrix of the scratch by `merge(name, base, out)`; the weights that use it.
 
-        `owner` is remembered, so that the same content need not be merged twice.
+        For a base in NF4, what is merged upon is zero. `owner` is remembered, so that the same
+        content need not be merged twice.
         """
         self.owner = None
         self.content += 1
-        for name, module in self._linears.items():
+        for name, module in self.linears.items():
             if module.scratch is None:
                 module.scratch = _room(module)
-            merge(name, module.base, module.scratch)
+            merge(name, _under(module.base), module.scratch)
         self.owner = owner
         return ModuleWeights(SCRATCH, self._embedding, self.head.weight, self.content)
 
@@ -328,8 +341,22 @@ class ModuleText:
         self._state.role = w.role
         if w.role == ADAPTED:
             self._state.scale = w.lora.scale
-            for name, module in self._linears.items():
+            for name, module in self.linears.items():
                 module.factors = w.lora.factors[name]
+
+
+def _refuse_other_heads(model: nn.Module, c, head: nn.Linear) -> None:
+    """ValueError for families whose text model is more than a causal decoder and a linear head."""
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    odd = [n for n in names if getattr(c, n, None) not in (None, 1, 1.0)]
+    odd += ["a bias of the head"] if head.bias is not None else []
+    if model.config.model_type in ("gemma3", "paligemma"):
+        odd.append("attention in both directions within a picture")
+    if odd:
+        raise ValueError(
+            f"a {model.config.model_type} has {', '.join(odd)}, which is not computed here: use "
+            "another model, such as Qwen/Qwen2.5-VL-7B-Instruct"
+        )
 
 
 def _checkpoint(state: _State, function: Callable, *args) -> Tensor:
@@ -345,6 +372,13 @@ def _checkpoint(state: _State, function: Callable, *args) -> Tensor:
     return checkpoint(again, *args, use_reentrant=False)
 
 
+def _under(base: Matrix) -> Tensor:
+    """What task vectors are added to in the scratch: the base, or zeros where it is in NF4."""
+    if isinstance(base, Nf4Matrix):
+        return torch.zeros(base.shape, dtype=base.dtype, device=base.device)
+    return base.detach()
+
+
 def _room(module: AdaptedLinear) -> Matrix:
     """A matrix like the base's, for the scratch."""
     base = module.base
@@ -354,12 +388,7 @@ def _room(module: AdaptedLinear) -> Matrix:
 
 
 @torch.no_grad()
-def merge_policy(base: Matrix, a: Tensor, b: Tensor, scale: float, out: Matrix) -> Matrix:
+def merge_policy(base: Tensor, a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
     """out <- base + scale * B @ A, computed in float32, rounded once; returns `out`."""
     pair = [a.detach()], [b.detach()], [scale], [1.0]
-    if isinstance(base, Nf4Matrix):
-        # TIES of one checkpoint of which nothing is trimmed is that checkpoint.
-        ties_merge_lora_nf4(base, *pair, [0.0], out=out, check_finite=False)
-    else:
-        linear_merge_lora(base.detach(), *pair, out=out, check_finite=False)
-    return out
+    return linear_merge_lora(base.detach(), *pair, out=out, check_finite=False)

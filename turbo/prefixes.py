@@ -29,7 +29,7 @@ class Prefixes:
             prefix = self.vlm.prefix(self.weights, features, self.fixed, grid)
             first = len(self.features)
             self._kept |= {first + row: (prefix, row) for row in range(len(features))}
-        self.features += list(features)
+        self.features += list(features.cpu())  # of a whole update: on the host
         self.grid = grid
 
     def get(self, number: int) -> tuple[PrefixKV, int]:

@@ -47,7 +47,7 @@ def replay(path: Path) -> list[tuple[int, str, str]]:
     data = StepData(*parts, list(range(len(rollout.steps))), 1.0, 0.0)
     reading = None
     if "teacher" in tensors:
-        pieces = tensors["teacher"].split(tensors["tokens_sizes"].tolist())
+        pieces = tensors["teacher"].to(vlm.text.dtype).split(tensors["tokens_sizes"].tolist())
         reading = TeacherReading(dict(enumerate(pieces)), vlm.weights().head.detach())
     learner, found = Learner(vlm, lora, head, Crew(), c), []
     for i, step in enumerate(rollout.steps):

@@ -27,6 +27,7 @@ from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew
 from turbo.prefixes import Prefixes
 
+PICTURE = 256  # tokens that a picture counts for where a large model sees several together
 AHEAD = 4  # deals whose pictures are seen together, once all environments are busy
 
 
@@ -163,7 +164,7 @@ class _Gallery:
         def see(rows: list[int]) -> None:
             self.prefixes.add(*self.vlm.see([new[i] for i in rows]))
 
-        run_batches([1] * len(new), self.vlm.batches, "decode", see)
+        run_batches([PICTURE] * len(new), self.vlm.batches, "decode", see)
         return [self.last[env][1] for env in pictures]
 
 

@@ -97,7 +97,8 @@ class Run:
         if c.guidance in ("sft", "gtr"):
             examples = c.updates * (c.sft_rows or 2 * c.steps_per_update)
             examples = min(c.sft_max or examples, examples)
-            total += examples * 4 * (32 * self.vlm.text.dim + 2 * c.max_new_tokens)
+            places = 32 if self.vlm.text.small else 4 * 128  # with those of deeper layers
+            total += examples * 4 * (places * self.vlm.text.dim + 2 * c.max_new_tokens)
         return total
 
     def lack_of_space(self) -> str:
@@ -191,6 +192,7 @@ class Run:
             max_new_tokens=c.max_new_tokens,
             prompt_style=prompt_style(c),
             crew=self.crew,
+            envs=c.envs,
             patient=patient,
         )
 

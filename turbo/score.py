@@ -54,13 +54,31 @@ def score_answers(hidden: Tensor, head: Tensor, batch: TokenBatch, **options) ->
 
 
 def in_batches(
-    vlm: VisionLanguageModel, steps: list[Step], work: Callable[[list[int]], None]
+    vlm: VisionLanguageModel,
+    rollout: Rollout,
+    steps: list[Step],
+    work: Callable[[list[int]], None],
 ) -> None:
-    """`work` on all steps in micro-batches of similar length; for a large model, those of one
-    picture together, so that its prefix is not computed in every one of them."""
-    together = [s.picture for s in steps] if vlm.text.groups else None
+    """`work` on all steps in micro-batches of similar length.
+
+    For a large model, a few pictures after the other: half of its tokens are for their prefixes.
+    """
     lengths = [len(s.suffix) + len(s.tokens) for s in steps]
-    run_batches(lengths, vlm.batches, "score", work, together)
+    if not vlm.text.groups:
+        run_batches(lengths, vlm.batches, "score", work)
+        return
+    prefix = vlm.encode(vlm.frame.prefix(rollout.fixed, rollout.features.shape[1]))
+    size = max(1, vlm.batches.half // len(prefix))
+    pictures = sorted({s.picture for s in steps})
+    for first in range(0, len(pictures), size):
+        some = set(pictures[first : first + size])
+        rows = [i for i, s in enumerate(steps) if s.picture in some]
+        run_batches(
+            [lengths[i] for i in rows],
+            vlm.batches,
+            "score",
+            lambda part, rows=rows: work([rows[i] for i in part]),
+        )
 
 
 @dataclass
@@ -89,9 +107,11 @@ def read_answers(
         batch = rows_of(vlm, [s.suffix for s in mine], [s.tokens for s in mine])
         read = answer_hidden(vlm, w, prefix, owner, batch)[: len(batch.targets)]
         parts = read.split([len(s.tokens) for s in mine])
+        if not vlm.text.small:  # of a whole update: on the host
+            parts = [part.cpu() for part in parts]
         hidden.update(zip([rows[i] for i in group], parts, strict=True))
 
-    in_batches(vlm, steps, work)
+    in_batches(vlm, rollout, steps, work)
     return TeacherReading(hidden, w.head)
 
 
@@ -133,7 +153,7 @@ def teacher_kl(
         mask = guided_tokens(mine, token_range).to(vlm.device)
         kl[torch.tensor(rows)] = mean_over(tokens, mask, batch.row, len(mine)).cpu()
 
-    in_batches(vlm, steps, work)
+    in_batches(vlm, rollout, steps, work)
     return kl
 
 

@@ -158,7 +158,7 @@ def find_config(model: str) -> Any:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(model, local_files_only=True)
+            return AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises what json, its checks and its hub raise
             reason = " ".join(str(error).split())
             raise ValueError(f"{model}: config.json cannot be read: {reason:.200}") from error

@@ -22,6 +22,7 @@ from turbo.history import History, Snapshot
 from turbo.lora import Lora
 from turbo.merge import StreamingTeacher, merge_matrix, merge_teacher
 from turbo.model import VisionLanguageModel, Weights
+from turbo.modules import read_dense
 
 
 class Teacher:
@@ -68,9 +69,13 @@ class Teacher:
         """The merged matrices by module name; empty where the teacher is the warm start."""
         if self.recipe is None:
             return dict(self.merged or {})
-        entries, shares = self.recipe
-        method = self.config.merge
-        return {n: merge_matrix(m, n, entries, shares, method=method) for n, m in self.base.items()}
+        out, content = {}, self.weights  # as it stands in the scratch
+        for name, module in self.vlm.text.linears.items():
+            assert content is not None
+            out[name] = read_dense(module.scratch)
+            if module.coded is not None:
+                out[name] = out[name] + read_dense(module.coded)
+        return out
 
     def rate(self, score: float) -> None:
         """Set the success rate of the newest checkpoint, where weights depend on it."""

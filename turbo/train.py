@@ -149,6 +149,7 @@ def teacher_thoughts(run: Run, rollout: Rollout) -> dict[str, float]:
             temperature=c.teacher_temperature,
             max_new_tokens=c.max_new_tokens,
             seed=(c.seed, run.update, 11, run.crew.rank),
+            slots=max(1, c.envs // run.crew.size),
         )
     told = all_episodes(written, run.crew)
     figures = {f"teacher_{name}": value for name, value in thoughts(told).items()}
@@ -211,6 +212,8 @@ def learn(
             run.teacher.push(run.update, run.lora)
         if c.target_kl and found["approx_kl"] > c.target_kl:
             break
+    for p in run.learner.parameters():
+        p.grad = None  # nothing but the next minibatch needs them
     means = {name: value / batches for name, value in totals.items()}
     skipped = {"skipped_batches": faults.total - before}
     return {**means, **skipped, "learning_rate": learning_rate(c, run.update)}

@@ -300,7 +300,7 @@ class _Minibatch:
         shared = dict(temperature=c.temperature, banned=vlm.banned)
         if self.teacher is None:
             return score_answers(h, w.head, batch, want=("logprob",), **shared)
-        theirs = pad_to(self.teacher.of(self.index[rows].tolist()), len(h))
+        theirs = pad_to(self.teacher.of(self.index[rows].tolist()).to(h.device), len(h))
         kind = {"full": "reverse_kl", "forward": "forward_kl"}.get(
             c.kl_estimator, "teacher_logprob"
         )

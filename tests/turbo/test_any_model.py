@@ -87,7 +87,7 @@ def test_training_and_evaluation(warm, tmp_path, capsys):
     [
         "--guidance sft --sft-rows 6 --sft-batch 4",
         "--kl-placement reward --kl-estimator k3 --merge linear",
-        "--quantize nf4 --optimizer adamw8bit --no-gradient-checkpointing",
+        "--quantize nf4 --optimizer adamw8bit --lora-rank 64 --no-gradient-checkpointing",
         "--weighting score --merge-every 2 --history-max 2",
     ],
 )

@@ -9,7 +9,9 @@ from tiny_models import new_env
 
 from turbo import prompts
 from turbo.kernels.nf4 import dequantize_nf4, quantize_nf4
+from turbo.kernels.ties import ties_merge_lora
 from turbo.modules import SCRATCH, bnb_read
+from turbo.teacher import Teacher
 
 TEXT = '{"thoughts": "12+3=15, so 4", "action": "+"}'
 
@@ -119,10 +121,10 @@ def test_fifty_swaps_leave_the_base_as_it_was(family, quantize):
     assert not torch.equal(policies[0], teachers[0])
     for one, two in zip(before, bits(), strict=True):
         assert torch.equal(one, two)
-    # Merged and unmerged differ by rounding to bfloat16 (to 4 bits) alone.
+    # Merged and unmerged differ by rounding to bfloat16 alone.
     adapted = our_logits(vlm, lora, shown(1), [0], row)
     spread = adapted.float().std()
-    assert (policies[0] - adapted).float().std() < (0.05 if quantize == "none" else 0.4) * spread
+    assert (policies[0] - adapted).float().std() < 0.05 * spread
     assert (policies[0] - teachers[0]).float().std() > 0.2 * spread
 
 
@@ -152,13 +154,67 @@ def test_a_base_in_four_bits_computes_what_its_codes_stand_for(family):
     theirs = own_logits(vlm, parameters, shown(1)[0], "the rules", row)
     ours = our_logits(vlm, lora, shown(1), [0], [row])[0]
     assert (ours - theirs).abs().max() < 2e-4
-    rounded = {n: p for n, p in parameters.items()}
-    for name in vlm.matrices:
-        rounded[name] = dequantize_nf4(quantize_nf4(parameters[name]))
-    theirs = own_logits(vlm, rounded, shown(1)[0], "the rules", row)
-    ours = our_logits(vlm, lora, shown(1), [0], [row], merged=True)[0]
-    # Sums in another order move single values over the middle between two codes.
-    assert (ours - theirs).abs().mean() < 0.02 * theirs.std()
+    # Decoding uses the very same weights: a sum in four bits would lose what was trained.
+    played = our_logits(vlm, lora, shown(1), [0], [row], merged=True)[0]
+    assert torch.equal(played, ours)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [0.05, 0.0005])
+def test_a_teacher_over_a_base_in_four_bits(size):
+    """It stands for base + merged task vectors, a tenth of the task vector off, however small."""
+    vlm = model("qwen3_vl", quantize="nf4")
+    teacher = Teacher(vlm, tiny_models.noisy_lora(vlm), tiny_models.new_config(density=1.0))
+    lora = tiny_models.noisy_lora(vlm, size=size)
+    teacher.push(0, lora)
+    before = {name: (m.codes.clone(), m.absmax.clone()) for name, m in vlm.matrices.items()}
+    dense = teacher.dense()
+    for name, (a, b) in lora.factors.items():
+        base = dequantize_nf4(vlm.matrices[name + ".weight"])
+        wanted = lora.scale * (b @ a)
+        moved = dense[name] - base
+        assert (moved - wanted).norm() < 0.15 * wanted.norm()
+    row = vlm.encode(TEXT)
+    features, grid = vlm.see(shown(1))
+    weights = teacher.weights
+    prefix = vlm.prefix(weights, features, "the rules", grid)
+    hidden = vlm.suffix(weights, torch.tensor([row]), prefix)
+    ours = F.linear(hidden, weights.head)[0]
+    parameters = dict(load_plain(vlm).named_parameters())
+    parameters |= {name + ".weight": matrix for name, matrix in dense.items()}
+    theirs = own_logits(vlm, parameters, shown(1)[0], "the rules", row)
+    assert (ours - theirs).abs().max() < 2e-4
+    for name, m in vlm.matrices.items():
+        assert torch.equal(m.codes, before[name][0]) and torch.equal(m.absmax, before[name][1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_teacher_over_a_dense_base(family):
+    """The scratch holds what merging the history gives, and again after the policy was in it."""
+    vlm = model(family)
+    config = tiny_models.new_config(weighting="sma", density=0.8)
+    teacher = Teacher(vlm, tiny_models.noisy_lora(vlm), config)
+    for seed in range(3):
+        teacher.push(seed, tiny_models.noisy_lora(vlm, seed))
+    dense = teacher.dense()
+    for name, matrix in vlm.text.adapted().items():
+        history = teacher.history.entries
+        want = ties_merge_lora(
+            matrix.detach(),
+            *([e.factors[name][side] for e in history] for side in (0, 1)),
+            [e.scale for e in history],
+            [1 / 3] * 3,
+            [e.thresholds[name] for e in history],
+        )
+        assert torch.equal(dense[name], want)
+    held = teacher.weights
+    assert teacher.weights.content == held.content  # not merged twice
+    vlm.merged(vlm.weights(tiny_models.noisy_lora(vlm)))
+    again = teacher.weights
+    assert again.content != held.content
+    for name, module in vlm.text.linears.items():
+        assert torch.equal(module.scratch, dense[name])
 
 
 def test_gradients_with_a_base_in_four_bits():
