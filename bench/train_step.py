@@ -1,26 +1,40 @@
-"""The speed of whole training updates: `python -m bench.train_step`.
+"""The speed of whole training updates, phase by phase: `python -m bench.train_step`.
 
 Real updates of Points24, through the same functions that `turbo.train` runs. Runs without guidance
-and with each kind of it take turns (A B A B) in one crew of workers; the external corrector is the
-one of examples/, on the same cores, which answers in milliseconds. The first update of each is
-thrown away: caches are cold, and there is no teacher yet. Rows go into
-bench/results/<processor>.csv; `--profile` prints instead where the time of one update on one worker
-goes.
+and with each kind of it take turns (A B A B) in one crew of workers, and with them the published
+recipe (`bench.recipe`), which has the first worker's process for itself while the others wait, and
+plays fewer steps: rates are compared. The external corrector is the one of examples/, on the same
+cores, which answers in milliseconds. The first update of each is thrown away: caches are cold, and
+there is no teacher yet. Rows go into bench/results/<processor>.csv; `--profile` prints instead
+where the time of one update on one worker goes.
 
-    seconds of an update = rollout + score + write + train + merge + other
+    seconds of an update = rollout (decode) + score + write + train + merge (of the teacher)
+                         + checkpoint + other
+    utilisation          = model arithmetic (`bench.flops`) / seconds / rate of a matrix product
 
-Left out: evaluation, log files and checkpoints, which `turbo.train` writes between the updates.
+The rate is that of square matrices in the dtype of the run, all workers at once, measured in every
+turn. Peak memory is the most that a variant's processes hold, summed, in two updates of their own
+(what one variant has freed may stay resident and would count for the next).
+
+Left out: evaluation and log files, which `turbo.train` writes between the updates.
 """
 
+import importlib.util
+import multiprocessing
 import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from bench.endpoint import URL, corrector
+from bench.flops import Tally
 from bench.harness import (
     ROOT,
     Spread,
@@ -28,12 +42,16 @@ from bench.harness import (
     append_rows,
     environment,
     measurement,
+    peak_memory,
     results_file,
+    slug,
     spread,
 )
+from bench.race import product_rate
+from bench.recipe import Recipe, fastest
 from turbo.config import TrainConfig, check, defaults
 from turbo.hub import model_sha256
-from turbo.log import METRICS
+from turbo.log import METRICS, Metric
 from turbo.model import pick_dtype
 from turbo.parallel import Crew, cores, run_crew
 from turbo.run import Run
@@ -46,14 +64,31 @@ VARIANTS = {
     "sft, all steps": dict(guidance="sft", sft_rows=0),  # as the paper does
     "gtr": dict(guidance="gtr", teacher_url=URL, teacher_model="expert"),
 }
-PHASES = ("rollout", "score", "write", "train", "merge", "other")
+RECIPE, PRODUCT = "published recipe", "square product"
+PHASES = ("rollout", "score", "write", "train", "merge", "checkpoint", "other")
+# What only this benchmark measures
+OWN = {
+    "times_the_recipe": Metric("environment steps/s as a multiple of the recipe's", "1"),
+    "seconds_checkpoint": Metric("time spent writing a checkpoint of the update", "s"),
+    "model_flops": Metric("arithmetic that the update asks of the model", "FLOP"),
+    "flops_per_second": Metric("that arithmetic per second of the whole update", "FLOP/s"),
+    "utilisation": Metric("its share of what a matrix product reaches on this device", "0..1"),
+    "peak_bytes": Metric("most memory that the processes hold, summed", "bytes"),
+}
 REPORTED = (
     "steps_per_second",
+    "times_the_recipe",
     *(f"seconds_{phase}" for phase in PHASES),
     "tokens_per_second",
     "trained_rows",
     "draft_accept_rate",
+    "model_flops",
+    "flops_per_second",
+    "utilisation",
+    "peak_bytes",
 )
+UNITS = {name: (OWN | METRICS)[name].unit for name in REPORTED}
+Turns = dict[str, list[dict[str, float]]]  # figures of every timed update, per variant
 
 
 @dataclass
@@ -70,10 +105,34 @@ class BenchConfig:
     """environment steps of an update (0: the default of training)"""
     envs: int = 0
     """environments that play at once (0: the default of training)"""
+    recipe_steps: int = 64
+    """environment steps of an update of the published recipe (0: leave it out; it needs peft)"""
+    memory: bool = True
+    """measure the peak memory too: two more updates of each variant, in processes of their own"""
     profile: bool = False
     """print the operations that take most time in one update on one worker; nothing is recorded"""
     save: bool = True
     """append the rows to bench/results/"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the published recipe runs."""
+
+    dtype: torch.dtype
+    threads: int
+    device: str
+
+    def __str__(self) -> str:
+        return f"dtype={str(self.dtype).removeprefix('torch.')} threads={self.threads}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the workers found."""
+
+    turns: Turns
+    setting: Setting | None  # of the recipe, where it took part
 
 
 def settings(c: BenchConfig) -> dict[str, TrainConfig]:
@@ -88,37 +147,163 @@ def settings(c: BenchConfig) -> dict[str, TrainConfig]:
     return {name: replace(base, **changes) for name, changes in VARIANTS.items()}
 
 
-def updates(crew: Crew, c: BenchConfig) -> dict[str, list[dict]]:
-    """The metrics of every timed update, per variant; what every worker runs."""
-    runs = {name: Run(config, Path("."), crew) for name, config in settings(c).items()}
-    calls = {name: lambda run=run: train_update(run)[0] for name, run in runs.items()}
-    timed = alternate(calls, repeats=c.updates - 1)
-    return {name: [metrics for _, metrics in results] for name, results in timed.items()}
+def one_update(run: Run, tally: Tally) -> dict[str, float]:
+    """An update and a checkpoint of it; its figures."""
+    start, before = time.perf_counter(), run.env_steps
+    figures, _ = train_update(run)
+    trained = time.perf_counter()
+    run.save()
+    run.crew.wait()
+    end = time.perf_counter()
+    (flops,) = run.crew.total(tally.take())
+    return figures | {
+        "steps_per_second": (run.env_steps - before) / (end - start),
+        "seconds_checkpoint": end - trained,
+        "model_flops": flops,
+        "flops_per_second": flops / (end - start),
+    }
 
 
-def summaries(measured: dict[str, list[dict]]) -> dict[str, dict[str, Spread]]:
-    """Median and spread per variant and metric."""
+def one_recipe_update(crew: Crew, recipe: Recipe | None, steps: int) -> dict[str, float]:
+    """An update of the recipe, in the first worker; the others, who have none, wait."""
+    crew.wait()
+    start = time.perf_counter()
+    done = None if recipe is None else recipe.update(steps)
+    seconds = time.perf_counter() - start
+    crew.wait()
+    if done is None:
+        return {}
     return {
-        variant: {name: spread([m[name] for m in metrics]) for name in REPORTED}
-        for variant, metrics in measured.items()
+        "steps_per_second": done.steps / seconds,
+        "tokens_per_second": done.tokens / done.seconds["rollout"],
+        **{f"seconds_{phase}": value for phase, value in done.seconds.items()},
+        "seconds_other": seconds - sum(done.seconds.values()),
+        "trained_rows": done.steps,
+        "model_flops": done.flops,
+        "flops_per_second": done.flops / seconds,
+    }
+
+
+def new_run(crew: Crew, c: BenchConfig, name: str, folder: Path) -> tuple[Run, Tally]:
+    """A run of one variant, and the count of what it asks of the model."""
+    run = Run(settings(c)[name], folder / slug(name), crew)
+    return run, Tally(run)
+
+
+def device_of(run: Run) -> str:
+    """Where the model is: cpu or cuda."""
+    return next(run.vlm.module.parameters()).device.type
+
+
+def pick_setting(config: TrainConfig, folder: Path, device: str) -> Setting:
+    """What suits the recipe best here: the dtype of the run or float32, one core or all of them."""
+    dtypes = [torch.float32, pick_dtype(config.dtype)]
+    return Setting(*fastest(config, dtypes, cores(), folder / "trials", device), device)
+
+
+def new_recipe(c: BenchConfig, s: Setting, folder: Path) -> Recipe:
+    """The recipe, with the settings of the guided variant."""
+    return Recipe(settings(c)["kl"], folder / "recipe", s.dtype, s.threads, s.device)
+
+
+def updates(crew: Crew, c: BenchConfig, folder: Path) -> Measured:
+    """Figures of every timed update, per variant; what every worker runs."""
+    runs = {name: new_run(crew, c, name, folder) for name in VARIANTS}
+    calls = {name: lambda own=own: one_update(*own) for name, own in runs.items()}
+    config, device = settings(c)["kl"], device_of(runs["kl"][0])
+    dtype = pick_dtype(config.dtype)
+    setting = None
+    if c.recipe_steps:
+        recipe = None
+        if crew.leads:
+            setting = pick_setting(config, folder, device)
+            recipe = new_recipe(c, setting, folder)
+        calls[RECIPE] = lambda: one_recipe_update(crew, recipe, c.recipe_steps)
+
+    def product() -> dict[str, float]:
+        crew.wait()
+        return {"flops_per_second": crew.total(product_rate(dtype, device))[0]}
+
+    timed = alternate(calls | {PRODUCT: product}, repeats=c.updates - 1)
+    turns = {name: [figures for _, figures in results] for name, results in timed.items()}
+    return Measured(compare(turns) if crew.leads else turns, setting)
+
+
+def compare(turns: Turns) -> Turns:
+    """Adds, turn by turn, utilisation and how many times as fast as the recipe a variant is."""
+    rates = [figures["flops_per_second"] for figures in turns[PRODUCT]]
+    recipe = [figures["steps_per_second"] for figures in turns.get(RECIPE, [])]
+    out: Turns = {}
+    for name, measured in turns.items():
+        out[name] = [dict(figures) for figures in measured]
+        for turn, figures in enumerate(out[name] if name != PRODUCT else []):
+            figures["utilisation"] = figures["flops_per_second"] / rates[turn]
+            if recipe and name != RECIPE:
+                figures["times_the_recipe"] = figures["steps_per_second"] / recipe[turn]
+    return out
+
+
+def most_held(crew: Crew, c: BenchConfig, name: str, setting: Setting | None, folder: Path) -> int:
+    """The most bytes that the processes of one variant hold in two updates, summed."""
+    if name == RECIPE:
+        recipe = new_recipe(c, setting, folder / "held")
+        for _ in range(2):
+            recipe.update(c.recipe_steps)
+        return peak_memory(setting.device)
+    run, tally = new_run(crew, c, name, folder / "held")
+    for _ in range(2):
+        one_update(run, tally)
+    return int(crew.total(peak_memory(device_of(run)))[0])
+
+
+def memory(c: BenchConfig, workers: int, measured: Measured, folder: Path) -> dict[str, int]:
+    """Peak memory per variant, each in fresh processes."""
+    out, spawn = {}, multiprocessing.get_context("spawn")
+    for name in (n for n in measured.turns if n != PRODUCT):
+        size = 1 if name == RECIPE else workers
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            work = pool.submit(run_crew, size, most_held, c, name, measured.setting, folder)
+            out[name] = work.result()
+    return out
+
+
+def summaries(measured: Turns) -> dict[str, dict[str, Spread]]:
+    """Median and spread per variant and metric, where it was measured."""
+    return {
+        variant: {
+            name: spread([f[name] for f in figures])
+            for name in REPORTED
+            if all(name in f for f in figures)
+        }
+        for variant, figures in measured.items()
     }
 
 
 def table(summary: dict[str, dict[str, Spread]], title: str) -> Table:
     """Metrics down, variants across: median, p20 to p80."""
-    headers = (f"guidance {name}" for name in summary)
-    out = Table("median (p20-p80)", "unit", *headers, title=title)
-    for column in out.columns[2:]:
-        column.justify = "right"
+    out = Table("median (p20-p80)", "unit", *map(label, summary), title=title)
+    for column in out.columns:
+        column.no_wrap = True
+        column.justify = "left" if column in out.columns[:2] else "right"
     for name in REPORTED:
-        spreads = [figures[name] for figures in summary.values()]
-        cells = [f"{number(s.median)} ({number(s.p20)}-{number(s.p80)})" for s in spreads]
-        out.add_row(name, METRICS[name].unit, *cells)
+        cells = []
+        for figures in summary.values():
+            s = figures.get(name)
+            cells.append(f"{number(s.median)} ({number(s.p20)}-{number(s.p80)})" if s else "")
+        out.add_row(name, UNITS[name], *cells)
     return out
 
 
+def label(variant: str) -> str:
+    """What a variant is called in table and file."""
+    return f"guidance={variant}" if variant in VARIANTS else variant
+
+
 def number(value: float) -> str:
-    """Three figures, without an exponent."""
+    """Three figures, or four below one; large numbers by their letters."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= size:
+            return number(value / size) + letter
     return f"{value:,.0f}" if value >= 100 else f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
@@ -134,40 +319,72 @@ def profile(crew: Crew, c: BenchConfig, rows: int = 25) -> None:
     print(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=rows))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, show and record; returns the exit status."""
-    c = tyro.cli(BenchConfig, args=argv, prog="bench.train_step")
+def describe(c: BenchConfig, workers: int, setting: Setting | None) -> dict[str, str]:
+    """What each variant ran, as the rows of the file say it."""
+    config = settings(c)["kl"]
+    dtype = str(pick_dtype(config.dtype)).removeprefix("torch.")
+    game = f"{config.env} model={c.model if c.model == 'tiny' else Path(c.model).name}"
+    ours = (
+        f"{game} workers={workers} envs={config.envs} steps={config.steps_per_update} "
+        f"dtype={dtype} checkpoint=each"
+    )
+    return dict.fromkeys(VARIANTS, ours) | {
+        RECIPE: f"{game} workers=1 envs=1 steps={c.recipe_steps} {setting} checkpoint=each",
+        PRODUCT: f"workers={workers} dtype={dtype}",
+    }
+
+
+def impossible(c: BenchConfig) -> str:
+    """Why these settings cannot be measured; empty where they can."""
     try:
         if c.updates < 2:
             raise ValueError(f"--updates must be at least 2 (one warms up), got {c.updates}")
+        if c.recipe_steps < 0:
+            raise ValueError(f"--recipe-steps must be 0 or more, got {c.recipe_steps}")
+        if c.recipe_steps and importlib.util.find_spec("peft") is None:
+            raise ValueError("the recipe needs peft: pip install peft, or --recipe-steps 0")
         for config in settings(c).values():
             check(config)
             model_sha256(config)  # says how to make a model that is missing
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        return str(error)
+    return ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, show and record; returns the exit status."""
+    c = tyro.cli(BenchConfig, args=argv, prog="bench.train_step")
+    problem = impossible(c)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     if c.profile:
         profile(Crew(), c)
         return 0
     workers = c.workers or cores()
-    with corrector():
-        summary = summaries(run_crew(workers, updates, c))
-    config = settings(c)["kl"]
-    dtype = str(pick_dtype(config.dtype)).removeprefix("torch.")
-    model = c.model if c.model == "tiny" else Path(c.model).name
-    shape = (
-        f"{config.env} model={model} workers={workers} envs={config.envs} "
-        f"steps={config.steps_per_update} dtype={dtype}"
+    with corrector(), tempfile.TemporaryDirectory() as scratch:
+        measured = run_crew(workers, updates, c, Path(scratch))
+        peaks = memory(c, workers, measured, Path(scratch)) if c.memory else {}
+    summary = summaries(measured.turns)
+    for variant, held in peaks.items():
+        summary[variant]["peak_bytes"] = spread([held])
+    shapes, where = describe(c, workers, measured.setting), environment()
+    rate = summary[PRODUCT]["flops_per_second"].median
+    title = (
+        f"{shapes['kl']}\n{where['processor']}, torch {where['torch']}\n"
+        f"a square product makes {rate / 1e9:,.0f} GFLOP/s"
     )
-    where = environment()
-    Console().print(table(summary, f"{shape}\n{where['processor']}, torch {where['torch']}"))
+    shown = {variant: figures for variant, figures in summary.items() if variant != PRODUCT}
+    wide = None if sys.stdout.isatty() else 190  # nothing is cut off in a file
+    Console(width=wide).print(table(shown, title))
+    if RECIPE in shown:
+        print(f"{RECIPE}: {shapes[RECIPE]}")
     if c.save:
         path = results_file()
         rows = [
-            where | measurement("train_step", f"guidance={variant}", shape, name, unit, s)
+            where | measurement("train_step", label(variant), shapes[variant], name, UNITS[name], s)
             for variant, figures in summary.items()
             for name, s in figures.items()
-            for unit in (METRICS[name].unit,)
         ]
         append_rows(path, rows)
         print(f"appended {len(rows)} rows to {path.relative_to(ROOT)}")

@@ -1,0 +1,112 @@
+"""bench.train_step: the recipe in the same run, figures per turn, memory, what is refused."""
+
+import contextlib
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import harness, train_step
+from bench.harness import COLUMNS, peak_memory
+from bench.train_step import PRODUCT, RECIPE, UNITS, BenchConfig, Setting, compare, summaries
+from turbo.parallel import Crew, run_crew
+
+SMALL = BenchConfig(updates=2, workers=1, steps=8, envs=8, recipe_steps=1)
+
+
+@pytest.fixture
+def one_variant(monkeypatch):
+    """Only the guided variant, at sizes that take a second; no trials."""
+    monkeypatch.setattr(train_step, "VARIANTS", {"kl": train_step.VARIANTS["kl"]})
+    monkeypatch.setattr(train_step, "pick_setting", lambda *a: Setting(torch.float32, 1, "cpu"))
+    monkeypatch.setattr(train_step, "product_rate", lambda *a: 1e12)
+
+
+def test_every_phase_is_timed_for_both(one_variant, tmp_path):
+    pytest.importorskip("peft")
+    measured = train_step.updates(Crew(), SMALL, tmp_path)
+    (ours,), (theirs,) = measured.turns["kl"], measured.turns[RECIPE]
+    for figures in (ours, theirs):
+        for phase in ("rollout", "score", "train", "merge", "checkpoint"):
+            assert figures[f"seconds_{phase}"] > 0, phase
+        assert figures["utilisation"] == figures["flops_per_second"] / 1e12
+        seconds = figures["model_flops"] / figures["flops_per_second"]
+        phases = sum(figures.get(f"seconds_{phase}", 0) for phase in train_step.PHASES)
+        assert seconds == pytest.approx(phases, rel=1e-2)
+    times = ours["steps_per_second"] / theirs["steps_per_second"]
+    assert ours["times_the_recipe"] == times
+    assert list((tmp_path / "kl").glob("checkpoints/*/manifest.json"))
+    assert list((tmp_path / "recipe").glob("*/adapter_model.safetensors"))
+
+
+def test_rows_of_a_whole_run(one_variant, tmp_path, monkeypatch, capsys):
+    """Through the command line, less the endpoint and the processes whose memory is measured."""
+    pytest.importorskip("peft")
+    path = tmp_path / "cpu.csv"
+    monkeypatch.setattr(train_step, "results_file", lambda: path)
+    monkeypatch.setattr(train_step, "ROOT", tmp_path)
+    monkeypatch.setattr(train_step, "corrector", contextlib.nullcontext)
+    monkeypatch.setattr(train_step, "memory", lambda *a: {"kl": 5, RECIPE: 7})
+    flags = "--updates 2 --workers 1 --steps 8 --envs 8 --recipe-steps 1"
+    assert train_step.main(flags.split()) == 0
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == COLUMNS
+    found = {(row["variant"], row["metric"]): row for row in rows}
+    assert len(found) == len(rows)
+    assert found[RECIPE, "peak_bytes"]["median"] == "7"
+    assert found["guidance=kl", "times_the_recipe"]["unit"] == "1"
+    assert (RECIPE, "times_the_recipe") not in found and (PRODUCT, "flops_per_second") in found
+    assert "envs=1 steps=1 dtype=float32" in found[RECIPE, "steps_per_second"]["shape"]
+    assert "times_the_recipe" in capsys.readouterr().out
+
+
+def test_figures_are_compared_turn_by_turn():
+    turns = {
+        "kl": [dict(steps_per_second=n, flops_per_second=n) for n in (30.0, 20.0)],
+        RECIPE: [dict(steps_per_second=n, flops_per_second=1.0) for n in (3.0, 1.0)],
+        PRODUCT: [dict(flops_per_second=n) for n in (60.0, 100.0)],
+    }
+    out = compare(turns)
+    assert [f["times_the_recipe"] for f in out["kl"]] == [10.0, 20.0]
+    assert [f["utilisation"] for f in out["kl"]] == [0.5, 0.2]
+    assert "times_the_recipe" not in out[RECIPE][0] and out[PRODUCT] == turns[PRODUCT]
+    figures = summaries(out)
+    assert figures["kl"]["times_the_recipe"].median == 15.0
+    assert set(figures[PRODUCT]) == {"flops_per_second"}
+    assert "times_the_recipe" not in compare({k: turns[k] for k in ("kl", PRODUCT)})["kl"][0]
+
+
+def test_what_is_shown_and_how():
+    assert list(UNITS) == list(train_step.REPORTED)
+    shown = [train_step.number(n) for n in (0.0123, 12.34, 480.4, 1.5e6, 2.25e11, 3.1e13)]
+    assert shown == ["0.012", "12.3", "480", "1.500M", "225G", "31.0T"]
+    shapes = train_step.describe(BenchConfig(steps=64), 2, Setting(torch.float32, 1, "cpu"))
+    assert "workers=2" in shapes["gtr"] and "steps=64" in shapes["none"]
+    for part in ("envs=1", "steps=64", "dtype=float32", "threads=1"):
+        assert part in shapes[RECIPE]
+
+
+@pytest.mark.parametrize("flag", ["--updates 1", "--recipe-steps -1", "--model absent"])
+def test_what_cannot_be_measured_is_refused(flag, capsys):
+    assert train_step.main(flag.split()) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_without_peft_the_recipe_is_refused_by_name(monkeypatch, capsys):
+    monkeypatch.setattr(train_step.importlib.util, "find_spec", lambda name: None)
+    assert train_step.main([]) == 2
+    assert "--recipe-steps 0" in capsys.readouterr().err
+
+
+def test_peak_memory_grows_with_what_is_held(monkeypatch):
+    before = peak_memory()
+    held = torch.ones(before // 4)  # as many bytes again, on top of what is resident now
+    assert peak_memory() >= max(before, held.nbytes)
+    monkeypatch.setattr(harness, "Path", lambda name: Path("absent"))
+    assert peak_memory() > 0  # where there is no /proc
+
+
+def test_the_memory_of_a_variant_is_its_own_processes(one_variant, tmp_path):
+    assert run_crew(1, train_step.most_held, SMALL, "kl", None, tmp_path) > 1 << 20
