@@ -29,7 +29,7 @@ format: ## ruff: apply the fixes and the format
 	ruff check --fix .
 	ruff format .
 
-bench: ## the speed of training updates, into bench/results/
+bench: ## the speed of training updates, beside the published recipe's, into bench/results/
 	python -m bench.train_step
 
 bench-kernels: ## the kernels against their rivals, into bench/results/ and kernels/README.md

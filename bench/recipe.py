@@ -6,8 +6,8 @@
                  more by the teacher for the KL estimate, which is subtracted from the reward
     train        PPO epochs with minibatches of one step and gradient accumulation
     checkpoint   save_pretrained of the adapter
-    merge        a second copy of the model loads that adapter; peft's add_weighted_adapter (TIES)
-                 makes the teacher's of all that were saved
+    merge        a second copy of the model loads that adapter; peft's add_weighted_adapter (TIES,
+                 A and B apart) makes the teacher's of all that were saved
 
 Each reading pads the answer to its greatest length, and takes the log-softmax of the whole row over
 the whole vocabulary in float32. What costs no time has the paper's values (`PRESETS["paper"]`);

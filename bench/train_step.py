@@ -224,9 +224,17 @@ def updates(crew: Crew, c: BenchConfig, folder: Path) -> Measured:
         crew.wait()
         return {"flops_per_second": crew.total(product_rate(dtype, device))[0]}
 
+    calls = {name: lambda n=name, call=call: told(crew, n, call()) for name, call in calls.items()}
     timed = alternate(calls | {PRODUCT: product}, repeats=c.updates - 1)
     turns = {name: [figures for _, figures in results] for name, results in timed.items()}
     return Measured(compare(turns) if crew.leads else turns, setting)
+
+
+def told(crew: Crew, name: str, figures: dict[str, float]) -> dict[str, float]:
+    """The figures of an update, which takes a while, after a line about it."""
+    if crew.leads:
+        print(f"{label(name)}: {number(figures['steps_per_second'])} steps/s", flush=True)
+    return figures
 
 
 def compare(turns: Turns) -> Turns:
