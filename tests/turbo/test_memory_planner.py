@@ -5,13 +5,16 @@ That each term is right is tested in test_footprint.py.
 
 import functools
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
+import torch
 from transformers import SmolVLMConfig
 
 from turbo import memory, shapes
 from turbo.memory import GB, PHASES, Settings, largest_envs, largest_micro_tokens, nearest, plan
 
+CPU = torch.device("cpu")
 NUMBERS = [f.name for f in fields(Settings) if f.type is int]
 HARM = ("lora_rank", "quantize", "optimizer", "gradient_checkpointing", "envs", "micro_tokens")
 
@@ -157,6 +160,17 @@ def test_mild_changes_come_first():
 def test_numbers_below_one_are_refused(field):
     with pytest.raises(ValueError, match=rf"--{field.replace('_', '-')} must be at least 1, got 0"):
         planned(24, **{field: 0})
+
+
+# ------------------------------------------------------------------------------- what is measured
+
+
+def test_peak_bytes_grow_with_what_is_held(monkeypatch):
+    before = memory.peak_bytes(CPU)
+    held = torch.ones(before // 4)  # as many bytes again, on top of what is resident now
+    assert memory.peak_bytes(CPU) >= max(before, held.nbytes)
+    monkeypatch.setattr(memory, "Path", lambda name: Path("absent"))
+    assert memory.peak_bytes(CPU) > 0  # where there is no /proc
 
 
 # -------------------------------------------------------------------------------- the command
