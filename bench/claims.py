@@ -208,14 +208,16 @@ def compare(runs: Sequence[StudyRun], c: Comparison) -> Finding:
     return spread([first[s] - second[s] for s in sorted(first.keys() & second.keys())])
 
 
-def compare_passes(warm: list[int], trained: list[int], samples: int) -> dict[str, float]:
-    """What the trained policy wins that the warm start does not, in hands."""
-    rate = [n / samples for n in trained]
-    pairs = list(zip(warm, rate, strict=True))
+def compare_passes(
+    warm: list[int], trained: list[int], samples: int, solvable: list[bool]
+) -> dict[str, float]:
+    """What the trained policy wins that the warm start does not, of the hands that can be won."""
+    every = zip(warm, trained, solvable, strict=True)
+    pairs = [(w, n / samples) for w, n, possible in every if possible]
     return {
-        "hands": len(warm),
+        "hands that can be won": len(pairs),
         "warm start, pass@32": sum(w > 0 for w, _ in pairs) / len(pairs),
-        "trained, pass@1": sum(rate) / len(rate),
+        "trained, pass@1": sum(r for _, r in pairs) / len(pairs),
         "never won by 32 samples": sum(w == 0 for w, _ in pairs),
         "of these won at least every second time": sum(w == 0 and r >= 0.5 for w, r in pairs),
         "won by some of 32 samples": sum(w > 0 for w, _ in pairs),

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from turbo import prompts
 from turbo.rollout import Episode, Rollout, Step
 from turbo.run import Run
 from turbo.score import TeacherReading
@@ -139,7 +138,7 @@ class Tally:
     def rows(self, rows: Sequence[Row], predicted: bool = True, trained: bool = False) -> None:
         """Rows are read: each picture's prefix once, then every row's suffix and answer."""
         vlm, pictures = self.run.vlm, len({picture for picture, _, _ in rows})
-        text = prompts.prefix_text(self.fixed, int(self.grid.prod()) // self.sizes.merged)
+        text = vlm.frame.prefix(self.fixed, int(self.grid.prod()) // self.sizes.merged)
         prefix = len(vlm.encode(text))
         lengths = [len(suffix) + len(answer) - 1 for _, suffix, answer in rows]  # none is read last
         tokens = pictures * prefix + sum(lengths)

@@ -8,17 +8,13 @@ Left out: what is measured (`bench.train_step`), demonstrations of learning (`be
 
 import csv
 import re
-import resource
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
 from typing import TypeVar
-
-import torch
 
 from turbo.checkpoint import processor, versions
 from turbo.parallel import cores
@@ -110,17 +106,6 @@ def append_rows(path: Path, rows: Iterable[Mapping], columns: Sequence[str] = CO
         if fresh:
             writer.writeheader()
         writer.writerows(rows)
-
-
-def peak_memory(device: str = "cpu") -> int:
-    """Most bytes that this process has held at once: resident ones, or the GPU's."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would count the process that this one was forked from
-        return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)[1])
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
 
 
 def measurement(

@@ -27,7 +27,7 @@ from bench.plot import draw
 from bench.records import Recorded, by_label, is_complete, pooled, recorded, write_csv
 from turbo import checkpoint
 from turbo.config import TrainConfig
-from turbo.run import model_sha256
+from turbo.hub import model_sha256
 from turbo.train import parse
 
 # About 24,000 steps; the coefficient multiplies a mean over some 40 thought tokens.

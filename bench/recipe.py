@@ -33,14 +33,14 @@ import torch
 from torch import Tensor, nn
 
 from bench.flops import Sizes, causal_pairs, text_flops, vision_flops
-from turbo import prompts
 from turbo.config import PRESETS, TrainConfig
 from turbo.gae import gae, normalize
+from turbo.hub import model_folder
 from turbo.kl import kl_estimate
-from turbo.lora import LORA_TARGETS
 from turbo.model import ValueHead, VisionLanguageModel, load
 from turbo.ppo import ppo_loss, step_logprob, value_loss
-from turbo.run import env_maker, model_folder
+from turbo.run import env_maker
+from turbo.shapes import COVERED
 
 ACCUMULATE = 128  # minibatches of one step to an optimiser step
 KL_COEF = 1.0
@@ -128,7 +128,7 @@ class Recipe:
         lora = LoraConfig(
             r=self.config.lora_rank,
             lora_alpha=self.config.lora_alpha,
-            target_modules=rf".*language_model\..*\.({'|'.join(LORA_TARGETS)})",
+            target_modules=rf".*language_model\..*\.({'|'.join(COVERED)})",
         )
         return get_peft_model(module.to(self.device, self.dtype), lora).eval()
 
@@ -192,10 +192,10 @@ class Recipe:
     def prompt(self) -> dict[str, Tensor]:
         """What the model is asked about the environment as it is."""
         asked = self.env.prompt("short")
-        pixels, grid = self.vlm.pixels([self.picture])
+        pixels, grid = self.vlm.pixels([self.picture]).values()
         self.patches = len(pixels)
-        pictured = prompts.prefix_text(asked.fixed, int(grid.prod()) // 4)
-        ids = self.vlm.encode(pictured) + self.vlm.encode(prompts.suffix_text(asked.state))
+        pictured = self.vlm.frame.prefix(asked.fixed, int(grid.prod()) // 4)
+        ids = self.vlm.encode(pictured) + self.vlm.encode(self.vlm.frame.suffix(asked.state))
         return self.inputs(ids, len(ids), pixels.to(self.device, self.dtype), grid)
 
     def inputs(self, ids: list[int], length: int, pixels: Tensor, grid: Tensor) -> dict:

@@ -26,9 +26,9 @@ from bench.study_page import write_page
 from bench.study_runs import StudyRun, read_runs, read_table, write_runs
 from turbo import checkpoint
 from turbo.config import TrainConfig
+from turbo.hub import model_sha256
 from turbo.log import read_jsonl
 from turbo.parallel import cores
-from turbo.run import model_sha256
 
 # What a training's exit status means; -SIGTERM: it was stopped before it listened to signals.
 SAVED = "saved, to be resumed"

@@ -174,8 +174,8 @@ def pass_lines(out: Path) -> list[str]:
     if not path.is_file():
         return [*lines, "Not run yet: `python -m bench.passes`.", ""]
     known = json.loads(path.read_text(encoding="utf-8"))
-    warm = known.pop("warm start")
-    rows = {name: compare_passes(warm, trained, 8) for name, trained in known.items()}
+    warm, possible = known.pop("warm start"), known.pop("solvable")
+    rows = {name: compare_passes(warm, trained, 8, possible) for name, trained in known.items()}
     if not rows:
         return [*lines, "No trained policy was there to be played.", ""]
     heads = list(next(iter(rows.values())))

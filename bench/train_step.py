@@ -42,7 +42,6 @@ from bench.harness import (
     append_rows,
     environment,
     measurement,
-    peak_memory,
     results_file,
     slug,
     spread,
@@ -50,10 +49,12 @@ from bench.harness import (
 from bench.race import product_rate
 from bench.recipe import Recipe, fastest
 from turbo.config import TrainConfig, check, defaults
+from turbo.hub import model_sha256
 from turbo.log import METRICS, Metric
+from turbo.memory import peak_bytes
 from turbo.model import pick_dtype
 from turbo.parallel import Crew, cores, run_crew
-from turbo.run import Run, model_sha256
+from turbo.run import Run
 from turbo.train import train_update
 
 VARIANTS = {
@@ -259,11 +260,11 @@ def most_held(crew: Crew, c: BenchConfig, name: str, setting: Setting | None, fo
         recipe = new_recipe(c, setting, folder / "held")
         for _ in range(2):
             recipe.update(c.recipe_steps)
-        return peak_memory(setting.device)
+        return peak_bytes(torch.device(setting.device))
     run, tally = new_run(crew, c, name, folder / "held")
     for _ in range(2):
         one_update(run, tally)
-    return int(crew.total(peak_memory(device_of(run)))[0])
+    return int(crew.total(peak_bytes(torch.device(device_of(run))))[0])
 
 
 def memory(c: BenchConfig, workers: int, measured: Measured, folder: Path) -> dict[str, int]:

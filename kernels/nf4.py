@@ -108,7 +108,7 @@ def ties_merge_lora_nf4(
         whole = dequantize_nf4(base) if coded else base
         factors = (lora_a, lora_b, scales, weights, thresholds)
         merged = ties_merge_lora(whole, *factors, lam=lam, impl=how, check_finite=False)
-        return _copy(quantize_nf4(merged), out)
+        return copy_nf4(quantize_nf4(merged), out)
     fits = not coded and shape[1] % BLOCK == 0 and fits_triton(base, [*lora_a, *lora_b])
     if how == "triton" and fits:
         from .nf4_triton import merge
@@ -191,7 +191,8 @@ def _read(matrix: Nf4Matrix, start: int, stop: int) -> Tensor:
     return (values * absmax[: len(values)])[start - first : stop - first].to(matrix.dtype)
 
 
-def _copy(source: Nf4Matrix, out: Nf4Matrix) -> Nf4Matrix:
+def copy_nf4(source: Nf4Matrix, out: Nf4Matrix) -> Nf4Matrix:
+    """Put one matrix into the room of another of its shape; returns the latter."""
     out.codes.copy_(source.codes)
     out.absmax.copy_(source.absmax)
     return out

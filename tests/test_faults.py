@@ -18,8 +18,6 @@ import turbo.batch
 import turbo.decode
 import turbo.model
 import turbo.score
-from turbo import prompts
-from turbo.backprop import flatten
 from turbo.envs.base import read_json_answer
 from turbo.envs.cards import evaluate, tokenize
 from turbo.gae import gae
@@ -66,7 +64,7 @@ def test_fault_01_the_teacher_changes_at_every_merge(vlm):
     teacher, seen = new_teacher(vlm), []
     for k in range(4):
         teacher.push(k, tiny_models.noisy_lora(vlm, k), 0.5)
-        seen.append([t.clone() for t in flatten(teacher.weights)])
+        seen.append([t.clone() for t in teacher.weights.tensors()])
     for k in range(3):
         changed = [not torch.equal(a, b) for a, b in zip(seen[k], seen[k + 1], strict=True)]
         assert sum(changed) == 4 * vlm.text.layers  # q, k, v fused; o; gate and up; down
@@ -339,7 +337,9 @@ def test_fault_10_only_answer_tokens_meet_the_vocabulary_and_environments_are_ba
     drawn = sum(len(s.tokens) for s in again.steps) - again.accepted
     assert sum(playing) == again.guessed + drawn
     positions = sum(len(s.suffix) + len(s.tokens) - 1 for s in rollout.steps)
-    prefixes = n * len(vlm.encode(prompts.prefix_text(rollout.fixed, rollout.features.shape[1])))
+    prefixes = n * len(
+        vlm.encode(tiny_models.prefix_text(rollout.fixed, rollout.features.shape[1]))
+    )
     assert answers < 0.75 * positions < 0.5 * (positions + prefixes)  # what the fault projects
 
     # Environments answer together, and guessed tokens of an answer are verified together.

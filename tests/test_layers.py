@@ -21,11 +21,17 @@ MODULES = {
         envs.make envs.numberline envs.picture envs.points24
     """,
     # 1: no model
-    1: "batch config gae history kl log memory parallel ppo prompts",
+    1: """
+        attend batch config footprint gae history kl log memory parallel ppo prompts sft_config
+        shapes
+    """,
     # 2: the model and its weights
-    2: "checkpoint lock lora merge model tiny",
+    2: "card checkpoint families formats fused hub lock lora merge model modules tiny",
     # 3: the model at work
-    3: "backprop corrector decode faults guidance measure rollout run score scribe teacher update",
+    3: """
+        backprop corrector decode demos faults finetune guidance measure prefixes rollout run score
+        scribe teacher update
+    """,
     # 4: what is run
     4: "__main__ eval export replay sft train view",
 }

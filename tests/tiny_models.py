@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from turbo import prompts, sft, tiny
-from turbo.config import SftConfig, TrainConfig
+from turbo.config import TrainConfig
 from turbo.envs.make import make, tiny_kwargs
 from turbo.lora import Lora, new_lora
 from turbo.model import VisionLanguageModel, load
 from turbo.parallel import Crew
 from turbo.rollout import Rollout, RolloutOptions, Step, Table
+from turbo.sft_config import SftConfig
 
 GAME = "numberline"
 
@@ -30,8 +31,13 @@ def _scratch() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="gtr-turbo-tests-")
 
 
+def new_folder(name: str) -> Path:
+    """A folder that goes with the process."""
+    return Path(_scratch().name) / name
+
+
 def _save(module, name: str) -> Path:
-    folder = Path(_scratch().name) / name
+    folder = new_folder(name)
     module.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     tiny.image_processor().save_pretrained(folder)
@@ -137,6 +143,17 @@ def play(
     return table.collect(weights, seed, steps, deals)
 
 
+def prefix_text(fixed: str, image_tokens: int) -> str:
+    """The unchanging part of a prompt as the tiny models are used to it: picture, rules."""
+    picture = prompts.VISION_START + prompts.IMAGE_PAD * image_tokens + prompts.VISION_END
+    return f"{prompts.IM_START}user\n{picture}{fixed}"
+
+
+def suffix_text(state: str) -> str:
+    """The part that changes with every step, and the opening of the answer's turn."""
+    return f"{state}{prompts.IM_END}\n{prompts.IM_START}assistant\n"
+
+
 def legal_and_illegal(rollout: Rollout) -> tuple[list[Step], list[Step]]:
     """The steps whose answers were legal, and the others."""
     steps = rollout.steps
@@ -187,8 +204,8 @@ def own_answer(
 
     Specials are banned, and the temperature divides the logits.
     """
-    pixels, grid = vlm.pixels([picture])
-    prefix = vlm.encode(prompts.prefix_text(fixed, int(grid.prod()) // 4))
+    pixels, grid = vlm.pixels([picture]).values()
+    prefix = vlm.encode(prefix_text(fixed, int(grid.prod()) // 4))
     logits, hidden = own_forward(vlm, parameters, [*prefix, *suffix, *answer], pixels, grid)
     first = len(prefix) + len(suffix) - 1
     logits = logits[first : first + len(answer)].masked_fill(vlm.banned, -1e30)
@@ -237,6 +254,6 @@ def scripted(game, choose=None, **options):
 
 
 def without_times(record: dict) -> dict:
-    """A record of metrics.jsonl, less what the clock says."""
-    timed = ("elapsed", "steps_per_second", "tokens_per_second")
+    """A record of metrics.jsonl, less what the clock and the machine say."""
+    timed = ("elapsed", "steps_per_second", "tokens_per_second", "peak_memory_gb")
     return {k: v for k, v in record.items() if k not in timed and not k.startswith("seconds_")}

@@ -43,11 +43,21 @@ def round_up(n: int, step: int = 8) -> int:
     return -(-n // step) * step
 
 
-def pad_rows(suffixes: Sequence[list[int]], answers: Sequence[list[int]], pad: int) -> TokenBatch:
-    """Build a `TokenBatch` of R rows; every answer has at least one token."""
+def pad_rows(
+    suffixes: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    pad: int,
+    device: torch.device | str = "cpu",
+    exact: bool = False,
+) -> TokenBatch:
+    """Build a `TokenBatch` of R rows on `device`; every answer has at least one token.
+
+    Sizes are rounded up, see `round_up`, unless they are to be `exact`.
+    """
     rows = [s + a[:-1] for s, a in zip(suffixes, answers, strict=True)]
-    length = round_up(max(map(len, rows)))
-    blank = [[pad] * length] * (round_up(len(rows)) - len(rows))
+    length = max(map(len, rows))
+    length = length if exact else round_up(length)
+    blank = [] if exact else [[pad] * length] * (round_up(len(rows)) - len(rows))
     ids = torch.tensor([r + [pad] * (length - len(r)) for r in rows] + blank)
     starts = torch.tensor([len(s) - 1 for s in suffixes]) + torch.arange(len(rows)) * length
     counts = torch.tensor([len(a) for a in answers])
@@ -55,8 +65,10 @@ def pad_rows(suffixes: Sequence[list[int]], answers: Sequence[list[int]], pad: i
     within = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
     targets = torch.tensor([t for a in answers for t in a])
     select = starts[row] + within
-    select = torch.cat([select, select.new_zeros(round_up(len(select), 64) - len(select))])
-    return TokenBatch(len(rows), ids, select, targets, row, starts)
+    if not exact:
+        select = torch.cat([select, select.new_zeros(round_up(len(select), 64) - len(select))])
+    tensors = (t.to(device) for t in (ids, select, targets, row, starts))
+    return TokenBatch(len(rows), *tensors)
 
 
 def pad_to(tensor: Tensor, length: int) -> Tensor:
@@ -73,6 +85,12 @@ class BatchSizes:
     decode: int = 64
     score: int = 64
     train: int = MICRO_ROWS
+    tokens: int = 0  # bound on the tokens that run at once, prompts' prefixes included (0: none)
+
+    @property
+    def half(self) -> int:
+        """The part of the tokens that rows may have; the other one is that of their prefixes."""
+        return self.tokens // 2
 
     def halve(self, phase: str, rows: int) -> int:
         """The size to go on with, after `rows` rows were too many."""
@@ -82,19 +100,24 @@ class BatchSizes:
                 "fewer --envs or a lower --max-new-tokens"
             )
         setattr(self, phase, min(getattr(self, phase), rows // 2))
+        if self.tokens and phase != "decode":
+            self.tokens = max(1, self.tokens // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return rows // 2
 
 
 def run_batches(
-    lengths: Sequence[int], sizes: BatchSizes, phase: str, work: Callable[[list[int]], None]
+    lengths: Sequence[int],
+    sizes: BatchSizes,
+    phase: str,
+    work: Callable[[list[int]], None],
 ) -> None:
     """`work` on all rows in micro-batches; one that runs out of memory is cut in two and run again.
 
     When it fails, `work` leaves nothing behind.
     """
-    todo = micro_batches(lengths, getattr(sizes, phase))
+    todo = micro_batches(lengths, getattr(sizes, phase), tokens=sizes.half)
     while todo:
         rows = todo.pop(0)
         if not fits(work, rows):
@@ -111,7 +134,20 @@ def fits(work: Callable, *arguments) -> bool:
     return True
 
 
-def micro_batches(lengths: Sequence[int], size: int = MICRO_ROWS) -> list[list[int]]:
-    """Row numbers in groups of at most `size` rows of similar length, so that little is padded."""
+def micro_batches(
+    lengths: Sequence[int], size: int = MICRO_ROWS, *, tokens: int = 0
+) -> list[list[int]]:
+    """Row numbers in groups of at most `size` rows of similar length, so that little is padded.
+
+    With `tokens`, a group of several rows is at most so large when padded.
+    """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    return [order[i : i + size] for i in range(0, len(order), size)]
+    if not tokens:
+        return [order[i : i + size] for i in range(0, len(order), size)]
+    groups: list[list[int]] = []
+    for i in order:  # the longest so far is this one
+        if groups and len(groups[-1]) < size and lengths[i] * (len(groups[-1]) + 1) <= tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

@@ -228,9 +228,21 @@ def newest(run: Path) -> tuple[Path, list[str]]:
     raise CheckpointError(f"{run} has no checkpoint yet: train it first")
 
 
-def load(run: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """Adapter, state and meta data of a run's newest whole checkpoint."""
-    folder, _ = newest(run)
+def find(run: Path, update: int) -> Path:
+    """A run's checkpoint of one update; CheckpointError if it is gone or not whole."""
+    there = {int(p.name): p for p in checkpoints(run)}
+    if update not in there:
+        kept = ", ".join(map(str, there)) or "none"
+        raise CheckpointError(f"{run} has no checkpoint of update {update}; those kept: {kept}")
+    problem = damage(there[update])
+    if problem is not None:
+        raise CheckpointError(problem)
+    return there[update]
+
+
+def load(run: Path, update: int | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+    """Adapter, state and meta data of one checkpoint; without `update` of the newest whole one."""
+    folder = newest(run)[0] if update is None else find(run, update)
     try:
         adapter, state = load_file(folder / ADAPTER), load_file(folder / STATE)
     except (OSError, SafetensorError) as error:
@@ -268,27 +280,53 @@ def write_text(path: Path, text: str) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments and step counts, as named tensors."""
+    """An optimizer's moments and step counts, as named tensors."""
     out = {}
-    for i, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
-            out[f"optimizer/{i}/{name}"] = torch.as_tensor(value)
+    for i, parameter in enumerate(_parameters(optimizer)):
+        for name, value in optimizer.state[parameter].items():
+            out[f"optimizer/{i}/{name}"] = torch.as_tensor(value).clone()  # bnb shares
     return out
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Restore what `optimizer_tensors` gave: the moments of every parameter, or of none."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = _parameters(optimizer)
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in section(tensors, "optimizer/").items():
         i, _, name = key.partition("/")
         state.setdefault(int(i), {})[name] = value
     if state and sorted(state) != list(range(len(parameters))):
         raise ValueError(f"moments of {len(state)} parameters, expected {len(parameters)}")
+    coded = type(optimizer).__name__ == "AdamW8bit"
     for i, values in state.items():
-        want = {"step": torch.Size([]), **dict.fromkeys(MOMENTS, parameters[i].shape)}
-        found = {name: value.shape for name, value in values.items()}
-        if found != want or not all(v.dtype == torch.float32 for v in values.values()):
-            raise ValueError(f"the moments of parameter {i} are not those of float32 {want}")
+        want = _coded_moments(parameters[i]) if coded else _moments(parameters[i])
+        found = {name: (value.shape, value.dtype) for name, value in values.items()}
+        found.pop("step", None)
+        if found != want or values.get("step", torch.ones(1)).numel() != 1:
+            raise ValueError(f"the moments of parameter {i} are not {want}")
+    if coded:  # its own way takes no plain tensors
+        for i, values in state.items():
+            moments = {k: v.to(parameters[i].device) for k, v in values.items()}
+            optimizer.state[parameters[i]] = moments | {"step": int(values["step"])}
+        return
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _moments(p: Tensor) -> dict[str, tuple]:
+    """Shapes and dtypes of AdamW's moments."""
+    return dict.fromkeys(MOMENTS, (p.shape, torch.float32))
+
+
+def _coded_moments(p: Tensor) -> dict[str, tuple]:
+    """Those of bitsandbytes' 8-bit AdamW; small parameters are not coded."""
+    if p.numel() < 4096:
+        return dict.fromkeys(("state1", "state2"), (p.shape, torch.float32))
+    out = dict.fromkeys(("state1", "state2"), (p.shape, torch.uint8))
+    out |= dict.fromkeys(("qmap1", "qmap2"), (torch.Size([256]), torch.float32))
+    blocks = torch.Size([-(-p.numel() // 256)])
+    return out | dict.fromkeys(("absmax1", "absmax2"), (blocks, torch.float32))

@@ -23,7 +23,13 @@ class TrainConfig:
     env: tyro.conf.Positional[Game] = "points24"
     """which environment to play"""
     model: str = "tiny"
-    """`tiny` for the built-in warm start of the environment, or a folder written by `turbo.sft`"""
+    """`tiny` for the built-in warm start of the environment; a folder with a vision-language model
+    in Hugging Face format; or its id on the Hub, such as Qwen/Qwen2.5-VL-7B-Instruct"""
+    random_weights: bool = False
+    """for measuring: the shapes of --model with random weights, and nothing is downloaded; --model
+    is qwen2.5-vl-3b or -7b, qwen3-vl-2b, -4b or -8b, or a folder with a config.json"""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: the base and the merged teacher in 4 bits, so that 7B fits a 24 GB card"""
     out: str = ""
     """run directory; empty makes runs/<env>-<date>-<time>"""
     resume: str = ""
@@ -90,6 +96,8 @@ class TrainConfig:
     """learning rate at the end of the cosine"""
     grad_clip: float = 0.5
     """bound on the gradient's norm"""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit: its moments in 8 bits, by bitsandbytes"""
     adam_eps: float = 1e-8
     """epsilon of AdamW"""
     lora_rank: int = 16
@@ -162,8 +170,22 @@ class TrainConfig:
     # Machine, evaluation, files
     workers: int = 0
     """processes that play and train (0: one a core, at most 4)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the model runs; auto is the GPU where there is one"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """dtype of the matrix products; auto is bfloat16 where the processor has it (AMX)"""
+    """dtype of the matrix products; auto is bfloat16 where it is native (GPU, AMX), else float32"""
+    gpu: float = 0.0
+    """plan for a card of so many GB, and use no more of it (0: what the card has)"""
+    observation: Literal["auto", "small", "full"] = "auto"
+    """small: short prompts and few pixels; full: the rules in words and large pictures; auto: small
+    for models of less than 200 MB, full for all others"""
+    engine: Literal["auto", "fused", "modules"] = "auto"
+    """how the text model runs; fused: our own forward pass, for small Qwen2.5-VL models on a CPU;
+    modules: that of transformers, for all others"""
+    gradient_checkpointing: bool = True
+    """modules: keep only the layers' inputs for the backward pass and compute the rest again"""
+    micro_tokens: int = 2048
+    """modules: tokens that run at once, prompts and answers; halved where memory runs out"""
     eval_episodes: int = 500
     """episodes of the evaluations before and after training (0: none)"""
     eval_start: bool = True
@@ -317,72 +339,3 @@ def changed(old: dict, new: TrainConfig) -> list[str]:
     free |= {"max_faults", "tensorboard"}
     now = asdict(new)
     return [k for k in now if k not in free and k in old and old[k] != now[k]]
-
-
-@dataclass
-class SftConfig:
-    """Make a warm start of the tiny model from expert traces, from scratch."""
-
-    env: tyro.conf.Positional[Game] = "points24"
-    """which environment to learn"""
-    out: str = "warm-start"
-    """folder for the model, the tokenizer and the record of how they were made"""
-    overwrite: bool = False
-    """write into a folder that is not empty"""
-    seed: int = 0
-    """seed of everything"""
-    size: Literal["", "small", "medium", "nano"] = ""
-    """size of the model (empty: the one of the environment)"""
-    steps: int = 2000
-    """optimiser steps of the language model"""
-    deals: int = 24
-    """deals per step"""
-    states: int = 4
-    """states per deal, each of an episode of its own (0: every state of one episode)"""
-    solutions: int = 8
-    """card games: the expert begins with one of so many solutions"""
-    other_targets: float = 0.0
-    """Points24: share of the deals that ask for another target than 24, as further exercises"""
-    read_out_steps: int = 250
-    """steps of the read-out that teaches the vision tower to see"""
-    learning_rate: float = 2e-3
-    """peak learning rate of AdamW: embeddings, norms, vision tower"""
-    muon_learning_rate: float = 3e-3
-    """peak learning rate of Muon: the matrices of the text layers"""
-    eval_episodes: int = 500
-    """episodes of each evaluation at the end"""
-    workers: int = 0
-    """processes (0: one a core, at most 4)"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """dtype of the matrix products"""
-
-
-# Measured in docs/LOG.md: enough to begin reinforcement learning, far from the optimum.
-SFT_DEFAULTS: dict[str, dict] = {
-    "points24": dict(other_targets=0.75),
-    "ezpoints": dict(steps=150, deals=32, read_out_steps=120),
-    "numberline": dict(steps=100, deals=32),
-    "blackjack": dict(steps=100, deals=32),
-}
-
-
-def sft_defaults(env: str) -> SftConfig:
-    """The settings of the warm start of one environment."""
-    if env not in SFT_DEFAULTS:
-        raise ValueError(f"environment {env!r} is unknown: use {', '.join(SFT_DEFAULTS)}")
-    return SftConfig(**{"env": env, **SFT_DEFAULTS[env]})
-
-
-def check_sft(c: SftConfig) -> None:
-    """Refuse settings that cannot work."""
-    rates = ("learning_rate", "muon_learning_rate")
-    for flag in ("steps", "deals", "solutions", "read_out_steps", *rates, "eval_episodes"):
-        if not getattr(c, flag) > 0:
-            name = "--" + flag.replace("_", "-")
-            raise ValueError(f"{name} must be more than 0, got {getattr(c, flag)}")
-    for flag in ("seed", "states", "workers"):
-        if getattr(c, flag) < 0:
-            raise ValueError(f"--{flag} must be zero or more, got {getattr(c, flag)}")
-    if not 0 <= c.other_targets <= 1 or (c.other_targets and c.env != "points24"):
-        rule = "a share from 0 to 1, and 0 except with points24"
-        raise ValueError(f"--other-targets must be {rule}, got {c.other_targets}")

@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from turbo.attend import PrefixKV, additive, causal_mask
 from turbo.batch import fits, micro_batches, round_up
 from turbo.kernels.policy_head import ban_bias
-from turbo.model import KEYS, PrefixKV, TextWeights, VisionLanguageModel, causal_mask
+from turbo.model import VisionLanguageModel, Weights
 
 
 @dataclass
@@ -64,6 +65,8 @@ class _Row:
     drawn: Tensor | None = None  # [1]
 
 
+CACHED = 32  # places of the cache are reserved in multiples of this
+LOGITS = 1 << 26  # logits that are held at once while answers are sampled, about
 AFTER_REFUSAL = 4  # tokens guessed behind a refused guess, beside as many as were right before it
 SHORT = 8  # inputs of at most so many tokens run together, apart from longer ones
 
@@ -77,7 +80,7 @@ class Decoder:
     def __init__(
         self,
         vlm: VisionLanguageModel,
-        weights: TextWeights,
+        weights: Weights,
         slots: int,
         temperature: float,
         max_new_tokens: int,
@@ -162,7 +165,8 @@ class Decoder:
         longest = max(map(len, inputs))
         length = round_up(longest, 8 if longest > SHORT else 2)
         inputs += [[]] * (round_up(len(rows)) - len(rows))
-        ids = torch.tensor([t + [self.vlm.pad] * (length - len(t)) for t in inputs])
+        padded = [t + [self.vlm.pad] * (length - len(t)) for t in inputs]
+        ids = torch.tensor(padded, device=self.vlm.device)
         hidden = self.cache.run(self.weights, ids, rows)
         counts = [len(r.draft) + 1 for r in rows]
         select = [
@@ -171,42 +175,65 @@ class Decoder:
             for j in range(len(r.pending) - 1, len(r.pending) + len(r.draft))
         ]
         select += [0] * (round_up(len(select), 64) - len(select))
-        hidden = hidden.flatten(0, 1).index_select(0, torch.tensor(select))
+        hidden = hidden.flatten(0, 1).index_select(0, torch.tensor(select, device=hidden.device))
         return self.vlm.text.final_norm(self.weights, hidden), counts
 
     def _verify(self, rows: list[_Row], hidden: Tensor, counts: list[int]) -> None:
         """Accept or replace the guesses of every row; append what was sampled."""
-        logits = F.linear(hidden, self.weights.head, self.bias)[: sum(counts)].float()  # [N, V]
+        verdicts: list[tuple[list[float], int, float]] = []
+        first = at = 0
+        while first < len(rows):  # as many rows at once as their logits have room
+            last, n = first + 1, counts[first]
+            while last < len(rows) and (n + counts[last]) * len(self.bias) <= LOGITS:
+                n += counts[last]
+                last += 1
+            part = slice(first, last)
+            verdicts += self._judge(rows[part], hidden[at : at + n], counts[part])
+            first, at = last, at + n
+        offset = 0
+        for row, count, (logp, new, new_logp) in zip(rows, counts, verdicts, strict=True):
+            k = len(logp)
+            if row.hidden is None:
+                row.hidden = hidden[offset].float().cpu()
+            row.tokens += [*row.draft[:k], new]
+            row.logprobs += [*logp, new_logp]
+            row.position += len(row.pending) + k
+            row.pending = [new]
+            row.limit = AFTER_REFUSAL + k if k < len(row.draft) else 1 << 30
+            self.guessed += len(row.draft)
+            self.accepted += k
+            offset += count
+
+    def _judge(
+        self, rows: list[_Row], hidden: Tensor, counts: list[int]
+    ) -> list[tuple[list[float], int, float]]:
+        """Of every row: log-probs of the guesses that are accepted, the next token and its own."""
+        head = self.weights.head
+        if hidden.is_cuda and hidden.dtype != torch.float32:  # not rounded, as in `policy_head`
+            logits = torch.mm(hidden, head.T, out_dtype=torch.float32).add_(self.bias)  # [N, V]
+        else:
+            logits = F.linear(hidden, head, self.bias).float()
         logprobs = torch.log_softmax(logits.div_(self.temperature), -1)
-        n = torch.tensor(counts)
+        device = logprobs.device
+        n = torch.tensor(counts, device=device)
         end = n.cumsum(0) - 1  # where each row predicts the token behind its draft
-        drafts = torch.tensor([t for r in rows for t in [*r.draft, 0]])
+        drafts = torch.tensor([t for r in rows for t in [*r.draft, 0]], device=device)
         logp = logprobs.gather(1, drafts[:, None])[:, 0]
-        refused = torch.cat([r.judged for r in rows]) >= logp.exp()
+        refused = torch.cat([r.judged for r in rows]).to(device) >= logp.exp()
         refused[end] = True  # nothing was guessed there
-        place = torch.where(refused, torch.arange(len(drafts)), len(drafts))
-        row_of = torch.repeat_interleave(torch.arange(len(rows)), n)
-        first = torch.full((len(rows),), len(drafts)).scatter_reduce(0, row_of, place, "amin")
+        place = torch.arange(len(drafts), device=device).masked_fill(~refused, len(drafts))
+        row_of = torch.repeat_interleave(torch.arange(len(rows), device=device), n)
+        first = torch.full_like(n, len(drafts)).scatter_reduce(0, row_of, place, "amin")
         logprobs = logprobs.index_select(0, first)  # [R, V] where guesses were first refused
         others = logprobs.clone()
         inside = (first != end).nonzero()[:, 0]
         others[inside, drafts[first[inside]]] = -1e30
-        new = _draw(torch.softmax(others, -1), torch.stack([r.drawn for r in rows]))
+        drawn = torch.stack([r.drawn for r in rows]).to(device)
+        new = _draw(torch.softmax(others, -1), drawn)
         new_logp = logprobs.gather(1, new[:, None])[:, 0].tolist()
-        taken = (first - (end + 1 - n)).tolist()  # accepted guesses of each row
-        logp, new, offset = logp.tolist(), new.tolist(), 0
-        for i, row in enumerate(rows):
-            k = taken[i]
-            if row.hidden is None:
-                row.hidden = hidden[offset].float()
-            row.tokens += [*row.draft[:k], new[i]]
-            row.logprobs += [*logp[offset : offset + k], new_logp[i]]
-            row.position += len(row.pending) + k
-            row.pending = [new[i]]
-            row.limit = AFTER_REFUSAL + k if k < len(row.draft) else 1 << 30
-            self.guessed += len(row.draft)
-            self.accepted += k
-            offset += counts[i]
+        starts, taken = (end + 1 - n).tolist(), first.tolist()  # accepted: what lies in between
+        logp, new = logp.tolist(), new.tolist()
+        return [(logp[starts[i] : taken[i]], new[i], new_logp[i]) for i in range(len(rows))]
 
 
 def _draw(p: Tensor, u: Tensor) -> Tensor:
@@ -247,10 +274,11 @@ class _Cache:
 
     def _reserve(self, tokens: int) -> int:
         """Make place for `tokens` in every slot; how many of them to attend to."""
-        used = round_up(tokens, KEYS)
+        used = round_up(tokens, CACHED)
         if used > self.width:
-            more = (0, 0, 0, used - self.width)
-            self.keys, self.values = ([F.pad(x, more) for x in y] for y in (self.keys, self.values))
+            for cache in (self.keys, self.values):  # layer by layer: never two whole caches
+                for i, x in enumerate(cache):
+                    cache[i] = F.pad(x, (0, 0, 0, used - x.shape[2]))
             self.width = used
         return used
 
@@ -258,27 +286,28 @@ class _Cache:
         """[R, Hkv, used, hd] of the slots; whole slots are copied four times as fast as parts."""
         return cache.index_select(0, slot) if used == self.width else cache[slot, :, :used]
 
-    def run(self, weights: TextWeights, ids: Tensor, rows: list[_Row]) -> Tensor:
+    def run(self, weights: Weights, ids: Tensor, rows: list[_Row]) -> Tensor:
         """Hidden states [R, L, D] of ids [R, L] behind what each row has in the cache.
 
         They are cached too.
         """
         text, length = self.vlm.text, ids.shape[1]
         blank = len(ids) - len(rows)
-        slot = torch.tensor([row.slot for row in rows] + [self.slots] * blank)
-        start = torch.tensor([row.position for row in rows] + [0] * blank)
-        used = self._reserve(self.past + int(start.max()) + length)
-        x = F.embedding(ids, weights.embed).float()
-        if int(start.max()) == 0:  # a prompt is read: everything lies in one piece
+        device, far = ids.device, max(row.position for row in rows)
+        slot = torch.tensor([row.slot for row in rows] + [self.slots] * blank, device=device)
+        start = torch.tensor([row.position for row in rows] + [0] * blank, device=device)
+        used = self._reserve(self.past + far + length)
+        x = text.embed(weights, ids)
+        if far == 0:  # a prompt is read: everything lies in one piece
             return self._run_fresh(weights, x, slot)
-        at = start[:, None] + torch.arange(length)  # [R, L] place behind the prefix
+        at = start[:, None] + torch.arange(length, device=device)  # [R, L] behind the prefix
         rope = text.text_rope(at + self.next_position)
         at += self.past
-        blocked = torch.arange(used) > at[..., None]  # [R, L, S]
-        mask = torch.zeros(blocked.shape, dtype=text.dtype).masked_fill_(blocked, -1e30)
-        mask = mask[:, None, None]
+        blocked = torch.arange(used, device=device) > at[..., None]  # [R, L, S]
+        mask = additive(blocked, text.dtype)[:, None, None]
         _, heads, width, hd = self.keys[0].shape
-        place = (slot[:, None] * heads + torch.arange(heads))[..., None] * width + at[:, None]
+        place = slot[:, None] * heads + torch.arange(heads, device=device)
+        place = place[..., None] * width + at[:, None]
         place = place.flatten()  # [R * Hkv * L] rows of the cache as a matrix of hd columns
 
         def attend(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,10 +319,10 @@ class _Cache:
 
         return text.forward(weights, x, rope, mask, attend)
 
-    def _run_fresh(self, weights: TextWeights, x: Tensor, slot: Tensor) -> Tensor:
+    def _run_fresh(self, weights: Weights, x: Tensor, slot: Tensor) -> Tensor:
         """Hidden states of embeddings x [R, L, D] right behind the prefixes of the slots."""
         text, past, length = self.vlm.text, self.past, x.shape[1]
-        rope = text.text_rope(torch.arange(length) + self.next_position)
+        rope = text.text_rope(torch.arange(length, device=x.device) + self.next_position)
 
         def attend(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             pair = []
@@ -302,4 +331,4 @@ class _Cache:
                 pair.append(torch.cat([cache[slot, :, :past], new], 2))
             return pair[0], pair[1]
 
-        return text.forward(weights, x, rope, causal_mask(length, past, text.dtype), attend)
+        return text.forward(weights, x, rope, causal_mask(length, past, text), attend)

@@ -20,11 +20,11 @@ import tyro
 
 from turbo import checkpoint
 from turbo.config import Game, TrainConfig, defaults, from_saved
+from turbo.hub import is_hub_id, model_sha256, open_model, own_workers
 from turbo.lora import new_lora
 from turbo.measure import evaluate
-from turbo.model import load, pick_dtype
-from turbo.parallel import Crew, cores, run_crew
-from turbo.run import env_maker, model_folder, model_sha256
+from turbo.parallel import Crew, run_crew
+from turbo.run import env_maker, prompt_style
 from turbo.teacher import Teacher
 
 JSON_KEYS = [
@@ -50,13 +50,15 @@ class EvalConfig:
     """Play fresh deals with a policy, its merged teacher or a warm start; report how it does."""
 
     source: tyro.conf.Positional[str]
-    """run directory, model folder, or `tiny`"""
+    """run directory, model folder, id of a model on the Hub, or `tiny`"""
     env: Game = "points24"
     """which environment to play"""
     episodes: int = 500
     """deals, each of its own seed"""
     samples: int = 1
     """episodes of each deal; pass_at_k is the share of the deals that one of them solved"""
+    envs: int = 0
+    """environments that play at once (0: as many as in training; 64 for a large model)"""
     seed: int = 0
     """seed of the deals and of sampling; never one that training draws"""
     teacher: bool = False
@@ -73,6 +75,10 @@ class EvalConfig:
     """processes (0: one a core, at most 4)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of the matrix products"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the model runs; auto is the GPU where there is one"""
+    quantize: Literal["auto", "none", "nf4"] = "auto"
+    """nf4: the base in 4 bits; auto: as the run was trained, none for a model"""
 
 
 def check(c: EvalConfig) -> TrainConfig:
@@ -86,7 +92,7 @@ def check(c: EvalConfig) -> TrainConfig:
     if c.split != "all" and c.env != "points24":
         raise ValueError(f"--split {c.split} is for points24 alone: leave it out with {c.env}")
     path = Path(c.source)
-    if c.source != "tiny" and not path.is_dir():
+    if c.source != "tiny" and not path.is_dir() and not is_hub_id(c.source):
         raise ValueError(
             f"{c.source!r} is neither a folder nor `tiny`: give a run, a model, or tiny"
         )
@@ -107,12 +113,13 @@ def check(c: EvalConfig) -> TrainConfig:
         model_sha256(run)
     if c.split == "pool" and not run.hands:
         raise ValueError("--split pool needs a run that was trained with --hands")
-    return run
+    quantize = run.quantize if c.quantize == "auto" else c.quantize
+    return replace(run, dtype=c.dtype, device=c.device, quantize=quantize, workers=c.workers)
 
 
 def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
     """Load, play, and gather the figures; what every worker runs."""
-    vlm = load(model_folder(run), pick_dtype(c.dtype))
+    vlm = open_model(run)
     lora = None
     if (Path(c.source) / "checkpoints").is_dir():
         adapter, state, meta = checkpoint.load(Path(c.source))
@@ -137,6 +144,8 @@ def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
         temperature=c.temperature,
         max_new_tokens=c.max_new_tokens,
         crew=crew,
+        envs=c.envs or (run.envs if vlm.text.small else min(run.envs, 64)),
+        prompt_style=prompt_style(run),
         samples=c.samples,
     )
     asked = {key: getattr(c, key) for key in ("samples", "seed", "temperature", "split")}
@@ -149,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     c = tyro.cli(EvalConfig, args=argv, prog="turbo.eval")
     try:
         run = check(c)
-        workers = min(c.workers or cores(), max(1, c.episodes // 16))
+        workers = own_workers(run, max(1, c.episodes // 16))
         figures = run_crew(workers, play, c, run)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -106,7 +106,7 @@ def record(
         tensors[name] = torch.tensor([x for value in values for x in value])
         tensors[name + "_sizes"] = torch.tensor([len(value) for value in values])
     tensors |= {
-        "features": rollout.features[pictures],
+        "features": rollout.features[pictures].cpu(),
         "grid": rollout.grid,
         "picture": torch.tensor(owner),
         "thought": torch.tensor([s.thought for s in steps]),
@@ -115,7 +115,7 @@ def record(
         "old_logprob": data.old_logprob[index],
     }
     if teacher is not None:
-        tensors["teacher"] = teacher.of(rows)
+        tensors["teacher"] = teacher.of(rows).cpu()
     try:
         path.parent.mkdir(exist_ok=True)
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, f"{path}.safetensors")

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from turbo.batch import run_batches
 from turbo.corrector import Corrector, Question
 from turbo.decode import Decoder, Request
-from turbo.model import TextWeights, VisionLanguageModel
+from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew
+from turbo.prefixes import Prefixes
 from turbo.rollout import Episode, Rollout, Step, mix, read_answer
 from turbo.score import local_pictures
 
@@ -36,13 +38,14 @@ def spread(count: int, wanted: int) -> list[int]:
 @torch.no_grad()
 def write_answers(
     vlm: VisionLanguageModel,
-    weights: TextWeights,
+    weights: Weights,
     rollout: Rollout,
     rows: Sequence[int],
     *,
     temperature: float,
     max_new_tokens: int,
     seed: tuple[int, ...],
+    slots: int = SLOTS,
 ) -> list[Episode]:
     """The steps `rows` as other weights, the teacher's, would have answered them, one an episode.
 
@@ -50,11 +53,18 @@ def write_answers(
     """
     if not rows:
         return []
+    weights = vlm.merged(weights)
     steps = [rollout.steps[i] for i in rows]
     pictures, owner = local_pictures(steps)
-    prefix = vlm.prefix(weights, rollout.features[pictures], rollout.fixed, rollout.grid)
+    prefixes = Prefixes(vlm, weights, rollout.fixed)
+    run_batches(
+        [1] * len(pictures),
+        vlm.batches,
+        "decode",
+        lambda part: prefixes.add(rollout.features[[pictures[i] for i in part]], rollout.grid),
+    )
     generator = torch.Generator().manual_seed(mix(*seed))
-    slots = min(len(steps), SLOTS)
+    slots = min(len(steps), slots)
     decoder = Decoder(vlm, weights, slots, temperature, max_new_tokens, generator)
     waiting, busy, again = list(range(len(steps)))[::-1], {}, set()
     out: dict[int, Step] = {}
@@ -66,7 +76,7 @@ def write_answers(
         def guess(written: str) -> str:  # what the policy answered is the best guess there is
             return asked.guess_answer(written, answer)
 
-        decoder.show(slot, prefix, owner[i])
+        decoder.show(slot, *prefixes.get(owner[i]))
         decoder.ask(slot, Request(steps[i].suffix, guess))
 
     for slot in range(slots):
@@ -140,7 +150,7 @@ class Examples:
         usable = [s for e in written for s in e.steps if s.answer.action is not None and s.thought]
         pictures, owner = local_pictures(usable)
         own = (
-            rollout.features[pictures].numpy() if usable else np.empty(0),
+            rollout.features[pictures].float().cpu().numpy() if usable else np.empty(0),
             [(p, s.suffix, s.tokens[: s.thought]) for p, s in zip(owner, usable, strict=True)],
         )
         for features, rows in crew.share(own):

@@ -158,7 +158,9 @@ def score_weights(scores: list[float]) -> list[float]:
 
 
 def _cpu_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    """A copy on the CPU, in pinned memory where there is a GPU to bring it back to."""
+    out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
+    return out.copy_(tensor.detach())
 
 
 def _load_snapshot(i: int, plain: dict[str, Any], tensors: dict[str, Tensor]) -> Snapshot:

@@ -122,6 +122,7 @@ METRICS: dict[str, Metric] = {
     "seconds_train": Metric("time spent in PPO epochs", "s"),
     "seconds_merge": Metric("time spent merging checkpoints and rebuilding weights", "s"),
     "seconds_other": Metric("the rest of the update: logging, checkpoints", "s"),
+    "peak_memory_gb": Metric("most memory held so far: of the GPU, or of worker 0", "GB"),
     "draft_accept_rate": Metric("share of the drafted tokens that decoding accepted", "0..1"),
 }
 

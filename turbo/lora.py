@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 @dataclass
 class Lora:
@@ -56,7 +54,7 @@ class Lora:
 def new_lora(matrices: Mapping[str, Tensor], rank: int, alpha: float, seed: int) -> Lora:
     """Fresh factors, A uniform and B zero, on every linear layer of the text model.
 
-    Embeddings and head have none.
+    Embeddings and head have none. They are float32 and stand where the matrices do.
     """
     if rank < 1:
         raise ValueError(f"lora rank must be at least 1, got {rank}")
@@ -64,12 +62,13 @@ def new_lora(matrices: Mapping[str, Tensor], rank: int, alpha: float, seed: int)
     factors = {}
     for name, weight in matrices.items():
         module = name.removesuffix(".weight")
-        if module.rsplit(".", 1)[-1] not in LORA_TARGETS or not name.endswith(".weight"):
+        if ".layers." not in name or not name.endswith(".weight") or len(weight.shape) != 2:
             continue
         out_features, in_features = weight.shape
         bound = 1 / math.sqrt(in_features)  # kaiming_uniform with a = sqrt(5), as peft
         a = (torch.rand(rank, in_features, generator=generator) * 2 - 1) * bound
-        factors[module] = (a.requires_grad_(), torch.zeros(out_features, rank, requires_grad=True))
+        a, b = a.to(weight.device), torch.zeros(out_features, rank, device=weight.device)
+        factors[module] = (a.requires_grad_(), b.requires_grad_())
     return Lora(factors, alpha / rank, rank)
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from turbo.model import TextWeights, VisionLanguageModel
+from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew
 from turbo.rollout import Episode, RolloutOptions, Step, Table
 
@@ -127,9 +127,14 @@ def certainty(steps: Sequence[Step]) -> dict[str, float]:
     return {"thought_entropy": mean(thoughts), "action_entropy": mean(actions)}
 
 
+def fresh_deals(count: int, seed: int) -> list[dict]:
+    """The deals of an evaluation, as arguments of `reset`; training draws none of them."""
+    return [{"seed": 2**31 + seed * 1_000_003 + i} for i in range(count)]
+
+
 def evaluate(
     vlm: VisionLanguageModel,
-    weights: TextWeights,
+    weights: Weights,
     make_env: Callable,
     *,
     episodes: int,
@@ -137,6 +142,7 @@ def evaluate(
     temperature: float,
     max_new_tokens: int,
     crew: Crew,
+    prompt_style: str = "short",
     envs: int = 256,
     samples: int = 1,
     patient: bool = False,
@@ -148,10 +154,10 @@ def evaluate(
     it is `patient`, it is abandoned when a worker is asked to stop.
     """
     envs = max(crew.size * samples, min(envs, episodes * samples))
-    options = RolloutOptions(envs, samples, temperature, max_new_tokens)
-    deals = [{"seed": 2**31 + seed * 1_000_003 + i} for i in range(episodes)]
+    options = RolloutOptions(envs, samples, temperature, max_new_tokens, prompt_style)
+    deals = fresh_deals(episodes, seed)
     table = Table(vlm, make_env, options, crew)
-    rollout = table.collect(weights, (seed, 2**31), deals=deals, patient=patient)
+    rollout = table.collect(vlm.merged(weights), (seed, 2**31), deals=deals, patient=patient)
     played = all_episodes(rollout.episodes, crew)
     steps = [s for e in played for s in e.steps]
     low, high = interval(sum(e.success for e in played), len(played))

@@ -14,8 +14,14 @@ Left out: putting the weights into a model (model.py), and scoring with them (te
 
 from torch import Tensor
 
-from turbo.history import Factors, History, check_finite_factors, compute_thresholds
+from turbo.history import Factors, History, Snapshot, check_finite_factors, compute_thresholds
 from turbo.kernels.checks import check_density
+from turbo.kernels.nf4 import (
+    Nf4Matrix,
+    copy_nf4,
+    quantize_nf4,
+    ties_merge_lora_nf4,
+)
 from turbo.kernels.ties import (
     StreamingLinear,
     StreamingTies,
@@ -46,23 +52,41 @@ def merge_teacher(
     _check_names(base, entries[-1].factors)
     if method == "ties" and history.density is None:
         raise ValueError("history: expected a density to trim at for method='ties', got None")
-    options = {"lam": lam, "check_finite": False}  # the history has looked at every checkpoint
-    merged = {}
-    for name, matrix in base.items():
-        lora_a = [entry.factors[name][0].to(matrix.device) for entry in entries]
-        lora_b = [entry.factors[name][1].to(matrix.device) for entry in entries]
-        scales = [entry.scale for entry in entries]
-        buffer = None if out is None else out[name]
-        if method == "linear":
-            merged[name] = linear_merge_lora(
-                matrix, lora_a, lora_b, scales, weights, out=buffer, **options
-            )
-        else:
-            thresholds = [entry.thresholds[name] for entry in entries]
-            merged[name] = ties_merge_lora(
-                matrix, lora_a, lora_b, scales, weights, thresholds, out=buffer, **options
-            )
-    return merged
+    options = dict(method=method, lam=lam)
+    return {
+        name: merge_matrix(
+            matrix, name, entries, weights, out=None if out is None else out[name], **options
+        )
+        for name, matrix in base.items()
+    }
+
+
+def merge_matrix(
+    base: Tensor,  # [out, in]
+    name: str,
+    entries: list[Snapshot],  # K
+    weights: list[float],  # K
+    *,
+    method: str = "ties",
+    lam: float = 1.0,
+    out: Tensor | Nf4Matrix | None = None,
+) -> Tensor | Nf4Matrix:
+    """One merged matrix, dense or in NF4 like `out`; only its own factors are uploaded."""
+    scales = [entry.scale for entry in entries]
+    lora_a, lora_b = (
+        [entry.factors[name][side].to(base.device, non_blocking=True) for entry in entries]
+        for side in (0, 1)
+    )
+    # The history has looked at every checkpoint for what is not finite.
+    options = dict(lam=lam, check_finite=False)
+    if method == "ties":
+        thresholds = [entry.thresholds[name] for entry in entries]
+        merge = ties_merge_lora_nf4 if isinstance(out, Nf4Matrix) else ties_merge_lora
+        return merge(base, lora_a, lora_b, scales, weights, thresholds, out=out, **options)
+    if isinstance(out, Nf4Matrix):  # of one matrix there is room for a dense copy
+        merged = linear_merge_lora(base, lora_a, lora_b, scales, weights, **options)
+        return copy_nf4(quantize_nf4(merged), out)
+    return linear_merge_lora(base, lora_a, lora_b, scales, weights, out=out, **options)
 
 
 class StreamingTeacher:

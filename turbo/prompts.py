@@ -1,4 +1,6 @@
-"""Prompts as text: Qwen's chat frame around a picture, an environment's fixed part and its state.
+"""The words of prompts: Qwen's special tokens and chat template, as the tiny models have them.
+
+A prompt is cut in two (`turbo.families.Frame`):
 
     prefix    <|im_start|>user\\n <|vision_start|> <|image_pad|>*n <|vision_end|> FIXED
     suffix    STATE <|im_end|>\\n <|im_start|>assistant\\n
@@ -7,7 +9,7 @@ The prefix does not change within an episode: its keys and values are computed o
 all steps (and by all environments that play the same deal). The suffix carries the state. Each part
 is encoded by itself, so that the token boundary between them is always in the same place.
 
-Left out: tokenizers and models (`turbo.tiny`, `turbo.model`); chat templates of other families.
+Left out: tokenizers and models (`turbo.tiny`, `turbo.model`).
 """
 
 PAD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -24,14 +26,3 @@ CHAT_TEMPLATE = (
     "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def prefix_text(fixed: str, image_tokens: int) -> str:
-    """The unchanging part of a prompt: user turn, picture, rules."""
-    picture = VISION_START + IMAGE_PAD * image_tokens + VISION_END
-    return f"{IM_START}user\n{picture}{fixed}"
-
-
-def suffix_text(state: str) -> str:
-    """The part that changes with every step: the state, and the opening of the answer's turn."""
-    return f"{state}{IM_END}\n{IM_START}assistant\n"

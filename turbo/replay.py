@@ -19,11 +19,11 @@ from turbo import checkpoint
 from turbo.config import from_saved
 from turbo.envs.base import Answer, Verdict
 from turbo.faults import RAGGED
+from turbo.hub import open_model
 from turbo.lora import new_lora
-from turbo.model import ValueHead, load, pick_dtype
+from turbo.model import ValueHead
 from turbo.parallel import Crew
 from turbo.rollout import Episode, Rollout, Step
-from turbo.run import model_folder
 from turbo.score import TeacherReading
 from turbo.update import Learner, StepData
 
@@ -35,19 +35,19 @@ def replay(path: Path) -> list[tuple[int, str, str]]:
     run = path.parent.parent
     c = from_saved(checkpoint.read_run(run)["config"], str(run))
     about, tensors = checkpoint.read_json(path), load_file(path.with_suffix(".safetensors"))
-    vlm = load(model_folder(c), pick_dtype(c.dtype))
+    vlm = open_model(c)
     lora = new_lora(vlm.matrices, c.lora_rank, c.lora_alpha, 0)
     lora.load_state_dict(checkpoint.section(tensors, "lora/"))
     head = None
     if critic := checkpoint.section(tensors, "value_head/"):
-        head = ValueHead(vlm.text.dim)
+        head = ValueHead(vlm.text.dim).to(vlm.device)
         head.load_state_dict(critic)
     rollout = _rollout(vlm, tensors, about["fixed"])
     parts = [tensors[k] for k in ("advantages", "returns", "old_logprob")]
     data = StepData(*parts, list(range(len(rollout.steps))), 1.0, 0.0)
     reading = None
     if "teacher" in tensors:
-        pieces = tensors["teacher"].split(tensors["tokens_sizes"].tolist())
+        pieces = tensors["teacher"].to(vlm.text.dtype).split(tensors["tokens_sizes"].tolist())
         reading = TeacherReading(dict(enumerate(pieces)), vlm.weights().head.detach())
     learner, found = Learner(vlm, lora, head, Crew(), c), []
     for i, step in enumerate(rollout.steps):

@@ -23,10 +23,11 @@ from torch import Tensor
 from turbo.batch import run_batches
 from turbo.decode import Decoder, Request, Sample
 from turbo.envs.base import Answer, Verdict, VisualEnv
-from turbo.model import PrefixKV, TextWeights, VisionLanguageModel
+from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew
-from turbo.prompts import suffix_text
+from turbo.prefixes import Prefixes
 
+PICTURE = 256  # tokens that a picture counts for where a large model sees several together
 AHEAD = 4  # deals whose pictures are seen together, once all environments are busy
 
 
@@ -119,7 +120,7 @@ class Table:
 
     def collect(
         self,
-        weights: TextWeights,
+        weights: Weights,
         seed: tuple[int, ...],
         steps: int = 0,
         deals: list[dict] | None = None,
@@ -142,15 +143,11 @@ class Table:
 class _Gallery:
     """The pictures of a round: each one is seen once, and its prompt prefix is computed once."""
 
-    def __init__(self, vlm: VisionLanguageModel, weights: TextWeights, fixed: str):
-        self.vlm, self.weights, self.fixed = vlm, weights, fixed
+    def __init__(self, vlm: VisionLanguageModel, weights: Weights, fixed: str):
+        self.vlm, self.prefixes = vlm, Prefixes(vlm, weights, fixed)
         self.number: dict[bytes, int] = {}
-        self.last: dict[
-            int, tuple
-        ] = {}  # environment -> its last picture and that picture's number
-        self.features: list[Tensor] = []
-        self.prefix: PrefixKV | None = None
-        self.grid = torch.empty(0)
+        # environment -> its last picture and that picture's number
+        self.last: dict[int, tuple] = {}
 
     def look(self, pictures: dict[int, np.ndarray]) -> list[int]:
         """Numbers of the environments' pictures; new ones go through the vision tower."""
@@ -165,12 +162,9 @@ class _Gallery:
             self.last[env] = (picture, self.number[key])
 
         def see(rows: list[int]) -> None:
-            features, self.grid = self.vlm.see([new[i] for i in rows])
-            prefix = self.vlm.prefix(self.weights, features, self.fixed, self.grid)
-            self.prefix = prefix if self.prefix is None else self.prefix.extend(prefix)
-            self.features.append(features)
+            self.prefixes.add(*self.vlm.see([new[i] for i in rows]))
 
-        run_batches([1] * len(new), self.vlm.batches, "decode", see)
+        run_batches([PICTURE] * len(new), self.vlm.batches, "decode", see)
         return [self.last[env][1] for env in pictures]
 
 
@@ -203,7 +197,7 @@ class _Player:
         decoder = Decoder(
             self.vlm, self.weights, size, o.temperature, o.max_new_tokens, self.sampling
         )
-        out = Rollout([], torch.empty(0), torch.empty(0), gallery.fixed)
+        out = Rollout([], torch.empty(0), torch.empty(0), fixed)
         playing: dict[int, Episode] = {}  # slot -> episode
         shown: dict[int, int] = {}  # slot -> number of the picture its cache holds
         pictures: dict[int, np.ndarray] = {}  # slots that wait for their next prompt
@@ -222,7 +216,7 @@ class _Player:
                     continue
                 if shown.get(slot) != number:
                     shown[slot] = number
-                    decoder.show(slot, gallery.prefix, number)
+                    decoder.show(slot, *gallery.prefixes.get(number))
                 decoder.ask(slot, self._request(self.envs[slot], last and last.answer.text))
             ended = [slot for slot in pictures if playing[slot].final is not None]
             pictures = {}
@@ -234,8 +228,8 @@ class _Player:
                     pictures[slot] = picture
             for slot in ended:
                 self._begin(slot, playing, pictures, out)
-        if gallery.features:  # none where there was nothing to play
-            out.features, out.grid = torch.cat(gallery.features), gallery.grid
+        if gallery.prefixes.features:  # none where there was nothing to play
+            out.features, out.grid = torch.stack(gallery.prefixes.features), gallery.prefixes.grid
         out.guessed, out.accepted, out.passes = decoder.guessed, decoder.accepted, decoder.passes
         return out
 
@@ -267,7 +261,7 @@ class _Player:
         self.dealt += block
 
     def _suffix(self, env) -> list[int]:
-        return self.vlm.encode(suffix_text(env.prompt(self.options.prompt_style).state))
+        return self.vlm.encode(self.vlm.frame.suffix(env.prompt(self.options.prompt_style).state))
 
     def _request(self, env, previous: str | None) -> Request:
         return Request(self._suffix(env), lambda written: env.guess_answer(written, previous))

@@ -4,7 +4,6 @@ Left out: the order of training (`turbo.train`), console and log files (`turbo.s
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -20,14 +19,14 @@ from turbo.corrector import Corrector
 from turbo.envs.make import make, tiny_kwargs
 from turbo.faults import FaultLog, NumericalFault, diagnosis
 from turbo.guidance import Examples
+from turbo.hub import observation, open_model
 from turbo.log import read_jsonl
 from turbo.lora import Lora, new_lora
 from turbo.measure import evaluate
-from turbo.model import TextWeights, ValueHead, VisionLanguageModel, load, pick_dtype
+from turbo.model import ValueHead, Weights
 from turbo.parallel import Crew
 from turbo.rollout import RolloutOptions, Table, mix
 from turbo.teacher import Teacher
-from turbo.tiny import builtin_path
 from turbo.update import Learner
 
 PARTS = ("optimizer", "teacher", "examples", "value_head")  # of a checkpoint's state
@@ -39,19 +38,14 @@ class Run:
 
     def __init__(self, config: TrainConfig, path: Path, crew: Crew):
         self.config, self.path, self.crew = config, path, crew
-        self.vlm: VisionLanguageModel = load(model_folder(config), pick_dtype(config.dtype))
+        self.vlm = open_model(config)
         seed = mix(config.seed, 0) % 2**31
         self.lora: Lora = new_lora(self.vlm.matrices, config.lora_rank, config.lora_alpha, seed)
         torch.manual_seed(seed)
         critic = config.advantage == "gae"
-        self.value_head = ValueHead(self.vlm.text.dim) if critic else None
+        self.value_head = ValueHead(self.vlm.text.dim).to(self.vlm.device) if critic else None
         self.learner = Learner(self.vlm, self.lora, self.value_head, crew, config)
-        self.optimizer = torch.optim.AdamW(
-            self.learner.parameters(),
-            lr=config.learning_rate,
-            eps=config.adam_eps,
-            weight_decay=0.0,
-        )
+        self.optimizer = new_optimizer(self.learner.parameters(), config)
         self.teacher = Teacher(self.vlm, self.lora, config)
         self.faults = FaultLog(path / checkpoint.FAULTS, config.max_faults, crew.rank)
         self.examples = Examples(config.sft_max)
@@ -98,11 +92,13 @@ class Run:
             kept = min(c.history_max or c.updates + 1, c.updates + 1)
             if c.checkpoint_each == "epoch" and not c.history_max:
                 kept *= c.epochs
-            total += dense + (sums if self.teacher.streaming else kept * trained)
+            total += dense if self.teacher.small else 0
+            total += sums if self.teacher.streaming else kept * trained
         if c.guidance in ("sft", "gtr"):
             examples = c.updates * (c.sft_rows or 2 * c.steps_per_update)
             examples = min(c.sft_max or examples, examples)
-            total += examples * 4 * (32 * self.vlm.text.dim + 2 * c.max_new_tokens)
+            places = 32 if self.vlm.text.small else 4 * 128  # with those of deeper layers
+            total += examples * 4 * (places * self.vlm.text.dim + 2 * c.max_new_tokens)
         return total
 
     def lack_of_space(self) -> str:
@@ -184,7 +180,7 @@ class Run:
         figures = self._play(weights, c.score_episodes, c.seed + SCORE_SEED, patient=True)
         return figures["success_rate"]
 
-    def _play(self, weights: TextWeights, episodes: int, seed: int, patient: bool = False) -> dict:
+    def _play(self, weights: Weights, episodes: int, seed: int, patient: bool = False) -> dict:
         c = self.config
         return evaluate(
             self.vlm,
@@ -194,9 +190,24 @@ class Run:
             seed=seed,
             temperature=c.eval_temperature,
             max_new_tokens=c.max_new_tokens,
+            prompt_style=prompt_style(c),
             crew=self.crew,
+            envs=c.envs,
             patient=patient,
         )
+
+
+def new_optimizer(parameters: list[Tensor], c: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW without weight decay; with 8-bit moments on request (Dettmers et al. 2022)."""
+    kind = torch.optim.AdamW
+    if c.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit as kind
+        except ImportError as error:
+            raise ValueError(
+                "--optimizer adamw8bit needs bitsandbytes: pip install 'gtr-turbo[nf4]'"
+            ) from error
+    return kind(parameters, lr=c.learning_rate, eps=c.adam_eps, weight_decay=0.0)
 
 
 def space(run: Run) -> str:
@@ -230,7 +241,7 @@ def new_corrector(c: TrainConfig, workers: int) -> Corrector:
 
 def env_maker(c: TrainConfig, split: str = "all"):
     """A function that makes one environment as the settings want it."""
-    options = tiny_kwargs(c.env)
+    options = tiny_kwargs(c.env) if observation(c) == "small" else {}
     if c.env == "points24":
         options["split"] = split
         if c.hands:
@@ -252,6 +263,11 @@ def pool(size: int, seed: int) -> list[tuple[int, ...]]:
     return list(chosen)
 
 
+def prompt_style(c: TrainConfig) -> str:
+    """How the environment words its prompts."""
+    return "short" if observation(c) == "small" else "full"
+
+
 def rollout_options(c: TrainConfig) -> RolloutOptions:
     """The part of the settings that playing needs."""
     return RolloutOptions(
@@ -259,21 +275,7 @@ def rollout_options(c: TrainConfig) -> RolloutOptions:
         group=c.group_size,
         temperature=c.temperature,
         max_new_tokens=c.max_new_tokens,
+        prompt_style=prompt_style(c),
         format_valid=c.format_valid,
         format_invalid=c.format_invalid,
     )
-
-
-def model_folder(c: TrainConfig) -> Path:
-    """Where the model's files are; `tiny` is the warm start shipped for the environment."""
-    return builtin_path(c.env) if c.model == "tiny" else Path(c.model)
-
-
-def model_sha256(c: TrainConfig) -> str:
-    """Hash of the model's weights, so that a run is never resumed on others."""
-    file = model_folder(c) / "model.safetensors"
-    if not file.is_file():
-        raise ValueError(
-            f"model {c.model!r}: {file} is missing; make it with `python -m turbo.sft`"
-        )
-    return hashlib.sha256(file.read_bytes()).hexdigest()

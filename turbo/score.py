@@ -7,15 +7,18 @@ length, and only answer tokens reach the head.
 Left out: gradients (`turbo.backprop`); what the scores are used for (`turbo.train`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from turbo.batch import TokenBatch, pad_rows, pad_to, run_batches
+from turbo.attend import PrefixKV
+from turbo.backprop import rows_of
+from turbo.batch import TokenBatch, pad_to, run_batches
 from turbo.kernels.policy_head import PolicyHeadOutput, policy_head
 from turbo.kl import kl_estimate, mean_over
-from turbo.model import PrefixKV, TextWeights, VisionLanguageModel
+from turbo.model import VisionLanguageModel, Weights
 from turbo.rollout import Rollout, Step
 
 
@@ -35,10 +38,11 @@ def local_pictures(steps: list[Step]) -> tuple[list[int], list[int]]:
 
 
 def answer_hidden(
-    vlm: VisionLanguageModel, w: TextWeights, prefix: PrefixKV, owner: list[int], batch: TokenBatch
+    vlm: VisionLanguageModel, w: Weights, prefix: PrefixKV, owner: list[int], batch: TokenBatch
 ) -> Tensor:
     """Normed hidden states [N', D] at the places that predict answer tokens."""
-    hidden = vlm.suffix(w, batch.ids, prefix.select(pad_to(torch.tensor(owner), batch.padded_rows)))
+    own = pad_to(torch.tensor(owner), batch.padded_rows).to(vlm.device)
+    hidden = vlm.suffix(w, batch.ids, prefix.select(own))
     return vlm.text.final_norm(w, hidden.flatten(0, 1).index_select(0, batch.select))
 
 
@@ -47,6 +51,34 @@ def score_answers(hidden: Tensor, head: Tensor, batch: TokenBatch, **options) ->
     n = len(batch.targets)
     out = policy_head(hidden, head, pad_to(batch.targets, len(hidden)), **options)
     return PolicyHeadOutput(**{k: None if v is None else v[:n] for k, v in vars(out).items()})
+
+
+def in_batches(
+    vlm: VisionLanguageModel,
+    rollout: Rollout,
+    steps: list[Step],
+    work: Callable[[list[int]], None],
+) -> None:
+    """`work` on all steps in micro-batches of similar length.
+
+    For a large model, a few pictures after the other: half of its tokens are for their prefixes.
+    """
+    lengths = [len(s.suffix) + len(s.tokens) for s in steps]
+    if not vlm.text.groups:
+        run_batches(lengths, vlm.batches, "score", work)
+        return
+    prefix = vlm.encode(vlm.frame.prefix(rollout.fixed, rollout.features.shape[1]))
+    size = max(1, vlm.batches.half // len(prefix))
+    pictures = sorted({s.picture for s in steps})
+    for first in range(0, len(pictures), size):
+        some = set(pictures[first : first + size])
+        rows = [i for i, s in enumerate(steps) if s.picture in some]
+        run_batches(
+            [lengths[i] for i in rows],
+            vlm.batches,
+            "score",
+            lambda part, rows=rows: work([rows[i] for i in part]),
+        )
 
 
 @dataclass
@@ -63,7 +95,7 @@ class TeacherReading:
 
 @torch.no_grad()
 def read_answers(
-    vlm: VisionLanguageModel, w: TextWeights, rollout: Rollout, rows: list[int]
+    vlm: VisionLanguageModel, w: Weights, rollout: Rollout, rows: list[int]
 ) -> TeacherReading:
     """Read the answers of the steps `rows` with other weights, the teacher's."""
     steps, hidden = [rollout.steps[i] for i in rows], {}
@@ -72,20 +104,22 @@ def read_answers(
         mine = [steps[i] for i in group]
         pictures, owner = local_pictures(mine)
         prefix = vlm.prefix(w, rollout.features[pictures], rollout.fixed, rollout.grid)
-        batch = pad_rows([s.suffix for s in mine], [s.tokens for s in mine], vlm.pad)
+        batch = rows_of(vlm, [s.suffix for s in mine], [s.tokens for s in mine])
         read = answer_hidden(vlm, w, prefix, owner, batch)[: len(batch.targets)]
         parts = read.split([len(s.tokens) for s in mine])
+        if not vlm.text.small:  # of a whole update: on the host
+            parts = [part.cpu() for part in parts]
         hidden.update(zip([rows[i] for i in group], parts, strict=True))
 
-    run_batches([len(s.suffix) + len(s.tokens) for s in steps], vlm.batches, "score", work)
+    in_batches(vlm, rollout, steps, work)
     return TeacherReading(hidden, w.head)
 
 
 @torch.no_grad()
 def teacher_kl(
     vlm: VisionLanguageModel,
-    policy: TextWeights,
-    teacher: TextWeights,
+    policy: Weights,
+    teacher: Weights,
     rollout: Rollout,
     *,
     estimator: str,
@@ -101,7 +135,7 @@ def teacher_kl(
         mine = [steps[i] for i in rows]
         pictures, owner = local_pictures(mine)
         features = rollout.features[pictures]
-        batch = pad_rows([s.suffix for s in mine], [s.tokens for s in mine], vlm.pad)
+        batch = rows_of(vlm, [s.suffix for s in mine], [s.tokens for s in mine])
         shared = dict(temperature=temperature, banned=vlm.banned)
         prefix = vlm.prefix(teacher, features, rollout.fixed, rollout.grid)
         hidden = answer_hidden(vlm, teacher, prefix, owner, batch)
@@ -114,17 +148,17 @@ def teacher_kl(
             tokens = getattr(out, want)
         else:
             out = score_answers(hidden, teacher.head, batch, want=("logprob",), **shared)
-            sampled = torch.tensor([p for s in mine for p in s.logprobs])
+            sampled = torch.tensor([p for s in mine for p in s.logprobs], device=vlm.device)
             tokens = kl_estimate(sampled, out.logprob, estimator)
-        mask = guided_tokens(mine, token_range)
-        kl[torch.tensor(rows)] = mean_over(tokens, mask, batch.row, len(mine))
+        mask = guided_tokens(mine, token_range).to(vlm.device)
+        kl[torch.tensor(rows)] = mean_over(tokens, mask, batch.row, len(mine)).cpu()
 
-    run_batches([len(s.suffix) + len(s.tokens) for s in steps], vlm.batches, "score", work)
+    in_batches(vlm, rollout, steps, work)
     return kl
 
 
 @torch.no_grad()
-def final_hidden(vlm: VisionLanguageModel, w: TextWeights, rollout: Rollout) -> dict[int, Tensor]:
+def final_hidden(vlm: VisionLanguageModel, w: Weights, rollout: Rollout) -> dict[int, Tensor]:
     """Hidden state [D] at the last prompt token of final observations, by episode number.
 
     Only truncated episodes have one.
@@ -134,6 +168,6 @@ def final_hidden(vlm: VisionLanguageModel, w: TextWeights, rollout: Rollout) -> 
     for i, (picture, suffix) in ended.items():
         features = rollout.features[picture : picture + 1]
         prefix = vlm.prefix(w, features, rollout.fixed, rollout.grid)
-        hidden = vlm.suffix(w, torch.tensor([suffix]), prefix)
-        out[i] = vlm.text.final_norm(w, hidden[0, -1:])[0].float()
+        hidden = vlm.suffix(w, torch.tensor([suffix], device=vlm.device), prefix)
+        out[i] = vlm.text.final_norm(w, hidden[0, -1:])[0].float().cpu()
     return out

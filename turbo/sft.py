@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -25,87 +25,18 @@ import tyro
 from torch import nn
 
 from turbo import tiny
-from turbo.backprop import backward_rows, backward_weights, cut
 from turbo.checkpoint import versions, write_json
-from turbo.config import SftConfig, check_sft, sft_defaults
+from turbo.demos import Demonstration, backward_demos, demonstrate
 from turbo.envs.make import make
+from turbo.finetune import fine_tune
+from turbo.hub import own_workers
 from turbo.measure import evaluate
-from turbo.model import TextWeights, VisionLanguageModel, pick_dtype
+from turbo.model import VisionLanguageModel, Weights, pick_dtype
 from turbo.parallel import Crew, cores, run_crew
-from turbo.prompts import suffix_text
+from turbo.sft_config import SftConfig, check_sft, sft_defaults
 
 
-@dataclass
-class Demonstration:
-    """The expert's answers in one deal, as token ids, each behind the suffix of its prompt."""
-
-    picture: np.ndarray  # [H, W, 3] uint8
-    fixed: str
-    suffixes: list[list[int]]
-    answers: list[list[int]]
-    labels: list[str]
-
-
-def perception_labels(fields: dict) -> list[str]:
-    """What the picture shows, as the expert's answer names it.
-
-    That is every field before the thoughts but the formula.
-    """
-    labels = []
-    for key, value in fields.items():
-        if key == "thoughts":
-            break
-        if key != "formula":
-            labels += value if isinstance(value, list) else [value]
-    return [str(v) for v in labels]
-
-
-def demonstrate(
-    env, vlm: VisionLanguageModel, seed: int, states: int = 0, other_targets: float = 0.0
-) -> Demonstration:
-    """Answers of the expert in one deal; deals without a demonstration are skipped.
-
-    `states` 0 keeps every state of one episode. Else every one of so many states is of an episode
-    of its own, the first state or a later one with equal chance. A share `other_targets` of these
-    episodes asks for another target: one picture, many exercises.
-    """
-    rng = np.random.default_rng(seed)
-    while True:
-        deal, suffixes, answers = int(rng.integers(2**31)), [], []
-        for _ in range(max(1, states)):
-            target = None
-            if rng.random() < other_targets:
-                target = {"target": int(rng.integers(*tiny.OTHER_TARGETS))}
-            picture, _ = env.reset(seed=deal, options=target)
-            rows = expert_rows(env, rng)
-            if states and rows:
-                later = len(rows) > 1 and rng.random() < 0.5
-                rows = [rows[int(rng.integers(1, len(rows))) if later else 0]]
-            suffixes += [vlm.encode(suffix_text(state)) for state, _ in rows]
-            answers += [[*vlm.encode(text), vlm.end] for _, text in rows]
-        if answers:
-            labels = perception_labels(env.read_answer(vlm.decode(answers[0])).fields)
-            fixed = env.prompt("short").fixed
-            return Demonstration(picture, fixed, suffixes, answers, labels)
-
-
-def expert_rows(env, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Prompt and answer in every state of an episode that the expert plays; none without a plan."""
-    rows, done = [], False
-    while not done:
-        text = env.expert_answer(rng)
-        if text is None:
-            break
-        rows.append((env.prompt("short").state, text))
-        action = env.actions.index(env.read_answer(text).action)
-        _, _, terminated, truncated, _ = env.step(action)
-        done = terminated or truncated
-    return rows
-
-
-def backward_demos(
-    vlm, weights: TextWeights, demos: list[Demonstration]
-) -> tuple[list, float, int]:
+def backward_all(vlm, weights: Weights, demos: list[Demonstration]) -> tuple[list, float, int]:
     """Accumulate the summed cross-entropy's gradient in the leaves `weights`.
 
     Returns the gradients of the vision tower's parameters, the summed loss and the number of
@@ -114,27 +45,7 @@ def backward_demos(
     vision = [p for p in vlm.module.model.visual.parameters()]
     features, grid = vlm.see([d.picture for d in demos])
     seen = features.detach().requires_grad_()
-    total = 0.0
-    count = 0
-
-    def loss(w, hidden, batch, rows):
-        nonlocal total, count
-        h = vlm.text.final_norm(w, hidden.flatten(0, 1).index_select(0, batch.select))
-        logits = F.linear(h, w.head)[: len(batch.targets)].float()
-        value = F.cross_entropy(logits, batch.targets, reduction="sum")
-        total += value.item()
-        count += len(batch.targets)
-        return value
-
-    backward_rows(
-        vlm,
-        weights,
-        vlm.prefix(weights, seen, demos[0].fixed, grid),
-        [i for i, d in enumerate(demos) for _ in d.answers],
-        [s for d in demos for s in d.suffixes],
-        [a for d in demos for a in d.answers],
-        loss,
-    )
+    total, count = backward_demos(vlm, weights, demos, seen, grid)
     return list(torch.autograd.grad(features, vision, seen.grad)), total, count
 
 
@@ -229,9 +140,9 @@ def train_language(vlm, env, crew: Crew, c: SftConfig, say: Callable[[str], None
         demos = [demonstrate(env, vlm, int(s), c.states, c.other_targets) for s in deals]
         vlm.module.zero_grad(set_to_none=True)
         weights = vlm.weights()
-        local = cut(weights)
-        vision, loss, count = backward_demos(vlm, local, demos)
-        backward_weights(weights, [local])
+        local = weights.cut()
+        vision, loss, count = backward_all(vlm, local, demos)
+        weights.backward([local])
         for parameter, grad in zip(visual, vision, strict=True):
             parameter.grad = grad
         loss, count = crew.total(loss, count)
@@ -330,6 +241,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if c.model:
+        return run_crew(own_workers(c, 4), fine_tune, c)
     run_crew(c.workers or cores(), warm_start, c, board=1 << 22)
     return 0
 

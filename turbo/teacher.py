@@ -4,9 +4,11 @@
 
 (GTR-Turbo, section 3; TIES: arXiv 2306.01708).
 
-Kept either as a history of LoRA factors (any weighting, any bound on its length) or, when all
-checkpoints count and weights are equal or decay with age, as running sums whose update costs the
-same at the hundredth checkpoint as at the first.
+A small model keeps the merged matrices: from a history of LoRA factors (any weighting, any bound on
+its length) or, when all checkpoints count and weights are equal or decay with age, from running
+sums whose update costs the same at the hundredth checkpoint as at the first. A large one keeps the
+history alone, on the CPU, and what is to be merged of it; its teacher stands in the scratch buffer
+of `turbo.modules`, merged when it is asked for and something else is there.
 
 Left out: the merge itself (`turbo.kernels.ties`), and how the teacher guides (`turbo.train`).
 """
@@ -16,10 +18,11 @@ from torch import Tensor
 
 from turbo.checkpoint import section
 from turbo.config import TrainConfig
-from turbo.history import History
+from turbo.history import History, Snapshot
 from turbo.lora import Lora
-from turbo.merge import StreamingTeacher, merge_teacher
-from turbo.model import TextWeights, VisionLanguageModel
+from turbo.merge import StreamingTeacher, merge_matrix, merge_teacher
+from turbo.model import VisionLanguageModel, Weights
+from turbo.modules import read_dense
 
 
 class Teacher:
@@ -30,20 +33,49 @@ class Teacher:
 
     def __init__(self, vlm: VisionLanguageModel, lora: Lora, config: TrainConfig):
         self.vlm, self.config = vlm, config
-        self.base = {name: vlm.matrices[name + ".weight"].detach() for name in lora.factors}
-        self.streaming = config.history_max == 0 and config.weighting != "score"
+        self.small = vlm.text.small
+        self.base = {name: vlm.matrices[name + ".weight"] for name in lora.factors}
+        self.streaming = self.small and config.history_max == 0 and config.weighting != "score"
         self.history = History(
             config.density if config.merge == "ties" else None, config.history_max
         )
-        options = dict(method=config.merge, weighting=config.weighting, alpha=config.ema_alpha)
         self.sums = None
         if self.streaming:
-            self.sums = StreamingTeacher(self.base, density=config.density, **options)
+            base = {name: matrix.detach() for name, matrix in self.base.items()}
+            options = dict(method=config.merge, weighting=config.weighting, alpha=config.ema_alpha)
+            self.sums = StreamingTeacher(base, density=config.density, **options)
         self.count = 0
-        self.merged: dict[str, Tensor] | None = None  # dense weights by module name
-        self.weights: TextWeights | None = None
+        self.merged: dict[str, Tensor] | None = None  # small: dense weights by module name
+        self._weights: Weights | None = None
+        self.recipe: tuple[list[Snapshot], list[float]] | None = None  # large: what is merged
         if config.teacher == "initial":
-            self._load({})
+            self._weights = self._with({}) if self.small else vlm.weights()
+
+    @property
+    def weights(self) -> Weights | None:
+        """Runnable weights; a large model's are valid until the scratch is filled anew."""
+        if self.recipe is None:
+            return self._weights
+        text, (entries, shares) = self.vlm.text, self.recipe
+        owner = ("teacher", self.count, len(entries))
+
+        def merge(name: str, base, out) -> None:
+            merge_matrix(base, name, entries, shares, method=self.config.merge, out=out)
+
+        with torch.no_grad():
+            return text.held(owner) or text.fill(merge, owner)
+
+    def dense(self) -> dict[str, Tensor]:
+        """The merged matrices by module name; empty where the teacher is the warm start."""
+        if self.recipe is None:
+            return dict(self.merged or {})
+        out, content = {}, self.weights  # as it stands in the scratch
+        for name, module in self.vlm.text.linears.items():
+            assert content is not None
+            out[name] = read_dense(module.scratch)
+            if module.coded is not None:
+                out[name] = out[name] + read_dense(module.coded)
+        return out
 
     def rate(self, score: float) -> None:
         """Set the success rate of the newest checkpoint, where weights depend on it."""
@@ -66,32 +98,43 @@ class Teacher:
         else:
             self.history.push(update, factors, lora.scale, score)
         self.count += 1
-        if self.count % self.config.merge_every == 0 or self.merged is None:
+        if self.count % self.config.merge_every == 0 or self.count == 1:
             self._rebuild()
 
     def _rebuild(self) -> None:
+        c = self.config
+        if not self.small:
+            self.recipe = list(self.history.entries), self.history.weights(c.weighting, c.ema_alpha)
+            return
         if self.streaming:
             self.merged = self.sums.weights()
         else:
-            c = self.config
+            base = {name: matrix.detach() for name, matrix in self.base.items()}
             options = dict(method=c.merge, weighting=c.weighting, alpha=c.ema_alpha)
-            self.merged = merge_teacher(self.base, self.history, **options)
-        self._load(self.merged)
+            self.merged = merge_teacher(base, self.history, **options)
+        self._weights = self._with(self.merged)
 
-    def _load(self, merged: dict[str, Tensor]) -> None:
-        matrices = {n: m.detach() for n, m in self.vlm.matrices.items()}
-        matrices |= {name + ".weight": m for name, m in merged.items()}
-        self.weights = self.vlm.text.text_weights(matrices)
+    def _with(self, merged: dict[str, Tensor]) -> Weights:
+        return self.vlm.text.with_matrices(merged)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
         """Tensors and JSON-able data from which the very same teacher is restored."""
         tensors, data = self.history.state_dict()
         tensors = {f"history/{k}": v for k, v in tensors.items()}
+        data = {"history": data, "count": self.count}
+        if self.recipe is not None:  # of checkpoints that the history may have dropped since
+            entries, shares = self.recipe
+            shown = History(self.history.density)
+            kept = {id(e) for e in self.history.entries}
+            shown.entries = [e for e in entries if id(e) not in kept]
+            dropped, about = shown.state_dict()
+            tensors |= {f"dropped/{k}": v for k, v in dropped.items()}
+            data |= {"dropped": about, "shares": shares}
         if self.streaming and self.count:
             tensors |= {f"sums/{k}": v for k, v in self.sums.state_dict().items()}
         if self.merged is not None:  # not the last checkpoint's merge when merge_every > 1
             tensors |= {f"merged/{k}": v for k, v in self.merged.items()}
-        return tensors, {"history": data, "count": self.count}
+        return tensors, data
 
     def load_state_dict(self, tensors: dict[str, Tensor], data: dict) -> None:
         """Restore what `state_dict` gave."""
@@ -99,6 +142,11 @@ class Teacher:
         self.history.load_state_dict(section(tensors, "history/"), data["history"])
         if self.streaming and self.count:
             self.sums.load_state_dict(section(tensors, "sums/"))
-        if self.count:
+        if "shares" in data:
+            dropped = History(self.history.density)
+            dropped.load_state_dict(section(tensors, "dropped/"), data["dropped"])
+            known = [*dropped.entries, *self.history.entries]
+            self.recipe = known[: len(data["shares"])], data["shares"]
+        elif self.count:
             self.merged = section(tensors, "merged/")
-            self._load(self.merged)
+            self._weights = self._with(self.merged)

@@ -157,6 +157,16 @@ def new_model(
     return Qwen2_5_VLForConditionalGeneration(config(size, tokenizer))
 
 
-def image_processor() -> Qwen2VLImageProcessorPil:
+def name_tokens(config, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Give a Qwen configuration of any size the special tokens of this tokenizer."""
+    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in prompts.SPECIAL_TOKENS}
+    config.image_token_id, config.video_token_id = ids[prompts.IMAGE_PAD], ids[prompts.VIDEO_PAD]
+    config.vision_start_token_id = ids[prompts.VISION_START]
+    config.vision_end_token_id = ids[prompts.VISION_END]
+
+
+def image_processor(patch: int = PATCH) -> Qwen2VLImageProcessorPil:
     """transformers' own processor; it never resizes the games, drawn at multiples of 28 pixels."""
-    return Qwen2VLImageProcessorPil(min_pixels=(PATCH * MERGE) ** 2, max_pixels=448 * 448)
+    return Qwen2VLImageProcessorPil(
+        patch_size=patch, min_pixels=(PATCH * MERGE) ** 2, max_pixels=448 * 448
+    )

@@ -31,11 +31,13 @@ from turbo.config import GAME_DEFAULTS, PRESETS, TrainConfig, changed, check, de
 from turbo.corrector import check_url
 from turbo.faults import NumericalFault, diagnosis
 from turbo.guidance import ask_corrector, spread, write_answers
+from turbo.hub import lack_of_memory, model_sha256, own_workers
 from turbo.kl import auto_coefficient
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
-from turbo.parallel import Crew, cores, run_crew
+from turbo.memory import GB, peak_bytes
+from turbo.parallel import Crew, run_crew
 from turbo.rollout import Abandoned, Episode, Rollout, mix
-from turbo.run import Run, due, model_sha256
+from turbo.run import Run, due
 from turbo.score import TeacherReading, read_answers, teacher_kl
 from turbo.scribe import Scribe
 from turbo.update import Imitated, StepData, prepare
@@ -48,7 +50,7 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
     # play: sampled from the policy as it is, temperature and all
     with torch.no_grad():
         weights = run.vlm.weights(run.lora)
-    rollout = run.table.collect(weights, (c.seed, update), c.steps_per_update)
+    rollout = run.table.collect(run.vlm.merged(weights), (c.seed, update), c.steps_per_update)
     seconds = {"rollout": clock.lap()}
 
     # score and weigh: KL of every thought to the teacher where the reward or the advantage needs
@@ -117,6 +119,7 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
         / seconds["rollout"],
         **{f"seconds_{name}": value for name, value in seconds.items()},
         "seconds_other": clock.total() - sum(seconds.values()),
+        "peak_memory_gb": peak_bytes(run.vlm.device) / GB,
     }
     steer(run, metrics, data, guided)
     return metrics, episodes
@@ -146,6 +149,7 @@ def teacher_thoughts(run: Run, rollout: Rollout) -> dict[str, float]:
             temperature=c.teacher_temperature,
             max_new_tokens=c.max_new_tokens,
             seed=(c.seed, run.update, 11, run.crew.rank),
+            slots=max(1, c.envs // run.crew.size),
         )
     told = all_episodes(written, run.crew)
     figures = {f"teacher_{name}": value for name, value in thoughts(told).items()}
@@ -208,6 +212,8 @@ def learn(
             run.teacher.push(run.update, run.lora)
         if c.target_kl and found["approx_kl"] > c.target_kl:
             break
+    for p in run.learner.parameters():
+        p.grad = None  # nothing but the next minibatch needs them
     means = {name: value / batches for name, value in totals.items()}
     skipped = {"skipped_batches": faults.total - before}
     return {**means, **skipped, "learning_rate": learning_rate(c, run.update)}
@@ -308,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     """Read the settings and train; returns the exit status."""
     try:
         c = parse(sys.argv[1:] if argv is None else argv)
-        c.workers = c.workers or min(cores(), max(1, c.envs // c.group_size))
+        c.workers = own_workers(c, max(1, c.envs // c.group_size))
         if c.envs < c.workers * c.group_size:
             raise ValueError(
                 f"--envs must be at least --workers * --group-size = {c.workers * c.group_size}, "
@@ -316,6 +322,8 @@ def main(argv: list[str] | None = None) -> int:
             )
         if c.guidance == "gtr":
             check_url(c.teacher_url)
+        if refusal := lack_of_memory(c):
+            raise ValueError(refusal)
         path, held = run_folder(c)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -340,8 +348,11 @@ def fail(crew: Crew, why: object, status: int) -> int:
 
 def train(crew: Crew, c: TrainConfig, path: Path) -> int:
     """What every worker runs; worker 0 also talks, logs and saves."""
-    run = Run(c, path, crew)
-    problem = crew.share(run.lack_of_space())[0]
+    try:
+        run = Run(c, path, crew)
+        problem = crew.share(run.lack_of_space())[0]
+    except (ValueError, OSError) as error:  # a model that does not fit its settings: in all workers
+        problem = error
     if problem:
         if crew.leads and not c.resume:
             shutil.rmtree(path)  # nothing is in it yet

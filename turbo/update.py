@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from turbo.backprop import backward_rows, backward_weights, cut
+from turbo.backprop import backward_rows
 from turbo.batch import TokenBatch, fits, pad_to
 from turbo.config import TrainConfig
 from turbo.gae import explained_variance, gae, group_advantages, state_advantages
 from turbo.guidance import Examples
 from turbo.kl import kl_estimate, mean_over
 from turbo.lora import Lora
-from turbo.model import TextWeights, VisionLanguageModel
+from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew
 from turbo.ppo import ppo_loss, step_logprob, value_loss
 from turbo.rollout import Rollout, Step
@@ -51,7 +51,7 @@ class StepData:
 
 def prepare(
     vlm: VisionLanguageModel,
-    weights: TextWeights,
+    weights: Weights,
     rollout: Rollout,
     kl: Tensor | None,  # [N] guidance as reward or in the advantage
     beta: float,
@@ -128,18 +128,18 @@ def old_logprobs(steps: list[Step], thought_coef: float) -> Tensor:
 
 @torch.no_grad()
 def step_values(
-    vlm: VisionLanguageModel, weights: TextWeights, rollout: Rollout, value_head: nn.Module
+    vlm: VisionLanguageModel, weights: Weights, rollout: Rollout, value_head: nn.Module
 ) -> tuple[Tensor, Tensor]:
     """Values [N] of all steps and of their successors.
 
     The successor of a truncated episode's last step is the final observation.
     """
-    values = value_head(torch.stack([s.hidden for s in rollout.steps]))
+    values = value_head(torch.stack([s.hidden for s in rollout.steps]).to(vlm.device)).cpu()
     following = torch.cat([values[1:], values.new_zeros(1)])
     ends = torch.tensor([len(e.steps) for e in rollout.episodes]).cumsum(0) - 1
     following[ends] = 0.0
     for i, hidden in final_hidden(vlm, weights, rollout).items():
-        following[ends[i]] = value_head(hidden[None])[0]
+        following[ends[i]] = value_head(hidden[None].to(vlm.device))[0].cpu()
     return values, following
 
 
@@ -179,7 +179,7 @@ class Learner:
         imitated: Imitated | None = None,
     ) -> dict[str, Tensor]:
         """Set the `.grad` of LoRA factors and critic, summed over the crew; figures for the log."""
-        sums = {name: torch.zeros(()) for name in FIGURES}
+        sums = {name: torch.zeros((), device=self.vlm.device) for name in FIGURES}
 
         def accumulate() -> None:
             for p in self.parameters():
@@ -189,12 +189,12 @@ class Learner:
             if not (rows or imitated):
                 return
             weights = self.vlm.weights(self.lora)
-            part = _Minibatch(self, rollout, data, rows, total, teacher, beta, cut(weights), sums)
+            part = _Minibatch(self, rollout, data, rows, total, teacher, beta, weights.cut(), sums)
             if rows:
                 part.run()
             if imitated:
                 part.imitate(imitated)
-            backward_weights(weights, [part.weights])
+            weights.backward([part.weights])
 
         while not fits(accumulate):  # sums that are half done are begun anew
             self.vlm.batches.halve("train", self.vlm.batches.train)
@@ -220,7 +220,9 @@ class _Minibatch:
         backward_rows(
             vlm,
             self.weights,
-            vlm.prefix(self.weights, features, rollout.fixed, rollout.grid),
+            features,
+            rollout.fixed,
+            rollout.grid,
             owner,
             [s.suffix for s in self.steps],
             [s.tokens for s in self.steps],
@@ -234,11 +236,11 @@ class _Minibatch:
         pictures = sorted({picture for picture, _, _ in chosen})
         features = torch.stack([examples.features[p] for p in pictures])
 
-        def loss(w: TextWeights, hidden: Tensor, batch: TokenBatch, rows: list[int]) -> Tensor:
+        def loss(w: Weights, hidden: Tensor, batch: TokenBatch, rows: list[int]) -> Tensor:
             h = vlm.text.final_norm(w, hidden.flatten(0, 1).index_select(0, batch.select))
             options = dict(temperature=c.temperature, banned=vlm.banned, want=("logprob",))
             logprob = score_answers(h, w.head, batch, **options).logprob
-            every = torch.ones(len(logprob), dtype=torch.bool)
+            every = torch.ones_like(logprob, dtype=torch.bool)
             value = -mean_over(logprob, every, batch.row, len(rows)).sum() / imitated.total
             self._add("sft_loss", value, 1.0)
             return imitated.coef * value
@@ -247,24 +249,30 @@ class _Minibatch:
         backward_rows(
             vlm,
             self.weights,
-            vlm.prefix(self.weights, features, rollout.fixed, rollout.grid),
+            features,
+            rollout.fixed,
+            rollout.grid,
             [pictures.index(picture) for picture, _, _ in chosen],
             [suffix for _, suffix, _ in chosen],
             [thought for _, _, thought in chosen],
             loss,
         )
 
-    def loss(self, w: TextWeights, hidden: Tensor, batch: TokenBatch, rows: list[int]) -> Tensor:
+    def loss(self, w: Weights, hidden: Tensor, batch: TokenBatch, rows: list[int]) -> Tensor:
         """This micro-batch's part of the minibatch's mean loss."""
         c, vlm = self.l.config, self.l.vlm
         steps, index = [self.steps[i] for i in rows], self.index[rows]
+        old, advantages, returns = (
+            x[index].to(vlm.device)
+            for x in (self.data.old_logprob, self.data.advantages, self.data.returns)
+        )
         share = len(rows) / self.total
         flat = hidden.flatten(0, 1)
         h = vlm.text.final_norm(w, flat.index_select(0, batch.select))
         out = self._head(w, h, batch, rows)
-        thought = guided_tokens(steps, "thought")
+        thought = guided_tokens(steps, "thought").to(vlm.device)
         logprob = step_logprob(out.logprob, thought, batch.row, len(rows), c.thought_coef)
-        ppo = ppo_loss(logprob, self.data.old_logprob[index], self.data.advantages[index], c.clip)
+        ppo = ppo_loss(logprob, old, advantages, c.clip)
         policy_loss = ppo.loss
         if c.objective == "rejection":
             every = torch.ones_like(thought)
@@ -275,24 +283,24 @@ class _Minibatch:
         self._add("approx_kl", ppo.approx_kl, share)
         if self.teacher is not None:
             tokens = self._token_kl(out)
-            mask = guided_tokens(steps, c.guidance_range)
+            mask = guided_tokens(steps, c.guidance_range).to(vlm.device)
             kl = mean_over(tokens, mask, batch.row, len(rows)).mean()
             loss = loss + self.beta * kl * share
             self._add("teacher_kl", kl, share)
         if self.value_head is not None:
             values = self.value_head(vlm.text.final_norm(w, flat[batch.last_prompt]))
-            v = value_loss(values, self.data.returns[index])
+            v = value_loss(values, returns)
             loss = loss + c.value_coef * v * share
             self._add("value_loss", v, share)
         return loss
 
-    def _head(self, w: TextWeights, h: Tensor, batch: TokenBatch, rows: list[int]):
+    def _head(self, w: Weights, h: Tensor, batch: TokenBatch, rows: list[int]):
         """Log-probs of the sampled tokens, and what the guidance needs of the teacher."""
         vlm, c = self.l.vlm, self.l.config
         shared = dict(temperature=c.temperature, banned=vlm.banned)
         if self.teacher is None:
             return score_answers(h, w.head, batch, want=("logprob",), **shared)
-        theirs = pad_to(self.teacher.of(self.index[rows].tolist()), len(h))
+        theirs = pad_to(self.teacher.of(self.index[rows].tolist()).to(h.device), len(h))
         kind = {"full": "reverse_kl", "forward": "forward_kl"}.get(
             c.kl_estimator, "teacher_logprob"
         )

@@ -46,7 +46,9 @@ def test_training_takes_three_times_the_layers_and_twice_the_head(module):
 
 
 def test_the_vision_tower(module):
-    patches, grid = tiny_models.random_model().pixels([tiny_models.new_env().reset(seed=0)[0]])
+    patches, grid = (
+        tiny_models.random_model().pixels([tiny_models.new_env().reset(seed=0)[0]]).values()
+    )
     with torch.no_grad():
         weights, _ = counted(lambda: module.model.visual(patches, grid_thw=grid))
     assert weights == vision_flops(Sizes.of(module), len(patches))

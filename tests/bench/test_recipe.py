@@ -11,14 +11,14 @@ import torch
 
 from bench import recipe as recipe_module
 from bench.recipe import MERGED, PHASES, Recipe, fastest
-from turbo import prompts
 from turbo.batch import pad_rows
 from turbo.config import defaults
+from turbo.hub import model_folder
 from turbo.lora import Lora, new_lora
 from turbo.model import VisionLanguageModel, load
 from turbo.parallel import Crew
 from turbo.rollout import RolloutOptions, Table
-from turbo.run import env_maker, model_folder
+from turbo.run import env_maker
 from turbo.score import answer_hidden, score_answers
 
 pytest.importorskip("peft")
@@ -105,7 +105,7 @@ def test_answers_of_the_recipe_have_the_same_logprobs(recipe, vlm, lora, config)
             assert not vlm.banned[turn.tokens].any()
             features, grid = vlm.see([picture])
             prefix = vlm.prefix(weights, features, asked.fixed, grid)
-            suffix = vlm.encode(prompts.suffix_text(asked.state))
+            suffix = vlm.encode(vlm.frame.suffix(asked.state))
             batch = pad_rows([suffix], [turn.tokens], vlm.pad)
             hidden = answer_hidden(vlm, weights, prefix, [0], batch)
             shared = dict(temperature=config.temperature, banned=vlm.banned, want=("logprob",))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_models
 
-from bench import endpoint, study
+from bench import endpoint, passes, study
 from bench.claims import (
     CLAIMS,
     SUCCESS,
@@ -26,6 +26,8 @@ from bench.claims import (
 )
 from bench.study_page import band, write_page
 from bench.study_runs import StudyRun, read_runs, read_table, write_runs
+from turbo.envs.make import make, tiny_kwargs
+from turbo.measure import fresh_deals
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = """
@@ -207,17 +209,27 @@ def test_the_page_says_what_has_not_been_run(tmp_path, table):
 
 
 def test_passes_are_compared_hand_by_hand(tmp_path, table):
-    warm, trained = [0, 0, 0, 5, 1, 32], [4, 3, 8, 0, 8, 1]
-    got = compare_passes(warm, trained, 8)
-    assert got["hands"] == 6 and got["never won by 32 samples"] == 3
+    warm, trained = [0, 0, 0, 5, 1, 32, 0], [4, 3, 8, 0, 8, 1, 0]
+    possible = [True] * 6 + [False]  # what nobody can win is left out
+    got = compare_passes(warm, trained, 8, possible)
+    assert got["hands that can be won"] == 6 and got["never won by 32 samples"] == 3
     assert got["of these won at least every second time"] == 2  # 4 and 8 of 8, not 3
     assert got["warm start, pass@32"] == 0.5 and got["trained, pass@1"] == 24 / 48
     assert got["won by some of 32 samples"] == 3 and got["of these never won any more"] == 1
-    known = {"warm start": warm, "short/kl/0": trained}
+    known = {"solvable": possible, "warm start": warm, "short/kl/0": trained}
     (tmp_path / "passes.json").write_text(json.dumps(known))
     write_page(tmp_path, [run_of("kl", 0, 0.5, "short")], 1)
     row = "| short/kl/0 | 6 | 50.0% | 50.0% | 3 | 2 | 3 | 1 |"
     assert row in (tmp_path / "README.md").read_text()
+
+
+def test_hands_that_can_be_won_are_those_that_are_played():
+    possible = passes.solvable()
+    assert len(possible) == passes.HANDS and 0.6 < sum(possible) / len(possible) < 0.85
+    env = make("points24", **tiny_kwargs("points24"))
+    for deal, can in list(zip(fresh_deals(passes.HANDS, passes.SEED), possible, strict=True))[:20]:
+        env.reset(**deal)
+        assert (env.expert_answer(np.random.default_rng(0)) is not None) == can
 
 
 def test_the_corrector_is_there_for_the_runs_that_ask_it():

@@ -2,13 +2,12 @@
 
 import contextlib
 import csv
-from pathlib import Path
 
 import pytest
 import torch
 
-from bench import harness, train_step
-from bench.harness import COLUMNS, peak_memory
+from bench import train_step
+from bench.harness import COLUMNS
 from bench.train_step import PRODUCT, RECIPE, UNITS, BenchConfig, Setting, compare, summaries
 from turbo.parallel import Crew, run_crew
 
@@ -99,14 +98,6 @@ def test_without_peft_the_recipe_is_refused_by_name(monkeypatch, capsys):
     monkeypatch.setattr(train_step.importlib.util, "find_spec", lambda name: None)
     assert train_step.main([]) == 2
     assert "--recipe-steps 0" in capsys.readouterr().err
-
-
-def test_peak_memory_grows_with_what_is_held(monkeypatch):
-    before = peak_memory()
-    held = torch.ones(before // 4)  # as many bytes again, on top of what is resident now
-    assert peak_memory() >= max(before, held.nbytes)
-    monkeypatch.setattr(harness, "Path", lambda name: Path("absent"))
-    assert peak_memory() > 0  # where there is no /proc
 
 
 def test_the_memory_of_a_variant_is_its_own_processes(one_variant, tmp_path):

@@ -5,8 +5,9 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 
-from turbo import prompts, sft
-from turbo.backprop import backward_rows, backward_weights, cut, flatten
+from turbo import demos as demos_of
+from turbo import sft
+from turbo.backprop import backward_rows
 from turbo.model import VisionLanguageModel, load
 from turbo.parallel import Crew
 
@@ -24,8 +25,8 @@ def own_cross_entropy(vlm: VisionLanguageModel, demos) -> torch.Tensor:
     total = 0.0
     parameters = dict(vlm.module.named_parameters())
     for demo in demos:
-        pixels, grid = vlm.pixels([demo.picture])
-        prefix = vlm.encode(prompts.prefix_text(demo.fixed, int(grid.prod()) // 4))
+        pixels, grid = vlm.pixels([demo.picture]).values()
+        prefix = vlm.encode(tiny_models.prefix_text(demo.fixed, int(grid.prod()) // 4))
         for suffix, answer in zip(demo.suffixes, demo.answers, strict=True):
             ids = [*prefix, *suffix, *answer]
             logits, _ = tiny_models.own_forward(vlm, parameters, ids, pixels, grid)
@@ -36,7 +37,7 @@ def own_cross_entropy(vlm: VisionLanguageModel, demos) -> torch.Tensor:
 
 def test_all_parameters_get_the_gradient_of_transformers(trainable):
     vlm, env = trainable, tiny_models.new_env("ezpoints")
-    demos = [sft.demonstrate(env, vlm, seed, states=n) for seed, n in ((0, 0), (1, 2), (2, 1))]
+    demos = [demos_of.demonstrate(env, vlm, seed, states=n) for seed, n in ((0, 0), (1, 2), (2, 1))]
     assert len({len(d.answers) for d in demos}) > 1
     named = dict(vlm.module.named_parameters())
     loss = own_cross_entropy(vlm, demos)
@@ -45,9 +46,9 @@ def test_all_parameters_get_the_gradient_of_transformers(trainable):
     for p in named.values():
         p.grad = None
     weights = vlm.weights()
-    local = cut(weights)
-    vision, total, count = sft.backward_demos(vlm, local, demos)
-    backward_weights(weights, [local])
+    local = weights.cut()
+    vision, total, count = sft.backward_all(vlm, local, demos)
+    weights.backward([local])
     for parameter, grad in zip(vlm.module.model.visual.parameters(), vision, strict=True):
         parameter.grad = grad
     assert total == pytest.approx(loss.item(), rel=1e-5)
@@ -67,12 +68,12 @@ def test_the_size_of_the_pieces_does_not_matter(trainable, monkeypatch):
     features, grid = vlm.see([picture, prompt.reset(seed=1)[0]])
     fixed = prompt.prompt("short").fixed
     texts = ["1", "12+3=15", "x" * 30, "so 4", "9"]
-    suffixes = [vlm.encode(prompts.suffix_text(t)) for t in texts]
+    suffixes = [vlm.encode(tiny_models.suffix_text(t)) for t in texts]
     answers = [vlm.encode(t + " 5*2") for t in reversed(texts)]
 
     def gradient():
         weights = vlm.weights()
-        local = cut(weights)
+        local = weights.cut()
 
         def loss(w, hidden, batch, rows):
             h = vlm.text.final_norm(w, hidden.flatten(0, 1)[batch.select[: len(batch.targets)]])
@@ -81,16 +82,16 @@ def test_the_size_of_the_pieces_does_not_matter(trainable, monkeypatch):
 
         with torch.no_grad():
             shown = features.clone()
-        prefix = vlm.prefix(local, shown, fixed, grid)
-        backward_rows(vlm, local, prefix, [0, 1, 0, 0, 1], suffixes, answers, loss)
-        return [t.grad for t in flatten(local)]
+        shared = (shown, fixed, grid, [0, 1, 0, 0, 1])
+        backward_rows(vlm, local, *shared, suffixes, answers, loss)
+        return [t.grad for t in local.tensors()]
 
     seen = []
     whole = gradient()
     assert seen == [5]
-    own = sft.backward_rows.__globals__["micro_batches"]
+    own = backward_rows.__globals__["micro_batches"]
     monkeypatch.setitem(
-        backward_rows.__globals__, "micro_batches", lambda lengths, size: own(lengths, 2)
+        backward_rows.__globals__, "micro_batches", lambda lengths, size, tokens: own(lengths, 2)
     )
     seen.clear()
     pieces = gradient()
@@ -100,24 +101,24 @@ def test_the_size_of_the_pieces_does_not_matter(trainable, monkeypatch):
 
 
 def test_cut_weights_are_leaves_that_share_the_numbers(vlm, trainable):
-    frozen = cut(vlm.weights())
-    assert not any(t.requires_grad for t in flatten(frozen))
+    frozen = vlm.weights().cut()
+    assert not any(t.requires_grad for t in frozen.tensors())
     lora = tiny_models.noisy_lora(vlm)
     weights = vlm.weights(lora)
-    local = cut(weights)
-    for one, two in zip(flatten(weights), flatten(local), strict=True):
+    local = weights.cut()
+    for one, two in zip(weights.tensors(), local.tensors(), strict=True):
         assert two.is_leaf and two.requires_grad == one.requires_grad
         assert one.data_ptr() == two.data_ptr()
     layer = local.layers[0]
     assert layer.qkv.requires_grad
     assert local.head is local.embed  # tied: one tensor, one gradient
-    assert len(flatten(local)) == 5 * vlm.text.layers + 2
+    assert len(local.tensors()) == 5 * vlm.text.layers + 2
 
 
 def test_gradients_of_workers_are_summed_and_scaled(vlm):
     lora = tiny_models.noisy_lora(vlm)
     weights = vlm.weights(lora)
-    shards = [cut(weights) for _ in range(3)]
+    shards = [weights.cut() for _ in range(3)]
     generator = torch.Generator().manual_seed(0)
     for shard in shards[:2]:  # the third has no rows
         for layer in shard.layers:
@@ -125,7 +126,7 @@ def test_gradients_of_workers_are_summed_and_scaled(vlm):
     upstream = [
         a.qkv.grad + b.qkv.grad for a, b in zip(shards[0].layers, shards[1].layers, strict=True)
     ]
-    backward_weights(weights, shards, scale=0.5)
+    weights.backward(shards, scale=0.5)
     got = [p.grad.clone() for p in lora.parameters() if p.grad is not None]
     again = vlm.weights(lora)
     for p in lora.parameters():
@@ -139,7 +140,7 @@ def test_gradients_of_workers_are_summed_and_scaled(vlm):
 
 def test_a_crew_of_one_trains_like_sft(trainable):
     """The warm start's own training lowers its loss."""
-    from turbo.config import SftConfig
+    from turbo.sft_config import SftConfig
 
     torch.manual_seed(0)
     settings = SftConfig(env="numberline", steps=6, deals=4, states=1, learning_rate=0.02)

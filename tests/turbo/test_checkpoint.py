@@ -46,6 +46,17 @@ def test_the_newest_are_kept(tmp_path):
     assert checkpoint.load(tmp_path)[0]["a"][0, 0] == -1
 
 
+def test_one_of_several_is_taken(tmp_path):
+    for update in (1, 2):
+        save(tmp_path, update, value=float(update))
+    assert checkpoint.load(tmp_path, 1)[2]["update"] == 1
+    with pytest.raises(CheckpointError, match="no checkpoint of update 3; those kept: 1, 2"):
+        checkpoint.load(tmp_path, 3)
+    (checkpoint.find(tmp_path, 2) / "meta.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="its size differs"):  # asked for, so not passed over
+        checkpoint.load(tmp_path, 2)
+
+
 def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     save(tmp_path, 1)
 

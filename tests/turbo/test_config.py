@@ -11,15 +11,13 @@ from hypothesis import strategies as st
 from turbo.config import (
     GAME_DEFAULTS,
     PRESETS,
-    SFT_DEFAULTS,
     TrainConfig,
     changed,
     check,
-    check_sft,
     defaults,
     from_saved,
-    sft_defaults,
 )
+from turbo.sft_config import SFT_DEFAULTS, check_sft, sft_defaults
 
 FIELDS = dataclasses.fields(TrainConfig)
 FLOATS = [f.name for f in FIELDS if isinstance(f.default, float)]

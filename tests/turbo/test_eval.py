@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from turbo import checkpoint, eval
 from turbo.eval import JSON_KEYS
+from turbo.hub import model_sha256
 from turbo.measure import interval
 from turbo.parallel import Crew
-from turbo.run import Run, model_sha256
+from turbo.run import Run
 
 FAST = "--env numberline --episodes 6 --workers 1 --dtype float32 --max-new-tokens 40"
 

@@ -9,7 +9,7 @@ import torch
 
 from turbo.backprop import backward_rows
 from turbo.batch import BatchSizes, fits, run_batches
-from turbo.model import TextModel
+from turbo.fused import FusedText
 from turbo.parallel import Crew
 from turbo.score import read_answers, teacher_kl
 from turbo.update import Learner, StepData, old_logprobs
@@ -19,7 +19,7 @@ from turbo.update import Learner, StepData, old_logprobs
 def small(fitted, monkeypatch):
     """Let passes of more than `limit[0]` rows run out of memory, some of them half done."""
     monkeypatch.setattr(fitted, "batches", BatchSizes())
-    limit, own, calls = [10**9], TextModel.forward, []
+    limit, own, calls = [10**9], FusedText.forward, []
 
     def forward(self, w, x, *rest):
         calls.append(len(x))
@@ -29,7 +29,7 @@ def small(fitted, monkeypatch):
             own(self, w, x, *rest)  # keys and values are written before it fails
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(TextModel, "forward", forward)
+    monkeypatch.setattr(FusedText, "forward", forward)
     return limit
 
 
@@ -116,12 +116,13 @@ def test_a_backward_pass_takes_the_size_that_is_remembered(fitted, small):
     fitted.batches.train = 4
     rollout = tiny_models.play(fitted, steps=12)
     weights, seen = fitted.weights(), []
-    prefix = fitted.prefix(weights, rollout.features, rollout.fixed, rollout.grid)
     steps = rollout.steps[:10]
     backward_rows(
         fitted,
         weights,
-        prefix,
+        rollout.features,
+        rollout.fixed,
+        rollout.grid,
         [s.picture for s in steps],
         [s.suffix for s in steps],
         [s.tokens for s in steps],

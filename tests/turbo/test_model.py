@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbo import prompts, tiny
+from turbo.attend import causal_mask
+from turbo.fused import KEYS
 from turbo.lora import new_lora
-from turbo.model import KEYS, ValueHead, VisionLanguageModel, causal_mask, load, pick_dtype
+from turbo.model import ValueHead, VisionLanguageModel, load, pick_dtype
 
 FIXED = "Make 12 with the two cards. Reply in JSON.\n"
 ANSWER = '{"cards": ["10", "2"], "thoughts": "2 10: 10+2=12, so 10+2, next +", "action": "+"}'
@@ -38,9 +40,9 @@ def own_logits(vlm, lora, shown, owner, rows):
 
 def their_logits(vlm, lora, picture, row):
     """[L, V] of the same by transformers."""
-    pixels, grid = vlm.pixels([picture])
+    pixels, grid = vlm.pixels([picture]).values()
     parameters = tiny_models.merged_parameters(vlm, lora)
-    ids = vlm.encode(prompts.prefix_text(FIXED, int(grid.prod()) // 4))
+    ids = vlm.encode(tiny_models.prefix_text(FIXED, int(grid.prod()) // 4))
     return tiny_models.own_forward(vlm, parameters, ids + row, pixels, grid)[0][len(ids) :]
 
 
@@ -49,7 +51,11 @@ def their_logits(vlm, lora, picture, row):
 @torch.no_grad()
 def test_the_forward_pass_is_that_of_transformers(vlm, game, adapted):
     lora = tiny_models.noisy_lora(vlm) if adapted else None
-    texts = [prompts.suffix_text('formula: ""') + ANSWER, "9+1=10", prompts.suffix_text("x")]
+    texts = [
+        tiny_models.suffix_text('formula: ""') + ANSWER,
+        "9+1=10",
+        tiny_models.suffix_text("x"),
+    ]
     rows, owner, shown = [vlm.encode(t) for t in texts], [1, 0, 1], pictures(2, game)
     ours = own_logits(vlm, lora, shown, owner, rows)
     for i, row in enumerate(rows):
@@ -136,8 +142,8 @@ def test_the_adapter_is_one_of_peft(vlm, random_folder):
     assert not result.unexpected_keys
     row, shown = vlm.encode(ANSWER), pictures(1)
     ours = own_logits(vlm, lora, shown, [0], [row])[0]
-    pixels, grid = vlm.pixels(shown)
-    ids = torch.tensor([vlm.encode(prompts.prefix_text(FIXED, int(grid.prod()) // 4)) + row])
+    pixels, grid = vlm.pixels(shown).values()
+    ids = torch.tensor([vlm.encode(tiny_models.prefix_text(FIXED, int(grid.prod()) // 4)) + row])
     inputs = dict(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -186,8 +192,8 @@ def test_factors_of_another_model_are_refused(vlm):
         fresh.load_state_dict(new_lora(vlm.matrices, 8, 8.0, 0).state_dict())
 
 
-def test_causal_mask():
-    mask = causal_mask(3, 2, torch.float32)
+def test_causal_mask(vlm):
+    mask = causal_mask(3, 2, vlm.text)
     seen = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert (mask[:, :5] == 0).int().tolist() == seen
     assert mask.shape == (3, KEYS) and (mask[:, 5:] == -1e30).all()
@@ -304,7 +310,7 @@ def test_what_cannot_be_loaded(random_folder, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="is a gpt2; this version runs qwen2_5_vl"):
+    with pytest.raises(ValueError, match="is a gpt2, which takes no pictures"):
         load(other, torch.float32)
     unknown = tmp_path / "unknown"
     unknown.mkdir()

@@ -15,14 +15,18 @@ def test_the_frame_is_that_of_the_chat_template(vlm):
         chat = vlm.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-        assert prompts.prefix_text(prompt.fixed, 1) + prompts.suffix_text(prompt.state) == chat
+        assert (
+            tiny_models.prefix_text(prompt.fixed, 1) + tiny_models.suffix_text(prompt.state) == chat
+        )
+        assert vlm.frame.prefix(prompt.fixed, 3) == tiny_models.prefix_text(prompt.fixed, 3)
+        assert vlm.frame.suffix(prompt.state) == tiny_models.suffix_text(prompt.state)
 
 
 def test_a_picture_has_as_many_places_as_features(vlm):
     env = tiny_models.new_env("points24")
     picture, _ = env.reset(seed=0)
     features, _ = vlm.see([picture])
-    ids = vlm.encode(prompts.prefix_text("rules", features.shape[1]))
+    ids = vlm.encode(tiny_models.prefix_text("rules", features.shape[1]))
     assert ids.count(vlm.image) == features.shape[1] == 8
     start, end = (
         vlm.tokenizer.convert_tokens_to_ids(t) for t in (prompts.VISION_START, prompts.VISION_END)
@@ -33,7 +37,7 @@ def test_a_picture_has_as_many_places_as_features(vlm):
 
 def test_the_parts_are_encoded_by_themselves(vlm):
     """No token spans the boundary between prefix, suffix and answer."""
-    prefix, suffix = prompts.prefix_text("A, B.\n", 2), prompts.suffix_text('formula: ""')
+    prefix, suffix = tiny_models.prefix_text("A, B.\n", 2), tiny_models.suffix_text('formula: ""')
     assert vlm.tokenizer.decode(vlm.encode(prefix) + vlm.encode(suffix)) == prefix + suffix
     assert suffix.endswith("<|im_start|>assistant\n")
     assert all(len(vlm.encode(t)) == 1 for t in prompts.SPECIAL_TOKENS)

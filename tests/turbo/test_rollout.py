@@ -8,10 +8,10 @@ import tiny_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import suffix_text
 
 from turbo.decode import Decoder
 from turbo.parallel import Crew
-from turbo.prompts import suffix_text
 from turbo.rollout import Abandoned, RolloutOptions, Table, mix
 
 

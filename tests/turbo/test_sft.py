@@ -7,20 +7,20 @@ import re
 import pytest
 import tiny_models
 import torch
+from tiny_models import suffix_text
 
-from turbo import sft
+from turbo import demos, sft
 from turbo.envs.cards import evaluate, tokenize
 from turbo.envs.formula import aim_of
 from turbo.model import load
 from turbo.parallel import Crew
-from turbo.prompts import suffix_text
 
 
 @pytest.mark.parametrize("game", ["points24", "ezpoints", "numberline", "blackjack"])
 def test_demonstrations_are_legal_answers_to_their_prompts(vlm, game):
     env = tiny_models.new_env(game)
     for seed in range(4):
-        demo = sft.demonstrate(env, vlm, seed)
+        demo = demos.demonstrate(env, vlm, seed)
         assert len(demo.suffixes) == len(demo.answers) >= 1
         assert demo.picture.shape == env.observation_space.shape
         assert demo.fixed == env.prompt("short").fixed
@@ -28,15 +28,15 @@ def test_demonstrations_are_legal_answers_to_their_prompts(vlm, game):
             assert answer[-1] == vlm.end and vlm.end not in answer[:-1]
             assert env.read_answer(vlm.decode(answer)).action is not None
             assert vlm.tokenizer.decode(suffix).endswith(suffix_text(""))
-        again = sft.demonstrate(env, vlm, seed)
+        again = demos.demonstrate(env, vlm, seed)
         assert again.answers == demo.answers
-    assert sft.demonstrate(env, vlm, 99).answers != demo.answers
+    assert demos.demonstrate(env, vlm, 99).answers != demo.answers
 
 
 def test_states_are_of_episodes_of_their_own(vlm):
     env, first, targets, count = tiny_models.new_env("points24"), 0, [], 0
     for seed in range(12):
-        demo = sft.demonstrate(env, vlm, seed, states=4, other_targets=0.5)
+        demo = demos.demonstrate(env, vlm, seed, states=4, other_targets=0.5)
         assert 1 <= len(demo.answers) <= 4  # not every target can be reached with every hand
         for suffix, answer in zip(demo.suffixes, demo.answers, strict=True):
             asked = re.search(r'target: ([0-9]+), formula: "(.*)"', vlm.tokenizer.decode(suffix))
@@ -49,13 +49,13 @@ def test_states_are_of_episodes_of_their_own(vlm):
             first, count, targets = first + (not asked[2]), count + 1, [*targets, int(asked[1])]
     assert 0.3 < first / count < 0.7 and 0.3 < targets.count(24) / count < 0.8
     assert len(set(targets)) > 8
-    assert len(sft.demonstrate(env, vlm, 3, states=1).answers) == 1
+    assert len(demos.demonstrate(env, vlm, 3, states=1).answers) == 1
 
 
 def test_labels_are_what_the_picture_shows():
     fields = {"cards": ["10", "K"], "formula": "10+", "thoughts": "x", "action": "+"}
-    assert sft.perception_labels(fields) == ["10", "K"]
-    assert sft.perception_labels({"current number": 2, "target number": "5", "thoughts": ""}) == [
+    assert demos.perception_labels(fields) == ["10", "K"]
+    assert demos.perception_labels({"current number": 2, "target number": "5", "thoughts": ""}) == [
         "2",
         "5",
     ]

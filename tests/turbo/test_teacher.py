@@ -7,7 +7,6 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 
-from turbo.backprop import flatten
 from turbo.teacher import Teacher
 
 WAYS = [dict(merge=m, weighting=w) for m in ("ties", "linear") for w in ("sma", "ema", "score")]
@@ -66,7 +65,7 @@ def test_identical_checkpoints_are_that_checkpoint(vlm, asked, way, count):
         policy = vlm.weights(lora)
     want = logits(vlm, asked, policy)
     assert (logits(vlm, asked, teacher.weights) - want).abs().max() < 1e-4
-    for one, two in zip(flatten(teacher.weights), flatten(policy), strict=True):
+    for one, two in zip(teacher.weights.tensors(), policy.tensors(), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
     weaker = tiny_models.noisy_lora(vlm, 3)
     weaker.scale /= 4
@@ -120,7 +119,7 @@ def test_state_comes_back_bit_for_bit(vlm, way, merge_every):
     other.load_state_dict({k: v.clone() for k, v in tensors.items()}, data)
 
     def same():
-        for one, two in zip(flatten(teacher.weights), flatten(other.weights), strict=True):
+        for one, two in zip(teacher.weights.tensors(), other.weights.tensors(), strict=True):
             assert torch.equal(one, two)
 
     same()
@@ -199,9 +198,11 @@ def test_a_later_change_of_the_policy_does_not_reach_the_teacher(vlm):
     for changes in ({}, dict(history_max=3)):
         teacher, lora = new_teacher(vlm, **changes), tiny_models.noisy_lora(vlm, 0)
         teacher.push(0, lora, 0.5)
-        before = [t.clone() for t in flatten(teacher.weights)]
+        before = [t.clone() for t in teacher.weights.tensors()]
         with torch.no_grad():
             for p in lora.parameters():
                 p.add_(1.0)
-        assert all(torch.equal(a, b) for a, b in zip(before, flatten(teacher.weights), strict=True))
-        assert not any(t.requires_grad for t in flatten(teacher.weights))
+        assert all(
+            torch.equal(a, b) for a, b in zip(before, teacher.weights.tensors(), strict=True)
+        )
+        assert not any(t.requires_grad for t in teacher.weights.tensors())

@@ -7,10 +7,10 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from tiny_models import suffix_text
 
 from turbo import prompts, tiny
 from turbo.model import VisionLanguageModel
-from turbo.prompts import suffix_text
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_pictures_are_never_resized(tokenizer, game):
     assert out["image_grid_thw"].tolist() == [[1, height // tiny.PATCH, width // tiny.PATCH]]
     vlm = tiny_models.random_model()
     assert isinstance(vlm, VisionLanguageModel)
-    pixels, grid = vlm.pixels([picture])
+    pixels, grid = vlm.pixels([picture]).values()
     torch.testing.assert_close(pixels, out["pixel_values"])
     assert torch.equal(grid, out["image_grid_thw"])
 

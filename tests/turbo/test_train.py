@@ -93,7 +93,7 @@ ALWAYS = """
     policy_loss clip_fraction approx_kl teacher_kl value_loss
     grad_norm learning_rate teacher_kl_coef explained_variance trained_rows dropped_rows
     steps_per_second tokens_per_second seconds_rollout seconds_score seconds_train seconds_merge
-    seconds_other seconds_write sft_loss teacher_legal_rate teacher_card_rate
+    seconds_other peak_memory_gb seconds_write sft_loss teacher_legal_rate teacher_card_rate
     teacher_reasoning_score teacher_aim_rate teacher_follow_rate teacher_thought_length
     teacher_thought_entropy teacher_distinct_thoughts teacher_self_bleu
 """

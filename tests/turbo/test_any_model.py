@@ -1,0 +1,185 @@
+"""From a warm start to an evaluation with models of every family: the commands themselves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from family_models import FAMILIES, folder, load_plain
+from tiny_models import without_times
+
+from turbo import checkpoint, eval, sft, shapes, train
+from turbo.envs.make import make
+from turbo.log import read_jsonl
+from turbo.model import Engine, load
+from turbo.shapes import published
+
+pytestmark = pytest.mark.slow
+COMMON = "--workers 1 --dtype float32 --device cpu"
+SMALL = (
+    f"{COMMON} --engine modules --lora-rank 4 --envs 8 --group-size 4 --steps-per-update 12 "
+    "--max-new-tokens 16 --updates 2 --epochs 1 --minibatch 8 --eval-episodes 0 --teacher-sample 4 "
+    "--save-every 1 --skip-certain 0 --micro-tokens 600 --advantage gae"
+)
+SFT = f"{COMMON} --steps 3 --deals 4 --states 1 --lora-rank 4 --eval-episodes 4 --max-new-tokens 16"
+
+
+def do_train(model: Path, out: Path, *flags: str) -> list[dict]:
+    """Train on numberline; the records of the updates."""
+    arguments = ["numberline", "--model", str(model), "--out", str(out), *SMALL.split(), *flags]
+    assert train.main(arguments) == 0
+    return [r for r in read_jsonl(out / checkpoint.METRICS) if "episodes" in r]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def warm(request, tmp_path_factory):
+    """A fine-tuned model, written merged."""
+    out = tmp_path_factory.mktemp(request.param) / "warm"
+    arguments = ["numberline", "--model", str(folder(request.param)), "--out", str(out)]
+    assert sft.main([*arguments, *SFT.split()]) == 0
+    return out
+
+
+def test_a_fine_tuned_model_is_one_of_transformers(warm):
+    record = json.loads((warm / "warm_start.json").read_text())
+    assert record["observation"] == "small" and record["figures"]["loss"] > 0
+    vlm = load(warm, torch.float32, Engine("modules"))
+    base = load(Path(record["config"]["model"]), torch.float32, Engine("modules"))
+    plain = load_plain(vlm).state_dict()
+    moved = 0
+    for name, matrix in base.module.state_dict().items():
+        same = torch.equal(matrix, plain[name])
+        adapted = name.removesuffix(".weight") in base.text.adapted()
+        assert same or adapted, name
+        moved += not same
+    assert moved == len(base.text.adapted())
+
+
+def test_training_and_evaluation(warm, tmp_path, capsys):
+    records = do_train(warm, tmp_path / "run")
+    assert len(records) == 2
+    for r in records:
+        assert r["skipped_batches"] == 0 and r["faulty_steps"] == 0 and r["grad_norm"] > 0
+        assert r["trained_rows"] > 0 and r["teacher_legal_rate"] >= 0
+    # Guided by the merged teacher: the second one is not the policy.
+    assert records[0]["teacher_kl"] >= 0 and records[1]["teacher_kl"] > 0
+    capsys.readouterr()
+    figures = []
+    for flags in ([], ["--teacher"]):
+        arguments = [
+            str(tmp_path / "run"),
+            "--env",
+            "numberline",
+            "--episodes",
+            "4",
+            "--max-new-tokens",
+            "16",
+            *flags,
+        ]
+        assert eval.main([*arguments, "--json", "--workers", "1"]) == 0
+        figures.append(json.loads(capsys.readouterr().out.strip().splitlines()[-1]))
+    assert all(0 <= f["success_rate"] <= 1 for f in figures)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--guidance sft --sft-rows 6 --sft-batch 4",
+        "--kl-placement reward --kl-estimator k3 --merge linear",
+        "--quantize nf4 --optimizer adamw8bit --lora-rank 64 --no-gradient-checkpointing",
+        "--weighting score --merge-every 2 --history-max 2",
+    ],
+)
+def test_methods_with_a_large_models_teacher(tmp_path, flags):
+    """Each ends, and a run that is resumed after its first update gives the same bits."""
+    model = folder("qwen3_vl")
+    whole = do_train(model, tmp_path / "whole", *flags.split())
+    part = ["--updates", "1", *flags.split()]
+    records = do_train(model, tmp_path / "part", *part)
+    assert train.main(["numberline", "--resume", str(tmp_path / "part"), "--updates", "2"]) == 0
+    records = [r for r in read_jsonl(tmp_path / "part" / checkpoint.METRICS) if "episodes" in r]
+    one, two = ([without_times(r) for r in x] for x in (whole, records))
+    assert one[1].keys() == two[1].keys()
+    odd = {k for k in one[1] if one[1][k] != two[1][k] and one[1][k] == one[1][k]}
+    assert odd <= {"learning_rate"}, {k: (one[1][k], two[1][k]) for k in odd}
+
+
+def test_a_quantised_run_of_every_family(tmp_path):
+    for family in FAMILIES:
+        flags = ("--quantize", "nf4", "--updates", "1")
+        (record,) = do_train(folder(family), tmp_path / family, *flags)
+        assert record["grad_norm"] > 0
+
+
+def test_models_that_cannot_be_used(tmp_path, capsys):
+    """One line each, exit status 2, and no run directory is left behind."""
+
+    def refused(command, model: Path) -> str:
+        arguments = ["numberline", "--model", str(model), "--out", str(tmp_path / "out")]
+        assert command([*arguments, "--workers", "1", "--device", "cpu"]) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    mute = tmp_path / "mute"
+    shutil.copytree(folder("smolvlm"), mute)
+    (mute / "chat_template.jinja").unlink()
+    text = tmp_path / "text"
+    shutil.copytree(folder("smolvlm"), text)
+    (text / "config.json").write_text('{"model_type": "llama"}')
+    for command in (train.main, sft.main):
+        said = refused(command, tmp_path / "none")
+        assert said.startswith("error: model") and "none" in said
+        assert "takes no pictures" in refused(command, text)
+        assert "has no usable chat template" in refused(command, mute)
+    arguments = ["--model", str(folder("smolvlm")), "--engine", "fused"]
+    arguments += ["--out", str(tmp_path / "out"), "--workers", "1"]
+    assert train.main(["numberline", *arguments]) == 2
+    assert "engine fused runs Qwen2.5-VL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("game", ["points24", "blackjack"])
+def test_full_observations(tmp_path, game):
+    """Rules in words and large pictures, which transformers' processor resizes."""
+    model = folder("qwen3_vl")
+    flags = [
+        "--observation",
+        "full",
+        "--updates",
+        "1",
+        "--max-new-tokens",
+        "8",
+        "--no-early-truncation",
+    ]
+    arguments = [game, "--model", str(model), "--out", str(tmp_path / "run"), *SMALL.split()]
+    assert train.main([*arguments, *flags, "--micro-tokens", "4096"]) == 0
+    (record,) = [r for r in read_jsonl(tmp_path / "run" / checkpoint.METRICS) if "episodes" in r]
+    assert record["grad_norm"] > 0 and record["peak_memory_gb"] > 0.1
+    vlm = load(model, torch.float32, Engine("modules"))
+    env = make(game)
+    features, _ = vlm.see([env.reset(seed=0)[0]])
+    assert features.shape[1] > 60 and len(vlm.encode(env.prompt("full").fixed)) > 60
+
+
+def test_random_weights_of_published_shapes(tmp_path, monkeypatch, capsys):
+    """The way of `--model qwen3-vl-8b --random-weights`, with fewer and narrower layers."""
+
+    def small(name: str):
+        config = published(name)
+        text, vision = config.text_config, config.vision_config
+        text.num_hidden_layers, vision.depth = 2, 2
+        text.hidden_size = vision.out_hidden_size = 64
+        text.intermediate_size, text.num_attention_heads, text.num_key_value_heads = 96, 2, 1
+        vision.hidden_size, vision.intermediate_size, vision.num_heads = 32, 48, 2
+        vision.deepstack_visual_indexes = [0]
+        return config
+
+    monkeypatch.setattr(shapes, "published", small)
+    flags = ["--model", "qwen3-vl-8b", "--random-weights", "--observation", "small"]
+    arguments = ["numberline", "--out", str(tmp_path / "run"), *SMALL.split(), *flags]
+    assert train.main([*arguments, "--updates", "1", "--envs", "4", "--steps-per-update", "4"]) == 0
+    assert train.main([*arguments, "--overwrite", "--gpu", "0.5", "--micro-tokens", "2048"]) == 2
+    said = capsys.readouterr().err
+    assert "qwen3-vl-8b needs" in said and "the card has 0.5 GB" in said
+    assert train.main([*arguments, "--overwrite", "--model", "qwen9"]) == 2
+    assert "qwen9" in capsys.readouterr().err

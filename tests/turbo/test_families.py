@@ -1,0 +1,305 @@
+"""turbo/families.py, turbo/modules.py: every family equals transformers' own model."""
+
+import pytest
+import tiny_models
+import torch
+import torch.nn.functional as F
+from family_models import FAMILIES, load_plain, model, own_logits
+from tiny_models import new_env
+
+from turbo import prompts
+from turbo.kernels.nf4 import dequantize_nf4, quantize_nf4
+from turbo.kernels.ties import ties_merge_lora
+from turbo.modules import SCRATCH, bnb_read
+from turbo.teacher import Teacher
+
+TEXT = '{"thoughts": "12+3=15, so 4", "action": "+"}'
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def vlm(request):
+    return model(request.param)
+
+
+def shown(count: int) -> list:
+    """Pictures of numberline."""
+    env = new_env()
+    return [env.reset(seed=i)[0] for i in range(count)]
+
+
+def our_logits(vlm, lora, pictures: list, owner: list[int], rows: list[list[int]], merged=False):
+    """Logits [R, L, V] of right-padded rows behind their pictures' prefixes."""
+    features, grid = vlm.see(pictures)
+    weights = vlm.weights(lora)
+    weights = vlm.merged(weights) if merged else weights
+    prefix = vlm.prefix(weights, features, "the rules", grid)
+    length = max(map(len, rows))
+    ids = torch.tensor([r + [vlm.pad] * (length - len(r)) for r in rows])
+    hidden = vlm.suffix(weights, ids, prefix.select(torch.tensor(owner)))
+    return F.linear(vlm.text.final_norm(weights, hidden), weights.head)
+
+
+def adapted_parameters(vlm, lora) -> dict:
+    """All parameters of the untouched model, with `lora` merged in float32; differentiable."""
+    out = dict(load_plain(vlm).named_parameters())
+    for name, (a, b) in lora.factors.items():
+        out[name + ".weight"] = out[name + ".weight"].detach() + lora.scale * (b @ a)
+    return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merged", [False, True])
+def test_logits_are_those_of_transformers(vlm, merged):
+    lora, pictures = tiny_models.noisy_lora(vlm), shown(2)
+    rows = [vlm.encode(TEXT), vlm.encode("so 4"), vlm.encode(TEXT + TEXT)]
+    ours = our_logits(vlm, lora, pictures, [0, 1, 1], rows, merged)
+    parameters = adapted_parameters(vlm, lora)
+    for i, (picture, row) in enumerate(zip((0, 1, 1), rows, strict=True)):
+        theirs = own_logits(vlm, parameters, pictures[picture], "the rules", row)
+        assert (ours[i, : len(row)] - theirs).abs().max() < 2e-4
+    # The picture and the factors matter, or the above would show nothing.
+    other = own_logits(vlm, parameters, pictures[0], "the rules", rows[2])
+    assert (ours[2, : len(rows[2])] - other).abs().max() > 1e-2
+    base = our_logits(vlm, None, pictures, [0, 1, 1], rows)
+    assert (ours - base).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_the_factors_are_those_of_transformers(family, checkpointing):
+    vlm = model(family, checkpointing=checkpointing)
+    lora, pictures, row = tiny_models.noisy_lora(vlm), shown(1), vlm.encode(TEXT)
+    target = torch.tensor([*row[1:], 7])
+    ours = our_logits(vlm, lora, pictures, [0], [row])[0]
+    theirs = own_logits(vlm, adapted_parameters(vlm, lora), pictures[0], "the rules", row)
+    pairs = [
+        torch.autograd.grad(F.cross_entropy(x, target), lora.parameters()) for x in (ours, theirs)
+    ]
+    for one, two in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-3, atol=1e-5)
+        assert two.abs().max() > 0
+
+
+def test_checkpointing_keeps_less(monkeypatch):
+    """What autograd holds between forward and backward, with and without checkpointing."""
+    held = {}
+    for checkpointing in (True, False):
+        vlm = model("qwen3_vl", checkpointing=checkpointing)
+        lora, sizes = tiny_models.noisy_lora(vlm), {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            our_logits(vlm, lora, shown(1), [0], [vlm.encode(TEXT * 8)])
+        held[checkpointing] = sum(sizes.values())
+    assert held[True] < 0.4 * held[False]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fifty_swaps_leave_the_base_as_it_was(family, quantize):
+    """Policy and teacher take turns in the scratch; it is always filled from the pristine base."""
+    vlm = model(family, dtype=torch.bfloat16, quantize=quantize)
+
+    def bits() -> list[torch.Tensor]:
+        found = []
+        for matrix in vlm.matrices.values():
+            coded = quantize == "nf4"
+            found += [matrix.codes.clone(), matrix.absmax.clone()] if coded else [matrix.clone()]
+        return found + [p.clone() for p in vlm.module.parameters()]
+
+    before, lora, other = bits(), tiny_models.noisy_lora(vlm), tiny_models.noisy_lora(vlm, 1)
+    row, policies, teachers = [vlm.encode(TEXT)], [], []
+    for _ in range(25):
+        policies.append(our_logits(vlm, lora, shown(1), [0], row, merged=True))
+        teachers.append(our_logits(vlm, other, shown(1), [0], row, merged=True))
+    assert all(torch.equal(x, policies[0]) for x in policies)
+    assert all(torch.equal(x, teachers[0]) for x in teachers)
+    assert not torch.equal(policies[0], teachers[0])
+    for one, two in zip(before, bits(), strict=True):
+        assert torch.equal(one, two)
+    # Merged and unmerged differ by rounding to bfloat16 alone.
+    adapted = our_logits(vlm, lora, shown(1), [0], row)
+    spread = adapted.float().std()
+    assert (policies[0] - adapted).float().std() < 0.05 * spread
+    assert (policies[0] - teachers[0]).float().std() > 0.2 * spread
+
+
+@torch.no_grad()
+def test_weights_of_an_older_content_are_refused(vlm):
+    lora = tiny_models.noisy_lora(vlm)
+    old = vlm.merged(vlm.weights(lora))
+    assert old.role == SCRATCH and vlm.merged(old) is old
+    features, grid = vlm.see(shown(1))
+    vlm.prefix(old, features, "", grid)
+    vlm.merged(vlm.weights(lora))
+    with pytest.raises(RuntimeError, match="merge them again"):
+        vlm.prefix(old, features, "", grid)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_in_four_bits_computes_what_its_codes_stand_for(family):
+    vlm = model(family, quantize="nf4")
+    lora, row = tiny_models.noisy_lora(vlm), vlm.encode(TEXT)
+    parameters = dict(load_plain(vlm).named_parameters())
+    for name, coded in vlm.matrices.items():
+        parameters[name] = dequantize_nf4(coded)
+        if (module := name.removesuffix(".weight")) in lora.factors:
+            a, b = lora.factors[module]
+            parameters[name] = parameters[name] + lora.scale * (b @ a)
+    theirs = own_logits(vlm, parameters, shown(1)[0], "the rules", row)
+    ours = our_logits(vlm, lora, shown(1), [0], [row])[0]
+    assert (ours - theirs).abs().max() < 2e-4
+    # Decoding uses the very same weights: a sum in four bits would lose what was trained.
+    played = our_logits(vlm, lora, shown(1), [0], [row], merged=True)[0]
+    assert torch.equal(played, ours)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [0.05, 0.0005])
+def test_a_teacher_over_a_base_in_four_bits(size):
+    """It stands for base + merged task vectors, a tenth of the task vector off, however small."""
+    vlm = model("qwen3_vl", quantize="nf4")
+    teacher = Teacher(vlm, tiny_models.noisy_lora(vlm), tiny_models.new_config(density=1.0))
+    lora = tiny_models.noisy_lora(vlm, size=size)
+    teacher.push(0, lora)
+    before = {name: (m.codes.clone(), m.absmax.clone()) for name, m in vlm.matrices.items()}
+    dense = teacher.dense()
+    for name, (a, b) in lora.factors.items():
+        base = dequantize_nf4(vlm.matrices[name + ".weight"])
+        wanted = lora.scale * (b @ a)
+        moved = dense[name] - base
+        assert (moved - wanted).norm() < 0.15 * wanted.norm()
+    row = vlm.encode(TEXT)
+    features, grid = vlm.see(shown(1))
+    weights = teacher.weights
+    prefix = vlm.prefix(weights, features, "the rules", grid)
+    hidden = vlm.suffix(weights, torch.tensor([row]), prefix)
+    ours = F.linear(hidden, weights.head)[0]
+    parameters = dict(load_plain(vlm).named_parameters())
+    parameters |= {name + ".weight": matrix for name, matrix in dense.items()}
+    theirs = own_logits(vlm, parameters, shown(1)[0], "the rules", row)
+    assert (ours - theirs).abs().max() < 2e-4
+    for name, m in vlm.matrices.items():
+        assert torch.equal(m.codes, before[name][0]) and torch.equal(m.absmax, before[name][1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_teacher_over_a_dense_base(family):
+    """The scratch holds what merging the history gives, and again after the policy was in it."""
+    vlm = model(family)
+    config = tiny_models.new_config(weighting="sma", density=0.8)
+    teacher = Teacher(vlm, tiny_models.noisy_lora(vlm), config)
+    for seed in range(3):
+        teacher.push(seed, tiny_models.noisy_lora(vlm, seed))
+    dense = teacher.dense()
+    for name, matrix in vlm.text.adapted().items():
+        history = teacher.history.entries
+        want = ties_merge_lora(
+            matrix.detach(),
+            *([e.factors[name][side] for e in history] for side in (0, 1)),
+            [e.scale for e in history],
+            [1 / 3] * 3,
+            [e.thresholds[name] for e in history],
+        )
+        assert torch.equal(dense[name], want)
+    held = teacher.weights
+    assert teacher.weights.content == held.content  # not merged twice
+    vlm.merged(vlm.weights(tiny_models.noisy_lora(vlm)))
+    again = teacher.weights
+    assert again.content != held.content
+    for name, module in vlm.text.linears.items():
+        assert torch.equal(module.scratch, dense[name])
+
+
+def test_gradients_with_a_base_in_four_bits():
+    """Reading the matrix back in the backward pass gives the gradient of the dense one."""
+    vlm = model("qwen3_vl", quantize="nf4", checkpointing=False)
+    lora, row = tiny_models.noisy_lora(vlm), vlm.encode(TEXT)
+    parameters = dict(load_plain(vlm).named_parameters())
+    for name, coded in vlm.matrices.items():
+        parameters[name] = dequantize_nf4(coded)
+        a, b = lora.factors[name.removesuffix(".weight")]
+        parameters[name] = parameters[name] + lora.scale * (b @ a)
+    target = torch.tensor([*row[1:], 7])
+    ours = our_logits(vlm, lora, shown(1), [0], [row])[0]
+    theirs = own_logits(vlm, parameters, shown(1)[0], "the rules", row)
+    pairs = [
+        torch.autograd.grad(F.cross_entropy(x, target), lora.parameters()) for x in (ours, theirs)
+    ]
+    for one, two in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-3, atol=1e-5)
+
+
+def test_codes_are_read_by_bitsandbytes_too():
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        coded = quantize_nf4(torch.randn(48, 192).to(dtype))
+        torch.testing.assert_close(bnb_read(bnb, coded), dequantize_nf4(coded), rtol=0, atol=0)
+
+
+def test_specials_are_never_sampled(vlm):
+    words = vlm.tokenizer
+    assert vlm.end == words.convert_tokens_to_ids(
+        "<end_of_utterance>" if "<image>" in words.get_vocab() else "<|im_end|>"
+    )
+    banned = {i for i, b in enumerate(vlm.banned[: len(words)].tolist()) if b}
+    specials = [*prompts.SPECIAL_TOKENS, "<image>", "<global-img>", "<end_of_utterance>"]
+    specials.append("<fake_token_around_image>")
+    known = {words.get_vocab()[t] for t in specials if t in words.get_vocab()}
+    assert banned == known - {vlm.end}
+    assert vlm.image in banned and vlm.banned[len(words) :].all()
+    assert vlm.decode([*vlm.encode(TEXT), vlm.end]) == TEXT
+
+
+@torch.no_grad()
+def test_sampled_log_probs_are_the_scored_ones(vlm):
+    """The decoder's, with merged weights, cache and guesses, against one pass of the adapted."""
+    lora = tiny_models.noisy_lora(vlm)
+    rollout = tiny_models.play(vlm, lora, steps=8, envs=8, group=4, max_new_tokens=24)
+    assert rollout.accepted >= 0 and len(rollout.steps) >= 8
+    weights = vlm.weights(lora)
+    for step in rollout.steps[:6]:
+        features = rollout.features[step.picture : step.picture + 1]
+        prefix = vlm.prefix(weights, features, rollout.fixed, rollout.grid)
+        ids = torch.tensor([[*step.suffix, *step.tokens]])
+        hidden = vlm.suffix(weights, ids, prefix)[0, len(step.suffix) - 1 : -1]
+        logits = F.linear(vlm.text.final_norm(weights, hidden), weights.head)
+        logits = logits.masked_fill(vlm.banned, -1e30) / 0.7
+        scored = torch.log_softmax(logits, -1)[range(len(step.tokens)), step.tokens]
+        assert (scored - torch.tensor(step.logprobs)).abs().max() < 1e-3
+
+
+def bottom_right(module, query, key, value, attention_mask, scaling=None, **_):
+    """What FlashAttention-2 computes without a mask: the last query sees all keys."""
+    assert attention_mask is None
+    length, keys = query.shape[2], key.shape[2]
+    seen = torch.ones(length, keys, dtype=torch.bool).tril(keys - length)
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    out = F.scaled_dot_product_attention(query, key, value, seen, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_causal_attention_without_a_mask(family, monkeypatch):
+    """The way of FlashAttention-2, with its definition in its place: there is no GPU here."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    vlm = model(family)
+    lora, rows = tiny_models.noisy_lora(vlm), [vlm.encode(TEXT), vlm.encode("so 4")]
+    masked = our_logits(vlm, lora, shown(2), [0, 1], rows)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", bottom_right)
+    vlm.text.flash = True
+    plain = our_logits(vlm, lora, shown(2), [0, 1], rows)
+    for i, row in enumerate(rows):
+        assert (masked - plain)[i, : len(row)].abs().max() < 1e-4
+    rollout = tiny_models.play(vlm, lora, steps=4, max_new_tokens=8)  # decoding keeps its masks
+    assert len(rollout.steps) >= 4

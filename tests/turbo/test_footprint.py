@@ -1,0 +1,299 @@
+"""Each term against tensors: those of tiny models, counted, and what autograd and merges hold.
+
+`PLANNED` is how far the modelled terms may lie above what the operations really hold; they must
+never lie below it. The largest shapes run on fake tensors, which have no data.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from live_bytes import LiveBytes, adapt, nbytes
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForImageTextToText
+
+from turbo import footprint as size
+from turbo import shapes
+from turbo.kernels import policy_head as head
+from turbo.kernels.nf4 import quantize_nf4
+from turbo.kernels.tiles import MIN_TILE_ROWS, merged_tile
+from turbo.lora import new_lora
+from turbo.shapes import TextShape, text_shape
+
+RANK = 32  # no factor of the tiny models has fewer than 4,096 numbers
+PLANNED = 1.12
+TARGETS = [[name, "weight"] for name in shapes.COVERED]
+FAMILIES = ("qwen2.5-vl-7b", "qwen3-vl-4b")
+
+
+def tiny_config(name: str):
+    """The family's own configuration with every size small."""
+    config = shapes.published(name)
+    text, vision = config.text_config, config.vision_config
+    text.hidden_size, text.intermediate_size, text.vocab_size = 256, 640, 512
+    text.num_attention_heads, text.num_key_value_heads, text.head_dim = 4, 2, 64
+    text.rope_parameters["mrope_section"] = [8, 12, 12]
+    vision.hidden_size, vision.intermediate_size, vision.num_heads = 64, 128, 2
+    vision.out_hidden_size, vision.depth = 256, 3
+    for field in ("fullatt_block_indexes", "deepstack_visual_indexes"):
+        if hasattr(vision, field):
+            setattr(vision, field, [0, 2])
+    return few_layers(config, 3)
+
+
+def few_layers(config, count: int):
+    """The same with another number of text layers."""
+    config.text_config.num_hidden_layers = count
+    if getattr(config.text_config, "layer_types", None):
+        config.text_config.layer_types = ["full_attention"] * count
+    return config
+
+
+def build(config):
+    """A model in bf16 with random weights."""
+    return AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def tiny(request) -> tuple[nn.Module, TextShape]:
+    """A tiny model of a family, and its shape."""
+    config = tiny_config(request.param)
+    return build(config), text_shape(config)
+
+
+def text_matrices(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of the text model, by name."""
+    return {n: p for n, p in model.named_parameters() if n.startswith("model.language_model.")}
+
+
+def new_factors(model: nn.Module) -> list[torch.Tensor]:
+    """LoRA factors of the text model as the trainer makes them."""
+    return new_lora(text_matrices(model), RANK, 64.0, 0).parameters()
+
+
+# ------------------------------------------------------------------------------ what is counted
+
+
+def test_base_and_scratch(tiny):
+    model, shape = tiny
+    text = text_matrices(model)
+    matrices = {n: p for n, p in text.items() if n.split(".")[-2:] in TARGETS}
+    assert len(matrices) == shape.covered_matrices == 21
+    assert size.base_bytes(shape, nf4=False) == nbytes(*model.parameters())
+    assert size.scratch_bytes(shape, nf4=False) == nbytes(*matrices.values())
+    coded = [quantize_nf4(m.detach()) for m in matrices.values()]
+    in_nf4 = nbytes(*(c.codes for c in coded), *(c.absmax for c in coded))
+    assert size.scratch_bytes(shape, nf4=True) == in_nf4
+    others = [p for name, p in model.named_parameters() if name not in matrices]
+    assert size.base_bytes(shape, nf4=True) == in_nf4 + nbytes(*others)
+
+
+def test_factors_gradients_and_moments(tiny):
+    model, shape = tiny
+    parameters = new_factors(model)
+    assert size.factor_bytes(shape, RANK, master=False) == nbytes(*parameters)
+    half = [p.detach().bfloat16() for p in parameters]
+    assert size.factor_bytes(shape, RANK, master=True) == nbytes(*half, *parameters)
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    assert size.gradient_bytes(shape, RANK, master=False) == nbytes(*(p.grad for p in parameters))
+    assert size.gradient_bytes(shape, RANK, master=True) == nbytes(*half)
+    optimizer = torch.optim.AdamW(parameters, foreach=True)
+    optimizer.step()
+    moments = [optimizer.state[p][k] for p in parameters for k in ("exp_avg", "exp_avg_sq")]
+    assert size.moment_bytes(shape, RANK, eight_bit=False) == nbytes(*moments)
+    with LiveBytes(*parameters, *moments, *(p.grad for p in parameters)) as live:
+        optimizer.step()
+    planned = size.step_bytes(shape, RANK, master=False, eight_bit=False)
+    assert live.peak <= 1.001 * planned and planned <= PLANNED * live.peak
+
+
+def test_eight_bit_moments(tiny):
+    bnb = pytest.importorskip("bitsandbytes")
+    model, shape = tiny
+    parameters = new_factors(model)
+    optimizer = bnb.optim.AdamW8bit(parameters)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    kept = [
+        v for p in parameters for k, v in optimizer.state[p].items() if k[:5] in ("state", "absma")
+    ]
+    assert size.moment_bytes(shape, RANK, eight_bit=True) == nbytes(*kept)
+
+
+def test_cache(tiny):
+    model, shape = tiny
+    ids = torch.randint(0, 512, (2, 24))
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    held = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    assert size.cache_bytes(shape, 48) == nbytes(*held)
+
+
+# ------------------------------------------------------------------------------ what is modelled
+
+
+def saved_bytes(run, known: list[torch.Tensor]) -> int:
+    """Bytes of the distinct storages that autograd saves while `run` is called."""
+    known = {t.untyped_storage().data_ptr() for t in known}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    return sum(storages.values()) if out is not None else 0
+
+
+def narrow(layer, x, **inputs):
+    """A layer of transformers as it is: the stream in bf16."""
+    return layer(x, **inputs)
+
+
+def wide(layer, x, **inputs):
+    """The same layer with the stream in fp32."""
+    y, _ = layer.self_attn(hidden_states=layer.input_layernorm(x).bfloat16(), **inputs)
+    x = x + y
+    return x + layer.mlp(layer.post_attention_layernorm(x).bfloat16())
+
+
+@pytest.mark.parametrize("stream", [narrow, wide])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_autograd_saves(family, stream):
+    config = tiny_config(family)
+    text, shape = build(config).get_decoder(), text_shape(config)
+    adapt(text, shapes.COVERED, RANK)
+    rows, length = 3, 40
+    tokens, is_wide = rows * length, stream is wide
+    dtype = torch.float32 if is_wide else torch.bfloat16
+    x = torch.randn(rows, length, 256, dtype=dtype).requires_grad_()
+    mask = torch.zeros(rows, 1, length, length, dtype=torch.bfloat16)
+    positions = torch.arange(length).expand(3, rows, length)
+    rope = text.rotary_emb(x.bfloat16(), positions)
+    inputs = dict(attention_mask=mask, position_embeddings=rope)
+    known = [*text.parameters(), mask, *rope]
+
+    def layers(run):
+        h = x
+        for layer in text.layers:
+            h = run(layer, h)
+        return h
+
+    def again(layer, h):  # the reentrant kind keeps its input where it can be seen
+        return checkpoint(lambda h: stream(layer, h, **inputs), h, use_reentrant=True)
+
+    kept = saved_bytes(lambda: layers(again), known)
+    assert kept == size.stream_bytes(shape, tokens, is_wide)
+
+    casts = size.cast_bytes(shape, RANK, 1)
+    one = saved_bytes(lambda: stream(text.layers[0], x, **inputs), [*known, x])
+    planned = size.layer_bytes(shape, tokens, RANK, is_wide) + casts
+    assert one <= planned <= PLANNED * one
+
+    every = saved_bytes(lambda: layers(lambda layer, h: stream(layer, h, **inputs)), known)
+    planned = kept + 3 * (planned - casts) + size.cast_bytes(shape, RANK, 3)
+    assert every <= planned <= PLANNED * every
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b"])
+def test_peak_of_a_training_pass(name, checkpointing):
+    """Forward and backward of the second micro-batch, at the published shape, with four layers."""
+    config = few_layers(shapes.published(name), 4)
+    shape, rank, rows, length = text_shape(config), 128, 2, 1024
+    with FakeTensorMode():
+        model = build(config)
+        text = model.get_decoder()
+        adapt(text, shapes.COVERED, rank)
+        text.train()
+        mask = torch.zeros(rows, 1, length, length, dtype=torch.bfloat16)
+
+        def micro_batch():
+            x = torch.zeros(rows, length, shape.hidden, dtype=torch.bfloat16)
+            if checkpointing:
+                model.gradient_checkpointing_enable()
+            h = text(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+            h.backward(torch.zeros_like(h))
+
+        with LiveBytes(*model.parameters(), *model.buffers(), mask) as live:
+            micro_batch()
+            live.reset()
+            before = live.now  # the gradients
+            micro_batch()
+    held, tokens = live.peak - before, rows * length
+    assert before == size.gradient_bytes(shape, rank, master=False)
+    layers = 1 if checkpointing else 4
+    planned = size.stream_bytes(shape, tokens, wide=False)
+    planned += layers * size.layer_bytes(shape, tokens, rank, wide=False)
+    planned += size.layer_gradient_bytes(shape, tokens, wide=False)
+    planned += size.cast_bytes(shape, rank, layers)
+    assert held <= planned <= PLANNED * held
+
+
+@pytest.mark.parametrize("name", shapes.NAMES)
+def test_peak_of_reading(name):
+    """A pass without gradients that keeps keys and values, at the published shape."""
+    config = few_layers(shapes.published(name), 4)
+    shape, rows, length = text_shape(config), 2, 1024
+    with FakeTensorMode():
+        model = build(config)
+        mask = torch.zeros(rows, 1, length, length, dtype=torch.bfloat16)
+        with LiveBytes(*model.parameters(), *model.buffers(), mask) as live, torch.no_grad():
+            x = torch.zeros(rows, length, shape.hidden, dtype=torch.bfloat16)
+            model.get_decoder()(inputs_embeds=x, attention_mask=mask, use_cache=True)
+    assert live.peak <= size.read_bytes(shape, rows * length, wide=False)
+    blind = replace(shape, vision_hidden=0, vision_intermediate=0)  # the text alone
+    planned = size.read_bytes(blind, rows * length, wide=False)
+    assert live.peak <= planned <= PLANNED * live.peak
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_peak_of_seeing(name):
+    """The vision tower at its own width, on two pictures."""
+    config, real = tiny_config(name), shapes.published(name).vision_config
+    for field in ("hidden_size", "intermediate_size", "num_heads"):
+        setattr(config.vision_config, field, getattr(real, field))
+    model, shape = build(config), text_shape(config)
+    side, patch = 12, config.vision_config.patch_size
+    pixels = torch.zeros(2 * side * side, 3 * 2 * patch * patch, dtype=torch.bfloat16)
+    tower = model.model.visual
+    with LiveBytes(*tower.parameters(), *tower.buffers(), pixels) as live, torch.no_grad():
+        tower(pixels, grid_thw=torch.tensor([[1, side, side]] * 2))
+    tokens = len(pixels) // shape.patches_per_token
+    assert live.peak <= size.read_bytes(shape, tokens, wide=False) <= 1.2 * live.peak
+
+
+def test_tile_of_the_merge():
+    columns, rank = 18944, 4
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(MIN_TILE_ROWS, columns, generator=generator).bfloat16()
+    a = torch.randn(2, rank, columns, generator=generator)
+    b = torch.randn(2, MIN_TILE_ROWS, rank, generator=generator)
+    with LiveBytes(base, a, b) as live:
+        merged = merged_tile(
+            base, slice(0, 32), lambda i, rows: b[i] @ a[i], [0.5, 0.5], [0.5, 0.5], 1.0, a.dtype
+        )
+    assert merged.shape == base.shape
+    planned = size.BYTES_PER_TILE_ENTRY * base.numel()
+    assert live.peak <= planned <= 1.5 * live.peak
+
+
+def test_chunk_of_the_head():
+    fields = dict(temperature=1.0, banned=None, want=("logprob",), keep=False, triton=True)
+    options = head._Head(chunk_elements=head.CUDA_CHUNK_ELEMENTS, **fields)
+    shape = text_shape(shapes.published("qwen2.5-vl-7b"))
+    weight = torch.empty(shape.vocabulary, shape.hidden, device="meta")
+    for tokens in (1, 100, 441, 442, 2048, 5000):
+        parts = head._parts(torch.empty(tokens, shape.hidden, device="meta"), weight, options)
+        chunk = 2 * tokens * max(part.stop - part.start for part in parts)
+        others = tokens * shape.hidden * (2 * 2 + 2 * 4 + 2)
+        assert chunk + others <= size.head_bytes(shape, tokens, backward=True)
+        assert size.head_bytes(shape, tokens, backward=True) - others <= 1.1 * chunk

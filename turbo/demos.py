@@ -1,0 +1,129 @@
+"""Expert traces as token ids, and the cross-entropy of their answers.
+
+    loss = - sum over answer tokens of log p(token | picture, prompt, answer so far)
+
+Left out: who is trained on them (`turbo.sft`, `turbo.finetune`).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from turbo.backprop import backward_rows
+from turbo.model import VisionLanguageModel, Weights
+from turbo.score import score_answers
+from turbo.tiny import OTHER_TARGETS
+
+
+@dataclass
+class Demonstration:
+    """The expert's answers in one deal, as token ids, each behind the suffix of its prompt."""
+
+    picture: np.ndarray  # [H, W, 3] uint8
+    fixed: str
+    suffixes: list[list[int]]
+    answers: list[list[int]]
+    labels: list[str]
+
+
+def perception_labels(fields: dict) -> list[str]:
+    """What the picture shows, as the expert's answer names it.
+
+    That is every field before the thoughts but the formula.
+    """
+    labels = []
+    for key, value in fields.items():
+        if key == "thoughts":
+            break
+        if key != "formula":
+            labels += value if isinstance(value, list) else [value]
+    return [str(v) for v in labels]
+
+
+def demonstrate(
+    env,
+    vlm: VisionLanguageModel,
+    seed: int,
+    states: int = 0,
+    other_targets: float = 0.0,
+    style: str = "short",
+) -> Demonstration:
+    """Answers of the expert in one deal; deals without a demonstration are skipped.
+
+    `states` 0 keeps every state of one episode. Else every one of so many states is of an episode
+    of its own, the first state or a later one with equal chance. A share `other_targets` of these
+    episodes asks for another target: one picture, many exercises.
+    """
+    rng = np.random.default_rng(seed)
+    while True:
+        deal, suffixes, answers = int(rng.integers(2**31)), [], []
+        for _ in range(max(1, states)):
+            target = None
+            if rng.random() < other_targets:
+                target = {"target": int(rng.integers(*OTHER_TARGETS))}
+            picture, _ = env.reset(seed=deal, options=target)
+            rows = expert_rows(env, rng, style)
+            if states and rows:
+                later = len(rows) > 1 and rng.random() < 0.5
+                rows = [rows[int(rng.integers(1, len(rows))) if later else 0]]
+            suffixes += [vlm.encode(vlm.frame.suffix(state)) for state, _ in rows]
+            answers += [[*vlm.encode(text), vlm.end] for _, text in rows]
+        if answers:
+            labels = perception_labels(env.read_answer(vlm.decode(answers[0])).fields)
+            fixed = env.prompt(style).fixed
+            return Demonstration(picture, fixed, suffixes, answers, labels)
+
+
+def expert_rows(env, rng: np.random.Generator, style: str = "short") -> list[tuple[str, str]]:
+    """Prompt and answer in every state of an episode that the expert plays; none without a plan."""
+    rows, done = [], False
+    while not done:
+        text = env.expert_answer(rng)
+        if text is None:
+            break
+        rows.append((env.prompt(style).state, text))
+        action = env.actions.index(env.read_answer(text).action)
+        _, _, terminated, truncated, _ = env.step(action)
+        done = terminated or truncated
+    return rows
+
+
+def backward_demos(
+    vlm: VisionLanguageModel,
+    weights: Weights,
+    demos: list[Demonstration],
+    features: Tensor,  # [U, tokens, D'] of the demonstrations' pictures
+    grid: Tensor,
+    scale: float = 1.0,
+) -> tuple[float, int]:
+    """Accumulate the gradient of the summed cross-entropy, times `scale`, in the leaves `weights`
+    and in the features, where they ask for one; the sum and the number of answer tokens."""
+    total = 0.0
+    count = 0
+
+    def loss(w, hidden, batch, rows):
+        nonlocal total, count
+        h = vlm.text.final_norm(w, hidden.flatten(0, 1).index_select(0, batch.select))
+        if vlm.text.small:  # the head is trained too
+            logits = F.linear(h, w.head)[: len(batch.targets)].float()
+            value = F.cross_entropy(logits, batch.targets, reduction="sum")
+        else:
+            value = -score_answers(h, w.head, batch, want=("logprob",)).logprob.sum()
+        total += value.item()
+        count += len(batch.targets)
+        return value * scale if scale != 1.0 else value
+
+    backward_rows(
+        vlm,
+        weights,
+        features,
+        demos[0].fixed,
+        grid,
+        [i for i, d in enumerate(demos) for _ in d.answers],
+        [s for d in demos for s in d.suffixes],
+        [a for d in demos for a in d.answers],
+        loss,
+    )
+    return total, count

@@ -1,0 +1,140 @@
+"""Warm start of any vision-language model: LoRA on expert traces, written merged.
+
+    theta_0 = base + s B A,   A, B trained by AdamW on the cross-entropy of the expert's answers
+
+The vision tower stays as it is. Reached by `python -m turbo.sft points24 --model NAME --out DIR`.
+
+Left out: the demonstrations (`turbo.demos`), the tiny model from scratch (`turbo.sft`).
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from turbo.checkpoint import versions, write_json
+from turbo.config import TrainConfig
+from turbo.demos import backward_demos, demonstrate
+from turbo.formats import generation_config, save_model
+from turbo.hub import observation, open_model
+from turbo.lora import Lora, new_lora
+from turbo.measure import evaluate
+from turbo.model import VisionLanguageModel
+from turbo.modules import merge_policy, read_dense
+from turbo.parallel import Crew
+from turbo.run import env_maker, prompt_style
+from turbo.sft_config import SftConfig
+
+
+def settings(c: SftConfig) -> TrainConfig:
+    """The settings that opening a model and making its games need."""
+    shared = ("env", "model", "device", "dtype", "quantize", "observation", "micro_tokens", "seed")
+    own = {name: getattr(c, name) for name in shared}
+    return TrainConfig(engine="modules", lora_rank=c.lora_rank, **own)
+
+
+def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> int:
+    """Train, evaluate, write; the exit status."""
+    run, started = settings(c), time.perf_counter()
+    say = say if crew.leads else lambda text: None
+    try:
+        vlm = open_model(run)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    lora = new_lora(vlm.matrices, c.lora_rank, 2.0 * c.lora_rank, c.seed)
+    trained = sum(p.numel() for p in lora.parameters())
+    say(f"{c.model}: {trained:,} parameters in factors of rank {c.lora_rank}")
+    loss = train_factors(vlm, lora, run, crew, c, say)
+    figures = {"minutes": round((time.perf_counter() - started) / 60, 1), "loss": loss}
+    e = evaluate(
+        vlm,
+        vlm.weights(lora),
+        env_maker(run),
+        episodes=c.eval_episodes,
+        seed=c.seed,
+        temperature=run.eval_temperature,
+        max_new_tokens=c.max_new_tokens,
+        crew=crew,
+        envs=64,
+        prompt_style=prompt_style(run),
+    )
+    say(
+        f"T {run.eval_temperature}: success {e['success_rate']:.1%} [{e['success_low']:.1%}, "
+        f"{e['success_high']:.1%}], legal {e['legal_rate']:.1%}"
+    )
+    figures |= {k: v for k, v in e.items() if k != "solved"}
+    if crew.leads:
+        save(vlm, lora, c, run, figures)
+        say(f"written to {c.out}: train it with python -m turbo.train {c.env} --model {c.out}")
+    return 0
+
+
+def train_factors(
+    vlm: VisionLanguageModel,
+    lora: Lora,
+    run: TrainConfig,
+    crew: Crew,
+    c: SftConfig,
+    say: Callable[[str], None],
+) -> float:
+    """Cross-entropy on expert answers, warm-up and cosine; the mean loss of the last 50 steps."""
+    env, style = env_maker(run)(), prompt_style(run)
+    optimizer = torch.optim.AdamW(lora.parameters(), lr=c.lora_learning_rate, weight_decay=0.0)
+    rng = np.random.default_rng([c.seed, 2, crew.rank])
+    started, recent = time.perf_counter(), []
+    for step in range(c.steps):
+        rate = min(1, (step + 1) / 20) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / c.steps)))
+        optimizer.param_groups[0]["lr"] = c.lora_learning_rate * rate
+        seeds = rng.integers(2**31, size=c.deals // crew.size)
+        demos = [demonstrate(env, vlm, int(s), c.states, c.other_targets, style) for s in seeds]
+        for p in lora.parameters():
+            p.grad = torch.zeros_like(p)
+        with torch.no_grad():
+            features, grid = vlm.see([d.picture for d in demos])
+        whole = vlm.weights(lora)
+        weights = whole.cut()
+        tokens = sum(len(a) for d in demos for a in d.answers)
+        loss, count = backward_demos(vlm, weights, demos, features, grid, scale=1 / tokens)
+        whole.backward([weights])
+        crew.sum_([p.grad for p in lora.parameters()])
+        loss, count = crew.total(loss, count)
+        norm = torch.nn.utils.clip_grad_norm_(lora.parameters(), float(crew.size))
+        if norm.isfinite():
+            optimizer.step()
+        recent = [*recent[-49:], loss / count]
+        if step % 10 == 9:
+            left = (time.perf_counter() - started) / (step + 1) * (c.steps - step - 1) / 60
+            say(f"step {step + 1}/{c.steps} loss {np.mean(recent):.4f} {left:.1f} minutes left")
+    return float(np.mean(recent))
+
+
+def save(
+    vlm: VisionLanguageModel, lora: Lora, c: SftConfig, run: TrainConfig, figures: dict
+) -> None:
+    """Write the merged model and the record of how it was made."""
+
+    dense = {}
+    for name, (a, b) in lora.factors.items():
+        base = read_dense(vlm.text.adapted()[name])
+        dense[name] = merge_policy(base, a, b, lora.scale, torch.empty_like(base)).cpu()
+    out = Path(c.out)
+    # transformers refuses to save some bases' own settings
+    temperature = run.eval_temperature
+    vlm.module.generation_config = generation_config(vlm, temperature, c.max_new_tokens)
+    save_model(out, vlm.module, dense, vlm.text.dtype)
+    vlm.tokenizer.save_pretrained(out)
+    vlm.processor.save_pretrained(out)
+    config = {k: v for k, v in asdict(c).items() if k not in ("out", "overwrite")}
+    record = {
+        "config": config,
+        "observation": observation(run),
+        "versions": versions(),
+        "figures": figures,
+    }
+    write_json(out / "warm_start.json", record)

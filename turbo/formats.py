@@ -1,0 +1,102 @@
+"""Weights and settings in the formats of transformers and peft.
+
+    save_model      a complete model, for `AutoModelForImageTextToText.from_pretrained`
+    save_adapter    LoRA factors, for peft's `PeftModel.from_pretrained`
+
+Left out: which weights these are, and all other files of an export (`turbo.export`).
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from turbo.lora import Lora
+from turbo.model import VisionLanguageModel
+
+
+def saved_dtype(folder: Path) -> torch.dtype:
+    """The dtype in which a model folder was saved."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return config.dtype or config.get_text_config().dtype or torch.float32
+
+
+def save_model(
+    folder: Path, module: nn.Module, dense: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    """A model with some matrices replaced, by module name, in shards as transformers makes them.
+
+    The module is changed: it has these matrices and this dtype afterwards. A layer whose own matrix
+    is in 4 bits must be among them.
+    """
+    for name, matrix in dense.items():
+        layer = module.get_submodule(name)
+        layer.weight = nn.Parameter(matrix.to(dtype), requires_grad=False)
+    for name in module.config.sub_configs:  # else they go on telling how the base was loaded
+        if (part := getattr(module.config, name, None)) is not None:
+            part.dtype = dtype
+    module.to(dtype).save_pretrained(folder)
+
+
+def save_adapter(
+    folder: Path, module: nn.Module, lora: Lora, base: str, dtype: torch.dtype
+) -> None:
+    """adapter_model.safetensors and adapter_config.json, which peft itself writes.
+
+    `module` is the model that they adapt, `base` is what it is called.
+    """
+    from peft import LoraConfig
+
+    alpha, kind = lora.scale * lora.rank, type(module)
+    config = LoraConfig(
+        base_model_name_or_path=base,
+        r=lora.rank,
+        lora_alpha=round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha,
+        target_modules=target_modules(lora.factors, (n for n, _ in module.named_modules())),
+        lora_dropout=0.0,
+        bias="none",
+        inference_mode=True,
+    )
+    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    config.save_pretrained(folder, auto_mapping_dict=mapping)
+    tensors = {k: v.to(dtype).contiguous() for k, v in lora.state_dict().items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def target_modules(names: Iterable[str], modules: Iterable[str]) -> str:
+    """A regular expression that matches these of a model's modules and no other.
+
+    peft takes it for the whole name. Bare names such as `q_proj` would also hit those of the
+    vision tower. Layers are written as one number where that hits nothing else.
+    """
+    wanted = sorted(names)
+    short = "|".join(
+        dict.fromkeys(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(n)) for n in wanted)
+    )
+    if {m for m in modules if re.fullmatch(short, m)} == set(wanted):
+        return short
+    return "|".join(re.escape(n) for n in wanted)
+
+
+def generation_config(vlm: VisionLanguageModel, temperature: float, max_new_tokens: int):
+    """transformers' settings to sample as turbo does: temperature, end, and what is banned.
+
+    Nothing of the base's own settings stays, such as a penalty on repetition.
+    """
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=vlm.end,
+        pad_token_id=vlm.pad,
+        suppress_tokens=vlm.banned.nonzero()[:, 0].tolist(),
+    )

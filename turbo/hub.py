@@ -1,0 +1,158 @@
+"""Where a run's model comes from: the built-in warm starts, a folder, the Hub, or nowhere.
+
+Left out: what a loaded model is (`turbo.model`).
+"""
+
+import hashlib
+import re
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from turbo import memory, shapes
+from turbo.config import TrainConfig
+from turbo.model import (
+    Engine,
+    VisionLanguageModel,
+    is_small,
+    load,
+    pick_device,
+    pick_dtype,
+    random_model,
+)
+from turbo.parallel import cores
+from turbo.sft_config import SftConfig
+from turbo.tiny import builtin_path
+
+WHOLE = 1 << 30  # bytes of weights that are hashed whole
+
+
+def open_model(c: TrainConfig) -> VisionLanguageModel:
+    """The model of a run, loaded and put where it is to run."""
+    device = device_of(c)
+    engine = Engine(c.engine, c.device, c.quantize, c.gradient_checkpointing)
+    dtype = pick_dtype(c.dtype, device)
+    if c.gpu and device.type == "cuda":
+        share = c.gpu * memory.GB / torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+    if c.random_weights:
+        vlm = random_model(c.model, dtype, engine)
+    else:
+        vlm = load(model_folder(c), dtype, engine)
+    if not vlm.text.small:
+        vlm.batches.tokens = c.micro_tokens
+    return vlm
+
+
+def model_folder(c: TrainConfig) -> Path:
+    """Where the model's files are.
+
+    `tiny` is the warm start shipped for the environment; what is no folder is an id of the Hugging
+    Face Hub, taken from its cache, or downloaded.
+    """
+    if c.model == "tiny":
+        return builtin_path(c.env)
+    return snapshot(c.model) if is_hub_id(c.model) else Path(c.model)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is one of the Hub: owner/model, and no file or folder here."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+
+
+def snapshot(name: str) -> Path:
+    """The files of a model of the Hub: those in the cache, or fresh ones."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+    except LocalEntryNotFoundError:
+        print(f"{name} is not in the cache: downloading it", file=sys.stderr)
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # no network, no such model, no permission
+        raise ValueError(
+            f"model {name!r} is neither a folder nor could it be downloaded: {error}"
+        ) from error
+
+
+def model_sha256(c: TrainConfig) -> str:
+    """A fingerprint of the model's weights, so that a run is never resumed on others.
+
+    The hash of a model in one small file; of large ones, of sizes and of both ends of every file.
+    """
+    if c.random_weights:
+        shapes.find_config(c.model)  # says which there are
+        return hashlib.sha256(f"random {c.model}".encode()).hexdigest()
+    folder = model_folder(c)
+    file = folder / "model.safetensors"
+    if file.is_file() and file.stat().st_size < WHOLE:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"model {c.model!r}: {file} is missing; make it with `python -m turbo.sft`"
+        )
+    found = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        found.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            found.update(stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            found.update(stream.read())
+    return found.hexdigest()
+
+
+def device_of(c: TrainConfig | SftConfig) -> torch.device:
+    """Where the model of a run will run."""
+    small = c.model in ("", "tiny") or is_small(Path(c.model))
+    return pick_device(c.device, small)
+
+
+def own_workers(c: TrainConfig | SftConfig, most: int) -> int:
+    """How many processes work by themselves: one on a GPU, else one a core, at most `most`."""
+    if device_of(c).type == "cuda":
+        if c.workers > 1:
+            raise ValueError(f"--workers must be 1 on a GPU, got {c.workers}")
+        return 1
+    return c.workers or min(cores(), most)
+
+
+def lack_of_memory(c: TrainConfig) -> str:
+    """Why a run cannot fit its card, and the nearest settings that do; nothing where it can."""
+    plan = memory_plan(c)
+    return memory.refuse(plan) if plan else ""
+
+
+def memory_plan(c: TrainConfig) -> memory.Plan | None:
+    """What a run needs of its GPU, or of the card that --gpu names; nothing is loaded for it."""
+    if not (device_of(c).type == "cuda" or c.gpu):
+        return None
+    own = ("quantize", "lora_rank", "optimizer", "gradient_checkpointing", "envs")
+    own += ("max_new_tokens", "micro_tokens", "steps_per_update")
+    settings = memory.Settings(
+        **{name: getattr(c, name) for name in own}, history=c.history_max or c.updates + 1
+    )
+    name = c.model if c.random_weights else str(model_folder(c))
+    config = shapes.find_config(name)
+    try:
+        shape = shapes.text_shape(config, c.model)
+    except ValueError as error:  # of a family that the planner does not know
+        print(f"warning: memory is not planned: {error}", file=sys.stderr)
+        return None
+    there = c.gpu * memory.GB or torch.cuda.mem_get_info()[1]
+    return memory.plan(shape, settings, there)
+
+
+def observation(c: TrainConfig) -> Literal["small", "full"]:
+    """How the games are shown to the model of a run."""
+    if c.observation != "auto":
+        return c.observation
+    if c.random_weights:
+        return "full"
+    return "small" if c.model == "tiny" or is_small(Path(c.model)) else "full"

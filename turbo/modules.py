@@ -1,0 +1,394 @@
+"""Any family's text model, run by transformers' own decoder with a place for every role.
+
+Every linear layer of the decoder becomes an `AdaptedLinear`: the pristine base (dense, or NF4), the
+LoRA factors, and a view of one scratch buffer, as large as all of them. It computes in one of three
+roles, which the weights that are handed to `forward` choose:
+
+    base       x W^T
+    adapted    x W^T + s (x A^T) B^T       training and scoring; no dense gradient ever exists
+    scratch    x M^T                       M: the policy merged, for decoding; or the teacher
+               x W^T + x M^T               where W is in NF4; M: the teacher's task vector in NF4
+
+A sum would not survive a base in NF4: its values lie on the levels already, and coding them again
+rounds away most of what training has added. So a coded base is decoded unmerged, and the scratch
+holds the coded task vector alone, 9 % off.
+
+The scratch is always filled from the pristine base: merging in and out of bfloat16 in place drifts.
+It has one content at a time, and weights that refer to an older one are refused.
+
+Keys and values pass through the caller's `attend` (the decoder believes that it has a cache), so
+prompt prefixes are shared and rows stand where they like, whatever the family.
+
+Prompts and answers that are read whole attend causally by FlashAttention-2, where it is installed
+and on a GPU; everything else by PyTorch's own attention with a mask.
+
+Left out: vision and prompts (`turbo.model`, `turbo.families`), the merge of teachers
+(`turbo.merge`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import is_flash_attn_2_available
+
+from turbo.kernels.nf4 import (
+    Nf4Matrix,
+    dequantize_nf4,
+    empty_nf4,
+    quantize_nf4,
+)
+from turbo.kernels.ties import linear_merge_lora
+from turbo.lora import Lora
+
+BASE, ADAPTED, SCRATCH = "base", "adapted", "scratch"
+
+Matrix = Tensor | Nf4Matrix
+
+
+@dataclass(frozen=True)
+class ModuleWeights:
+    """Which weights the decoder is to run with."""
+
+    role: str
+    embed: Tensor  # [V, D]
+    head: Tensor  # [V, D]
+    content: int = 0  # of the scratch, with role `scratch`
+    lora: Lora | None = None  # with role `adapted`
+
+    def cut(self) -> "ModuleWeights":
+        """The same: gradients reach the factors directly, nothing dense is in between."""
+        return self
+
+    def backward(self, shards, scale: float = 1.0) -> None:
+        """Nothing is left to do."""
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer of the decoder in one of its roles."""
+
+    def __init__(self, linear: nn.Linear, state: "_State", quantize: bool):
+        super().__init__()
+        self.state = state
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.coded = linear.weight, None
+        if quantize:
+            self.coded = quantize_nf4(linear.weight.data)
+            self.weight = None
+        self.bias = linear.bias
+        self.scratch: Matrix | None = None
+        self.factors: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def base(self) -> Matrix:
+        """The pristine matrix [out, in]."""
+        return self.weight if self.coded is None else self.coded
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]"""
+        if self.state.role == SCRATCH:
+            y = linear(x, self.scratch, self.bias)
+            return y if self.coded is None else y + linear(x, self.coded, None)
+        y = linear(x, self.base, self.bias)
+        if self.state.role == ADAPTED:
+            a, b = self.factors
+            low = F.linear(x, a.to(x.dtype))
+            y = y + F.linear(low, b.to(x.dtype)) * self.state.scale
+        return y
+
+
+@dataclass
+class _State:
+    """What all layers of a decoder share."""
+
+    role: str = BASE
+    scale: float = 1.0
+
+
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
+    """x W^T + bias for a frozen matrix, dense or in NF4."""
+    if isinstance(weight, Nf4Matrix):
+        return _CodedLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class _CodedLinear(torch.autograd.Function):
+    """A product with a matrix in NF4; read back once forward and once backward, and never kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.weight = weight
+        return F.linear(x, read(weight).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ read(ctx.weight).to(grad.dtype), None, None
+
+
+def read(matrix: Nf4Matrix) -> Tensor:
+    """The dense matrix [out, in]; on a GPU by bitsandbytes' kernel, where it is installed."""
+    if matrix.device.type == "cuda":
+        try:
+            from bitsandbytes import functional as bnb
+        except ImportError:
+            return dequantize_nf4(matrix)
+        return bnb_read(bnb, matrix)
+    return dequantize_nf4(matrix)
+
+
+def read_dense(matrix: Matrix) -> Tensor:
+    """A dense matrix as it is, or what codes stand for."""
+    return dequantize_nf4(matrix) if isinstance(matrix, Nf4Matrix) else matrix.detach()
+
+
+def bnb_read(bnb, matrix: Nf4Matrix) -> Tensor:
+    """The dense matrix [out, in] by `bitsandbytes.functional`, whose layout this is."""
+    state = bnb.QuantState(
+        absmax=matrix.absmax,
+        shape=torch.Size(matrix.shape),
+        code=bnb.get_4bit_type("nf4", device=matrix.device),
+        blocksize=64,
+        quant_type="nf4",
+        dtype=matrix.dtype,
+    )
+    return bnb.dequantize_4bit(matrix.codes[:, None], state)
+
+
+class _Attend:
+    """What the decoder takes for its cache: every layer's keys and values go to `attend`."""
+
+    is_compileable = False
+
+    def __init__(self, attend: Callable):
+        self.attend = attend
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
+        """New keys and values [R, Hkv, L, hd] in, all to be attended to out."""
+        return self.attend(layer, keys, values)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Asked for by families that count positions themselves; they are always given here."""
+        return 0
+
+    get_query_offset = get_seq_length  # asked for where there is no mask, to make none
+
+    def get_mask_sizes(self, length: int, layer: int) -> tuple[int, int]:
+        """Likewise."""
+        return length, 0
+
+
+class ModuleText:
+    """The decoder of a loaded model, with the interface of `turbo.fused.FusedText`."""
+
+    keys = 1
+    groups = True  # prefixes run group by group, within the budget of tokens
+    small = False
+
+    def __init__(
+        self,
+        model: nn.Module,  # frozen; its linear layers are replaced
+        *,
+        device: torch.device | str = "cpu",
+        quantize: bool = False,
+        checkpointing: bool = True,
+    ):
+        c = model.config.get_text_config()
+        self.decoder = model.get_decoder()
+        self.head = model.get_output_embeddings()
+        self.dim, self.vocabulary = c.hidden_size, self.head.weight.shape[0]
+        self.layers = c.num_hidden_layers
+        self.dtype, self.device = self.head.weight.dtype, torch.device(device)
+        self._state, self.linears, self.coded = _State(), {}, quantize
+        _refuse_other_heads(model, c, self.head)
+        self.content, self.owner = 0, None  # what the scratch holds, and for whom
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        self.flash = self.device.type == "cuda" and half and is_flash_attn_2_available()
+        self.decoder.set_attn_implementation("sdpa")
+        self._adapt(model, quantize)
+        model.to(self.device)
+        self.checkpointing(checkpointing)
+
+    def _adapt(self, model: nn.Module, quantize: bool) -> None:
+        """Put an `AdaptedLinear` in the place of every linear layer."""
+        prefix = next(n for n, m in model.named_modules() if m is self.decoder)
+        found = {
+            name: module
+            for name, module in self.decoder.layers.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        if not found:
+            raise ValueError(
+                f"a {model.config.model_type} has no linear layers in its decoder that LoRA could "
+                "adapt: use another model"
+            )
+        for name in list(found):
+            module = found.pop(name).to(self.device)  # the only reference: it goes when it is coded
+            parent, _, last = name.rpartition(".")
+            adapted = AdaptedLinear(module, self._state, quantize)
+            setattr(self.decoder.layers.get_submodule(parent), last, adapted)
+            self.linears[f"{prefix}.layers.{name}"] = adapted
+
+    @property
+    def matrices(self) -> dict[str, Matrix]:
+        """The pristine matrices that LoRA adapts, by parameter name."""
+        return {name + ".weight": m.base for name, m in self.linears.items()}
+
+    def adapted(self) -> dict[str, Matrix]:
+        """The pristine matrices by module name."""
+        return {name: m.base for name, m in self.linears.items()}
+
+    def checkpointing(self, wanted: bool) -> None:
+        """Keep only every layer's input for the backward pass, and compute the rest again."""
+        for layer in self.decoder.layers:
+            layer.gradient_checkpointing = layer.training = wanted
+            layer._can_checkpoint_with_cache = True  # `attend` has no side effect worth the name
+            layer._gradient_checkpointing_func = partial(_checkpoint, self._state)
+
+    def weights(self, lora: Lora | None = None) -> ModuleWeights:
+        """Base + LoRA without merging; differentiable in the factors."""
+        role = BASE if lora is None else ADAPTED
+        return ModuleWeights(role, self._embedding, self.head.weight, lora=lora)
+
+    @property
+    def _embedding(self) -> Tensor:
+        return self.decoder.get_input_embeddings().weight
+
+    def merged(self, w: ModuleWeights) -> ModuleWeights:
+        """Weights to decode with: the policy merged into the scratch, or those that need not be."""
+        if w.role != ADAPTED or self.coded:
+            return w
+        lora = w.lora
+
+        def merge(name: str, base: Matrix, out: Matrix) -> None:
+            merge_policy(base, *lora.factors[name], lora.scale, out)
+
+        return self.fill(merge, None)
+
+    def fill(self, merge: Callable[[str, Matrix, Matrix], None], owner: object) -> ModuleWeights:
+        """Write every matrix of the scratch by `merge(name, base, out)`; the weights that use it.
+
+        For a base in NF4, what is merged upon is zero. `owner` is remembered, so that the same
+        content need not be merged twice.
+        """
+        self.owner = None
+        self.content += 1
+        for name, module in self.linears.items():
+            if module.scratch is None:
+                module.scratch = _room(module)
+            merge(name, _under(module.base), module.scratch)
+        self.owner = owner
+        return ModuleWeights(SCRATCH, self._embedding, self.head.weight, self.content)
+
+    def held(self, owner: object) -> ModuleWeights | None:
+        """The weights of what the scratch holds, if it is the owner's."""
+        if owner is None or self.owner != owner:
+            return None
+        return ModuleWeights(SCRATCH, self._embedding, self.head.weight, self.content)
+
+    def prefix_rope(self, positions: Tensor) -> Tensor:
+        """Positions [3, 1, P], or [1, P] where a family counts in one dimension."""
+        return positions.to(self.device)
+
+    def text_rope(self, positions: Tensor) -> Tensor:
+        """Positions [R, L] or [L] of plain text."""
+        return positions if positions.dim() == 2 else positions[None]
+
+    def embed(self, w: ModuleWeights, ids: Tensor) -> Tensor:
+        """Embeddings [..., D] of token ids."""
+        return self.decoder.get_input_embeddings()(ids)
+
+    def forward(
+        self,
+        w: ModuleWeights,
+        x: Tensor,  # [R, L, D]
+        rope: Tensor,  # positions [..., R or 1, L]
+        mask: Tensor | None,  # additive, [L, S] or [R, 1, 1, L, S]; None: causal, by flash
+        attend,  # (layer, k [R, Hkv, L, hd], v) -> all keys and values to attend to [R, Hkv, S, hd]
+        seen: Mapping | None = None,  # further arguments of the decoder
+    ) -> Tensor:
+        """Hidden states [R, L, D] behind the final norm."""
+        self._use(w)
+        if self.flash:
+            kind = "flash_attention_2" if mask is None else "sdpa"
+            self.decoder.config._attn_implementation = kind
+        if mask is not None:
+            mask = mask[None, None] if mask.dim() == 2 else mask[:, 0]
+            mask = mask.expand(x.shape[0], -1, -1, -1)
+        out = self.decoder(
+            inputs_embeds=x.to(self.dtype),
+            position_ids=rope.expand(*rope.shape[:-2], x.shape[0], -1),
+            attention_mask=mask,
+            past_key_values=_Attend(attend),
+            use_cache=True,
+            **(seen or {}),
+        )
+        return out.last_hidden_state
+
+    def final_norm(self, w: ModuleWeights, hidden: Tensor) -> Tensor:
+        """Hidden states as they are: the decoder ends with its norm."""
+        return hidden
+
+    def _use(self, w: ModuleWeights) -> None:
+        if w.role == SCRATCH and w.content != self.content:
+            raise RuntimeError(
+                "these weights were merged into the scratch and something else is there by now: "
+                "merge them again"
+            )
+        self._state.role = w.role
+        if w.role == ADAPTED:
+            self._state.scale = w.lora.scale
+            for name, module in self.linears.items():
+                module.factors = w.lora.factors[name]
+
+
+def _refuse_other_heads(model: nn.Module, c, head: nn.Linear) -> None:
+    """ValueError for families whose text model is more than a causal decoder and a linear head."""
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    odd = [n for n in names if getattr(c, n, None) not in (None, 1, 1.0)]
+    odd += ["a bias of the head"] if head.bias is not None else []
+    if model.config.model_type in ("gemma3", "paligemma"):
+        odd.append("attention in both directions within a picture")
+    if odd:
+        raise ValueError(
+            f"a {model.config.model_type} has {', '.join(odd)}, which is not computed here: use "
+            "another model, such as Qwen/Qwen2.5-VL-7B-Instruct"
+        )
+
+
+def _checkpoint(state: _State, function: Callable, *args) -> Tensor:
+    """`function` checkpointed; computed again in the role in which it was computed first."""
+    role = state.role
+    if not torch.is_grad_enabled() or role != ADAPTED:
+        return function(*args)
+
+    def again(*inputs):
+        state.role = role
+        return function(*inputs)
+
+    return checkpoint(again, *args, use_reentrant=False)
+
+
+def _under(base: Matrix) -> Tensor:
+    """What task vectors are added to in the scratch: the base, or zeros where it is in NF4."""
+    if isinstance(base, Nf4Matrix):
+        return torch.zeros(base.shape, dtype=base.dtype, device=base.device)
+    return base.detach()
+
+
+def _room(module: AdaptedLinear) -> Matrix:
+    """A matrix like the base's, for the scratch."""
+    base = module.base
+    if isinstance(base, Nf4Matrix):
+        return empty_nf4(base.shape, base.dtype, base.device)
+    return torch.empty_like(base, requires_grad=False)
+
+
+@torch.no_grad()
+def merge_policy(base: Tensor, a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
+    """out <- base + scale * B @ A, computed in float32, rounded once; returns `out`."""
+    pair = [a.detach()], [b.detach()], [scale], [1.0]
+    return linear_merge_lora(base.detach(), *pair, out=out, check_finite=False)

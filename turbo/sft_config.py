@@ -1,0 +1,100 @@
+"""The settings of a warm start, and what makes them impossible.
+
+Left out: reading the command line and the work itself (`turbo.sft`).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from turbo.config import Game
+
+
+@dataclass
+class SftConfig:
+    """Make a warm start from expert traces: the tiny model from scratch, or any other by LoRA."""
+
+    env: tyro.conf.Positional[Game] = "points24"
+    """which environment to learn"""
+    out: str = "warm-start"
+    """folder for the model, the tokenizer and the record of how they were made"""
+    overwrite: bool = False
+    """write into a folder that is not empty"""
+    seed: int = 0
+    """seed of everything"""
+    model: str = ""
+    """empty: a new tiny model; else a folder or an id of the Hub, to be fine-tuned by LoRA and
+    written merged"""
+    size: Literal["", "small", "medium", "nano"] = ""
+    """size of the model (empty: the one of the environment)"""
+    steps: int = 2000
+    """optimiser steps of the language model"""
+    deals: int = 24
+    """deals per step"""
+    states: int = 4
+    """states per deal, each of an episode of its own (0: every state of one episode)"""
+    solutions: int = 8
+    """card games: the expert begins with one of so many solutions"""
+    other_targets: float = 0.0
+    """Points24: share of the deals that ask for another target than 24, as further exercises"""
+    read_out_steps: int = 250
+    """steps of the read-out that teaches the vision tower to see"""
+    learning_rate: float = 2e-3
+    """peak learning rate of AdamW: embeddings, norms, vision tower"""
+    muon_learning_rate: float = 3e-3
+    """peak learning rate of Muon: the matrices of the text layers"""
+    eval_episodes: int = 500
+    """episodes of each evaluation at the end"""
+    workers: int = 0
+    """processes (0: one a core, at most 4)"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """dtype of the matrix products"""
+
+    # With --model
+    lora_rank: int = 64
+    """rank of the LoRA factors"""
+    lora_learning_rate: float = 1e-4
+    """peak learning rate of the factors"""
+    max_new_tokens: int = 96
+    """longest answer in tokens, in the evaluation at the end"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the model runs; auto is the GPU where there is one"""
+    observation: Literal["auto", "small", "full"] = "auto"
+    """small: short prompts and few pixels; full: the rules in words and large pictures; auto: small
+    for models of less than 200 MB, full for all others"""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: the base in 4 bits"""
+    micro_tokens: int = 2048
+    """tokens that run forward and backward at once"""
+
+
+# Measured in docs/LOG.md: enough to begin reinforcement learning, far from the optimum.
+SFT_DEFAULTS: dict[str, dict] = {
+    "points24": dict(other_targets=0.75),
+    "ezpoints": dict(steps=150, deals=32, read_out_steps=120),
+    "numberline": dict(steps=100, deals=32),
+    "blackjack": dict(steps=100, deals=32),
+}
+
+
+def sft_defaults(env: str) -> SftConfig:
+    """The settings of the warm start of one environment."""
+    if env not in SFT_DEFAULTS:
+        raise ValueError(f"environment {env!r} is unknown: use {', '.join(SFT_DEFAULTS)}")
+    return SftConfig(**{"env": env, **SFT_DEFAULTS[env]})
+
+
+def check_sft(c: SftConfig) -> None:
+    """Refuse settings that cannot work."""
+    rates = ("learning_rate", "muon_learning_rate", "lora_learning_rate", "lora_rank")
+    for flag in ("steps", "deals", "solutions", "read_out_steps", *rates, "eval_episodes"):
+        if not getattr(c, flag) > 0:
+            name = "--" + flag.replace("_", "-")
+            raise ValueError(f"{name} must be more than 0, got {getattr(c, flag)}")
+    for flag in ("seed", "states", "workers"):
+        if getattr(c, flag) < 0:
+            raise ValueError(f"--{flag} must be zero or more, got {getattr(c, flag)}")
+    if not 0 <= c.other_targets <= 1 or (c.other_targets and c.env != "points24"):
+        rule = "a share from 0 to 1, and 0 except with points24"
+        raise ValueError(f"--other-targets must be {rule}, got {c.other_targets}")
