@@ -47,7 +47,7 @@ KL_COEF = 1.0
 MERGED = "merged"  # the teacher's adapter; those it is made of are called by their update
 PHASES = ("rollout", "score", "train", "checkpoint", "merge")
 PAPER = PRESETS["paper"]
-TRIALS, TRIAL_TOKENS = 2, 8  # updates of one such answer on which `fastest` times each setting
+TRIALS, TRIAL_TOKENS = 4, 8  # updates of one such answer on which `fastest` times each setting
 
 
 @dataclass
