@@ -80,6 +80,7 @@ def hub(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # CI sets it
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     yield handler
     server.shutdown()
@@ -139,6 +140,7 @@ print(json.dumps(told))
 def test_the_network_is_used_to_push_alone(run, tmp_path):
     """Nothing is looked up without --push; where nobody answers the export stays, in seconds."""
     env = {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_secret"}
+    env["HF_HUB_OFFLINE"] = "0"  # CI sets it
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, str(run), str(tmp_path / "out")],
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
