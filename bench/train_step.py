@@ -195,7 +195,7 @@ def new_run(crew: Crew, c: BenchConfig, name: str, folder: Path) -> tuple[Run, T
 
 def device_of(run: Run) -> str:
     """Where the model is: cpu or cuda."""
-    return next(run.vlm.module.parameters()).device.type
+    return run.vlm.device.type
 
 
 def pick_setting(config: TrainConfig, folder: Path, device: str) -> Setting:
@@ -264,7 +264,7 @@ def most_held(crew: Crew, c: BenchConfig, name: str, setting: Setting | None, fo
     run, tally = new_run(crew, c, name, folder / "held")
     for _ in range(2):
         one_update(run, tally)
-    return int(crew.total(peak_bytes(torch.device(device_of(run))))[0])
+    return int(crew.total(peak_bytes(run.vlm.device))[0])
 
 
 def memory(c: BenchConfig, workers: int, measured: Measured, folder: Path) -> dict[str, int]:

@@ -18,7 +18,7 @@ from transformers import (
     SmolVLMImageProcessorPil,
 )
 
-from turbo import prompts, tiny
+from turbo import tiny
 from turbo.model import Engine, VisionLanguageModel, load
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "smolvlm")
@@ -54,7 +54,6 @@ def folder(family: str) -> Path:
 
 def _qwen3():
     words = tokenizer()
-    ids = {t: words.convert_tokens_to_ids(t) for t in prompts.SPECIAL_TOKENS}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
     text = dict(TEXT, vocab_size=len(words), rope_parameters=rope | {"mrope_interleaved": True})
     vision = dict(
@@ -70,15 +69,8 @@ def _qwen3():
         deepstack_visual_indexes=[0, 1],
         initializer_range=0.15,
     )
-    config = Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=ids[prompts.IMAGE_PAD],
-        video_token_id=ids[prompts.VIDEO_PAD],
-        vision_start_token_id=ids[prompts.VISION_START],
-        vision_end_token_id=ids[prompts.VISION_END],
-        tie_word_embeddings=True,
-    )
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    tiny.name_tokens(config, words)
     pictures = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=448 * 448)
     return Qwen3VLForConditionalGeneration(config), words, pictures
 

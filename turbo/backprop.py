@@ -33,6 +33,14 @@ def rows_of(
     return pad_rows(suffixes, answers, vlm.pad, vlm.device, exact)
 
 
+def pictures_at_once(vlm: VisionLanguageModel, features: Tensor, fixed: str) -> int:
+    """How many of the pictures' prefixes run together: all of them for a small model."""
+    if vlm.text.small or not vlm.batches.tokens:
+        return max(1, len(features))
+    length = len(vlm.encode(vlm.frame.prefix(fixed, features.shape[1])))
+    return max(1, vlm.batches.half // length)
+
+
 def backward_rows(
     vlm: VisionLanguageModel,
     w: Weights,  # leaves (see `cut`); their .grad is added to
@@ -48,10 +56,7 @@ def backward_rows(
 
     `loss(w, hidden [R, L, D], batch, row numbers)` is called for each micro-batch.
     """
-    count = size = len(features)
-    if vlm.text.groups and vlm.batches.tokens:
-        length = len(vlm.encode(vlm.frame.prefix(fixed, features.shape[1])))
-        size = max(1, vlm.batches.half // length)
+    count, size = len(features), pictures_at_once(vlm, features, fixed)
     for first in range(0, count, size):
         pictures = range(first, min(first + size, count))
         rows = [i for i, picture in enumerate(owner) if picture in pictures]

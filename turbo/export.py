@@ -34,10 +34,11 @@ from turbo.card import Facts, card
 from turbo.config import TrainConfig, from_saved
 from turbo.formats import generation_config, save_adapter, save_model, saved_dtype
 from turbo.hub import model_folder, model_sha256, open_model
-from turbo.kernels.nf4 import Nf4Matrix, dequantize_nf4
+from turbo.kernels.nf4 import Nf4Matrix
 from turbo.log import read_jsonl
 from turbo.lora import Lora, new_lora
 from turbo.model import VisionLanguageModel
+from turbo.modules import read_dense
 from turbo.run import env_maker, rollout_options
 from turbo.teacher import Teacher
 
@@ -198,7 +199,7 @@ def policy_matrices(vlm: VisionLanguageModel, lora: Lora, dtype: torch.dtype) ->
     """base + s B A, [out, in], by module name; computed in float32."""
     dense = uncoded(vlm)
     for name, (a, b) in lora.factors.items():
-        base = read(vlm.matrices[name + ".weight"]).float()
+        base = read_dense(vlm.matrices[name + ".weight"]).float()
         dense[name] = torch.addmm(base, b, a, alpha=lora.scale).to(dtype)
     return dense
 
@@ -213,18 +214,13 @@ def teacher_matrices(
     merged = teacher.dense()
     if not merged:
         raise ValueError("no checkpoint had been merged yet: choose a later --checkpoint")
-    return uncoded(vlm) | {name: read(matrix) for name, matrix in merged.items()}
+    return uncoded(vlm) | {name: matrix.detach() for name, matrix in merged.items()}
 
 
 def uncoded(vlm: VisionLanguageModel) -> dict[str, Tensor]:
     """The base's own matrices, by module name, as far as they are held in 4 bits."""
     coded = {n: m for n, m in vlm.matrices.items() if isinstance(m, Nf4Matrix)}
-    return {name.removesuffix(".weight"): read(matrix) for name, matrix in coded.items()}
-
-
-def read(matrix: Tensor | Nf4Matrix) -> Tensor:
-    """A matrix as it is, or read from 4 bits."""
-    return dequantize_nf4(matrix) if isinstance(matrix, Nf4Matrix) else matrix.detach()
+    return {name.removesuffix(".weight"): read_dense(m) for name, m in coded.items()}
 
 
 def write(folder: Path, c: ExportConfig, source: Source) -> None:

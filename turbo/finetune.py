@@ -118,10 +118,9 @@ def save(
     vlm: VisionLanguageModel, lora: Lora, c: SftConfig, run: TrainConfig, figures: dict
 ) -> None:
     """Write the merged model and the record of how it was made."""
-
     dense = {}
     for name, (a, b) in lora.factors.items():
-        base = read_dense(vlm.text.adapted()[name])
+        base = read_dense(vlm.matrices[name + ".weight"])
         dense[name] = merge_policy(base, a, b, lora.scale, torch.empty_like(base)).cpu()
     out = Path(c.out)
     # transformers refuses to save some bases' own settings

@@ -78,8 +78,7 @@ class FusedText:
 
     keys = KEYS
     flash = False
-    groups = False  # all prefixes of a minibatch run at once
-    small = True  # a dense copy of the weights, or some, can be afforded
+    small = True  # dense copies of the weights, and all prefixes at once, can be afforded
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         c = model.config.text_config

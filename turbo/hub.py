@@ -110,8 +110,11 @@ def model_sha256(c: TrainConfig) -> str:
 
 def device_of(c: TrainConfig | SftConfig) -> torch.device:
     """Where the model of a run will run."""
-    small = c.model in ("", "tiny") or is_small(Path(c.model))
-    return pick_device(c.device, small)
+    return pick_device(c.device, _is_small_model(c))
+
+
+def _is_small_model(c: TrainConfig | SftConfig) -> bool:
+    return c.model in ("", "tiny") or is_small(Path(c.model))
 
 
 def own_workers(c: TrainConfig | SftConfig, most: int) -> int:
@@ -155,4 +158,4 @@ def observation(c: TrainConfig) -> Literal["small", "full"]:
         return c.observation
     if c.random_weights:
         return "full"
-    return "small" if c.model == "tiny" or is_small(Path(c.model)) else "full"
+    return "small" if _is_small_model(c) else "full"

@@ -28,6 +28,7 @@ from turbo.lora import Lora
 from turbo.modules import ModuleText, ModuleWeights
 
 Weights = FusedWeights | ModuleWeights
+LOCAL = dict(local_files_only=True, trust_remote_code=False)  # no network, no code of a folder
 SMALL = 200e6  # bytes of a model's files up to which it runs on the CPU unless told otherwise
 
 
@@ -243,7 +244,7 @@ def load(folder: Path, dtype: torch.dtype, engine: Engine = Engine()) -> VisionL
 
     `auto` runs a Qwen2.5-VL of less than 50 million parameters on a CPU by the fused engine.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     folder = Path(folder)
@@ -252,8 +253,7 @@ def load(folder: Path, dtype: torch.dtype, engine: Engine = Engine()) -> VisionL
             f"model {str(folder)!r} is not a folder with a Hugging Face model: use `tiny`, or make "
             "one with `python -m turbo.sft points24 --out FOLDER`"
         )
-    local = dict(local_files_only=True, trust_remote_code=False)
-    config = AutoConfig.from_pretrained(folder, **local)
+    config = AutoConfig.from_pretrained(folder, **LOCAL)
     kind = _model_class(config, folder)
     small = is_small(folder)
     device = pick_device(engine.device, small)
@@ -264,14 +264,20 @@ def load(folder: Path, dtype: torch.dtype, engine: Engine = Engine()) -> VisionL
     fused = fused and (small if engine.name == "auto" else engine.name == "fused")
     logging.disable_progress_bar()
     module = kind.from_pretrained(
-        folder, dtype=torch.float32 if fused else dtype, use_safetensors=True, **local
+        folder, dtype=torch.float32 if fused else dtype, use_safetensors=True, **LOCAL
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+    return assemble(module, *_processors(folder), dtype, str(folder), engine, fused)
+
+
+def _processors(folder: Path) -> tuple:
+    """The tokenizer and the image processor of a folder."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
     template = folder / "chat_template.json"  # where older models have it
     if tokenizer.chat_template is None and template.is_file():
         tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
-    return assemble(module, tokenizer, processor, dtype, str(folder), engine, fused)
+    return tokenizer, AutoImageProcessor.from_pretrained(folder, backend="pil", **LOCAL)
 
 
 def random_model(name: str, dtype: torch.dtype, engine: Engine) -> VisionLanguageModel:
@@ -280,21 +286,14 @@ def random_model(name: str, dtype: torch.dtype, engine: Engine) -> VisionLanguag
     For measuring. A name of `turbo.shapes` comes with the tokenizer and the image processor of the
     built-in models, a folder with its own.
     """
-    from transformers import (
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModelForImageTextToText,
-        AutoTokenizer,
-    )
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     from turbo import shapes, tiny
 
     folder = Path(name)
     if (folder / "config.json").is_file():
-        local = dict(local_files_only=True, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(folder, **local)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
+        config = AutoConfig.from_pretrained(folder, **LOCAL)
+        tokenizer, processor = _processors(folder)
     else:
         config, tokenizer = shapes.published(name), tiny.train_tokenizer()
         processor = tiny.image_processor(config.vision_config.patch_size)

@@ -55,7 +55,6 @@ class ModuleWeights:
     """Which weights the decoder is to run with."""
 
     role: str
-    embed: Tensor  # [V, D]
     head: Tensor  # [V, D]
     content: int = 0  # of the scratch, with role `scratch`
     lora: Lora | None = None  # with role `adapted`
@@ -142,7 +141,7 @@ def read(matrix: Nf4Matrix) -> Tensor:
 
 def read_dense(matrix: Matrix) -> Tensor:
     """A dense matrix as it is, or what codes stand for."""
-    return dequantize_nf4(matrix) if isinstance(matrix, Nf4Matrix) else matrix.detach()
+    return read(matrix) if isinstance(matrix, Nf4Matrix) else matrix.detach()
 
 
 def bnb_read(bnb, matrix: Nf4Matrix) -> Tensor:
@@ -185,8 +184,7 @@ class ModuleText:
     """The decoder of a loaded model, with the interface of `turbo.fused.FusedText`."""
 
     keys = 1
-    groups = True  # prefixes run group by group, within the budget of tokens
-    small = False
+    small = False  # prefixes run a few at a time, within the budget of tokens
 
     def __init__(
         self,
@@ -237,10 +235,6 @@ class ModuleText:
         """The pristine matrices that LoRA adapts, by parameter name."""
         return {name + ".weight": m.base for name, m in self.linears.items()}
 
-    def adapted(self) -> dict[str, Matrix]:
-        """The pristine matrices by module name."""
-        return {name: m.base for name, m in self.linears.items()}
-
     def checkpointing(self, wanted: bool) -> None:
         """Keep only every layer's input for the backward pass, and compute the rest again."""
         for layer in self.decoder.layers:
@@ -251,11 +245,7 @@ class ModuleText:
     def weights(self, lora: Lora | None = None) -> ModuleWeights:
         """Base + LoRA without merging; differentiable in the factors."""
         role = BASE if lora is None else ADAPTED
-        return ModuleWeights(role, self._embedding, self.head.weight, lora=lora)
-
-    @property
-    def _embedding(self) -> Tensor:
-        return self.decoder.get_input_embeddings().weight
+        return ModuleWeights(role, self.head.weight, lora=lora)
 
     def merged(self, w: ModuleWeights) -> ModuleWeights:
         """Weights to decode with: the policy merged into the scratch, or those that need not be."""
@@ -281,13 +271,13 @@ class ModuleText:
                 module.scratch = _room(module)
             merge(name, _under(module.base), module.scratch)
         self.owner = owner
-        return ModuleWeights(SCRATCH, self._embedding, self.head.weight, self.content)
+        return ModuleWeights(SCRATCH, self.head.weight, self.content)
 
     def held(self, owner: object) -> ModuleWeights | None:
         """The weights of what the scratch holds, if it is the owner's."""
         if owner is None or self.owner != owner:
             return None
-        return ModuleWeights(SCRATCH, self._embedding, self.head.weight, self.content)
+        return ModuleWeights(SCRATCH, self.head.weight, self.content)
 
     def prefix_rope(self, positions: Tensor) -> Tensor:
         """Positions [3, 1, P], or [1, P] where a family counts in one dimension."""

@@ -25,7 +25,7 @@ class Prefixes:
 
     def add(self, features: Tensor, grid: Tensor) -> None:
         """Take the next pictures' features [U, tokens, D']."""
-        if not self.vlm.text.groups:
+        if self.vlm.text.small:
             prefix = self.vlm.prefix(self.weights, features, self.fixed, grid)
             first = len(self.features)
             self._kept |= {first + row: (prefix, row) for row in range(len(features))}

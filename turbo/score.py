@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from turbo.attend import PrefixKV
-from turbo.backprop import rows_of
+from turbo.backprop import pictures_at_once, rows_of
 from turbo.batch import TokenBatch, pad_to, run_batches
 from turbo.kernels.policy_head import PolicyHeadOutput, policy_head
 from turbo.kl import kl_estimate, mean_over
@@ -64,11 +64,10 @@ def in_batches(
     For a large model, a few pictures after the other: half of its tokens are for their prefixes.
     """
     lengths = [len(s.suffix) + len(s.tokens) for s in steps]
-    if not vlm.text.groups:
+    if vlm.text.small:
         run_batches(lengths, vlm.batches, "score", work)
         return
-    prefix = vlm.encode(vlm.frame.prefix(rollout.fixed, rollout.features.shape[1]))
-    size = max(1, vlm.batches.half // len(prefix))
+    size = pictures_at_once(vlm, rollout.features, rollout.fixed)
     pictures = sorted({s.picture for s in steps})
     for first in range(0, len(pictures), size):
         some = set(pictures[first : first + size])

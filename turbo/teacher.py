@@ -69,9 +69,9 @@ class Teacher:
         """The merged matrices by module name; empty where the teacher is the warm start."""
         if self.recipe is None:
             return dict(self.merged or {})
-        out, content = {}, self.weights  # as it stands in the scratch
+        assert self.weights is not None  # merged into the scratch, where the matrices are
+        out = {}
         for name, module in self.vlm.text.linears.items():
-            assert content is not None
             out[name] = read_dense(module.scratch)
             if module.coded is not None:
                 out[name] = out[name] + read_dense(module.coded)

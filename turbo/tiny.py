@@ -138,15 +138,9 @@ def config(size: str, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
         window_size=112,
         fullatt_block_indexes=[s["vision_depth"] - 1],
     )
-    return Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=ids[prompts.IMAGE_PAD],
-        video_token_id=ids[prompts.VIDEO_PAD],
-        vision_start_token_id=ids[prompts.VISION_START],
-        vision_end_token_id=ids[prompts.VISION_END],
-        tie_word_embeddings=True,
-    )
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    name_tokens(config, tokenizer)
+    return config
 
 
 def new_model(

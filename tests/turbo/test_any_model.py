@@ -50,10 +50,10 @@ def test_a_fine_tuned_model_is_one_of_transformers(warm):
     moved = 0
     for name, matrix in base.module.state_dict().items():
         same = torch.equal(matrix, plain[name])
-        adapted = name.removesuffix(".weight") in base.text.adapted()
+        adapted = name.removesuffix(".weight") in base.text.linears
         assert same or adapted, name
         moved += not same
-    assert moved == len(base.text.adapted())
+    assert moved == len(base.text.linears)
 
 
 def test_training_and_evaluation(warm, tmp_path, capsys):

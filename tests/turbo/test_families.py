@@ -198,10 +198,10 @@ def test_a_teacher_over_a_dense_base(family):
     for seed in range(3):
         teacher.push(seed, tiny_models.noisy_lora(vlm, seed))
     dense = teacher.dense()
-    for name, matrix in vlm.text.adapted().items():
+    for name, module in vlm.text.linears.items():
         history = teacher.history.entries
         want = ties_merge_lora(
-            matrix.detach(),
+            module.base.detach(),
             *([e.factors[name][side] for e in history] for side in (0, 1)),
             [e.scale for e in history],
             [1 / 3] * 3,
