@@ -12,7 +12,7 @@ says why.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -106,6 +106,28 @@ class VisualEnv(Protocol):
 
     def deal_key(self) -> tuple:
         """What identifies the deal, for splits into seen and unseen."""
+
+
+@runtime_checkable
+class SlowEnv(Protocol):
+    """A `VisualEnv` that works in a process of its own: a step has two halves.
+
+    Between them other environments and the model work.
+    """
+
+    def send(self, action: int | None) -> None:
+        """Begin a step; None is an illegal answer."""
+
+    def receive(self) -> tuple:
+        """What `step` returns."""
+
+
+@runtime_checkable
+class LabelledEnv(Protocol):
+    """A `VisualEnv` whose answers do not list what the picture shows, but which says so itself."""
+
+    def picture_labels(self) -> list[str]:
+        """What the picture shows, one name a slot: a fresh vision tower learns to read them."""
 
 
 def check_style(style: str) -> None:

@@ -1,13 +1,13 @@
 """Environments by name: `make("points24")`.
 
 After `register_envs()` also `gymnasium.make("gtr_turbo/Points24-v0")`.
-Left out: ALFWorld, which lives in a package of its own and is asked for by its own file.
 """
 
 from difflib import get_close_matches
 
 import gymnasium as gym
 
+from turbo.envs.alfworld import ALFWorld
 from turbo.envs.blackjack import Blackjack
 from turbo.envs.ezpoints import EZPoints
 from turbo.envs.numberline import NumberLine
@@ -18,12 +18,15 @@ ENVIRONMENTS = {
     "ezpoints": EZPoints,
     "numberline": NumberLine,
     "blackjack": Blackjack,
+    "alfworld": ALFWorld,
 }
 TINY = {  # pictures of the tiny model: few, 28-pixel cells, nothing but what must be seen
     "points24": {"canvas": (112, 56), "draw_formula": False},
     "ezpoints": {"canvas": (56, 56), "draw_formula": False},
     "numberline": {"canvas": (112, 56)},
     "blackjack": {"canvas": (112, 56)},
+    # Rewards of the goal conditions as they are met, so that waiting with some of them pays nothing.
+    "alfworld": {"canvas": (168, 112), "telling": False, "goal_reward": "change"},
 }
 
 

@@ -13,7 +13,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-Game = Literal["points24", "ezpoints", "numberline", "blackjack"]
+Game = Literal["points24", "ezpoints", "numberline", "blackjack", "alfworld"]
 
 
 @dataclass
@@ -56,6 +56,14 @@ class TrainConfig:
     """longest answer in tokens"""
     hands: int = 0
     """Points24: train on a fixed pool of so many multisets (0: the environment's distribution)"""
+    games: str = ""
+    """ALFWorld: folder of games (empty: $ALFWORLD_DATA, else small ones that are made once)"""
+    tasks: str = ""
+    """ALFWorld: task types to play, separated by commas (empty: all six)"""
+    history_length: int = 40
+    """ALFWorld: the newest so many commands are shown in the prompt; 40 is all of them"""
+    backend: Literal["text", "thor"] = "text"
+    """ALFWorld: the text engine with drawn frames, or AI2-THOR with its own"""
     early_truncation: bool = True
     """card games: end the episode at its first reward of -1"""
     format_valid: float = 0.0
@@ -218,6 +226,9 @@ GAME_DEFAULTS: dict[str, dict] = {
     ),
     "numberline": dict(updates=20, steps_per_update=1024),
     "blackjack": dict(updates=30, steps_per_update=1024, group_size=16),
+    "alfworld": dict(
+        envs=64, steps_per_update=2048, updates=30, max_new_tokens=128, thought_coef=0.2
+    ),
 }
 
 PRESETS: dict[str, dict] = {
@@ -299,6 +310,10 @@ def check(c: TrainConfig) -> None:
         need(c.group_size >= 2, "group_size", "at least 2 with --advantage group (or use gae)")
     need(c.hands == 0 or c.env == "points24", "hands", "0 except with points24")
     need(c.hands <= 715, "hands", "at most 715, the number of multisets (0: all hands)")
+    if c.env != "alfworld":
+        for flag in ("games", "tasks"):
+            need(getattr(c, flag) == "", flag, "left out except with alfworld")
+        need(c.backend == "text", "backend", "text except with alfworld")
     for flag in ("teacher_temperature", "teacher_timeout"):
         need(getattr(c, flag) > 0, flag, "more than 0")
     if c.guidance in ("sft", "gtr"):

@@ -24,7 +24,7 @@ from turbo.hub import is_hub_id, model_sha256, open_model, own_workers
 from turbo.lora import new_lora
 from turbo.measure import evaluate
 from turbo.parallel import Crew, run_crew
-from turbo.run import env_maker, prompt_style
+from turbo.run import env_maker, held_out, prompt_style
 from turbo.teacher import Teacher
 
 JSON_KEYS = [
@@ -65,10 +65,16 @@ class EvalConfig:
     """evaluate the run's merged teacher instead of its policy"""
     temperature: float = 0.2
     """sampling temperature"""
-    split: Literal["all", "seen", "unseen", "pool"] = "all"
-    """Points24: all hands; those the warm start saw; those it did not; a run's pool (--hands)"""
-    max_new_tokens: int = 96
-    """longest answer in tokens"""
+    split: Literal["", "all", "seen", "unseen", "pool"] = ""
+    """Points24: all hands; those the warm start saw; those it did not; a run's pool (--hands).
+    ALFWorld: training games, new games of known rooms, games of new rooms. Empty: all hands, and
+    ALFWorld's new rooms"""
+    games: str = ""
+    """ALFWorld: folder of games (empty: the run's; else $ALFWORLD_DATA, or small ones made once)"""
+    tasks: str = ""
+    """ALFWorld: task types to play, separated by commas (empty: the run's)"""
+    max_new_tokens: int = 0
+    """longest answer in tokens (0: as in training)"""
     json: bool = False
     """print one line of JSON and nothing else"""
     workers: int = 0
@@ -83,14 +89,18 @@ class EvalConfig:
 
 def check(c: EvalConfig) -> TrainConfig:
     """Refuse what cannot be evaluated; the settings of the run, or the defaults for a model."""
-    for flag in ("episodes", "samples", "temperature", "max_new_tokens"):
+    for flag in ("episodes", "samples", "temperature"):
         if not 0 < getattr(c, flag) < math.inf:
             name = "--" + flag.replace("_", "-")
             raise ValueError(f"{name} must be more than 0, got {getattr(c, flag)}")
-    if c.seed < 0:
-        raise ValueError(f"--seed must be zero or more, got {c.seed}")
-    if c.split != "all" and c.env != "points24":
-        raise ValueError(f"--split {c.split} is for points24 alone: leave it out with {c.env}")
+    for flag in ("seed", "max_new_tokens"):
+        if getattr(c, flag) < 0:
+            name = "--" + flag.replace("_", "-")
+            raise ValueError(f"{name} must be zero or more, got {getattr(c, flag)}")
+    if c.split and c.env not in ("points24", "alfworld"):
+        raise ValueError(f"--split {c.split} is for points24 and alfworld: leave it out")
+    if (c.games or c.tasks) and c.env != "alfworld":
+        raise ValueError("--games and --tasks are for alfworld alone: leave them out")
     path = Path(c.source)
     if c.source != "tiny" and not path.is_dir() and not is_hub_id(c.source):
         raise ValueError(
@@ -113,8 +123,11 @@ def check(c: EvalConfig) -> TrainConfig:
         model_sha256(run)
     if c.split == "pool" and not run.hands:
         raise ValueError("--split pool needs a run that was trained with --hands")
-    quantize = run.quantize if c.quantize == "auto" else c.quantize
-    return replace(run, dtype=c.dtype, device=c.device, quantize=quantize, workers=c.workers)
+    own = {"dtype": c.dtype, "device": c.device, "workers": c.workers}
+    own["quantize"] = run.quantize if c.quantize == "auto" else c.quantize
+    own |= {name: getattr(c, name) or getattr(run, name) for name in ("games", "tasks")}
+    own["max_new_tokens"] = c.max_new_tokens or run.max_new_tokens
+    return replace(run, **own)
 
 
 def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
@@ -134,7 +147,7 @@ def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
     if c.split == "pool":
         make_env = env_maker(run)
     else:
-        make_env = env_maker(replace(run, hands=0), c.split)
+        make_env = env_maker(replace(run, hands=0), c.split or held_out(c.env))
     figures = evaluate(
         vlm,
         weights,
@@ -142,14 +155,14 @@ def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
         episodes=c.episodes,
         seed=c.seed,
         temperature=c.temperature,
-        max_new_tokens=c.max_new_tokens,
+        max_new_tokens=run.max_new_tokens,
         crew=crew,
         envs=c.envs or (run.envs if vlm.text.small else min(run.envs, 64)),
         prompt_style=prompt_style(run),
         samples=c.samples,
     )
-    asked = {key: getattr(c, key) for key in ("samples", "seed", "temperature", "split")}
-    return {**figures, **asked}
+    asked = {key: getattr(c, key) for key in ("samples", "seed", "temperature")}
+    return {**figures, **asked, "split": c.split or held_out(c.env)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -165,15 +178,24 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if c.json:
         values = {k: figures[k] for k in JSON_KEYS}
+        if figures["tasks"]:
+            values["goal_rate"], values["tasks"] = figures["goal_rate"], figures["tasks"]
         if c.samples > 1:
             values["solved"] = figures["solved"]  # samples of each deal that succeeded
         clean = {k: None if v != v else v for k, v in values.items()}  # NaN: does not apply
         print(json.dumps(clean))
         return 0
     who = "merged teacher" if c.teacher else "policy"
-    print(f"{c.source} ({who}) on {c.env}, {c.split} deals, T {c.temperature}, seed {c.seed}")
+    deals = f"{figures['split']} deals"
+    print(f"{c.source} ({who}) on {c.env}, {deals}, T {c.temperature}, seed {c.seed}")
     for key in JSON_KEYS[: JSON_KEYS.index("seed")]:
         print(f"  {key:18} {figures[key]:.4g}")
+    for task, found in figures["tasks"].items():
+        low, high = found["success_low"], found["success_high"]
+        print(
+            f"  {task:31} success {found['success_rate']:6.1%} [{low:.1%}, {high:.1%}], goal "
+            f"conditions {found['goal_rate']:.1%} of {found['episodes']} episodes"
+        )
     return 0
 
 

@@ -39,6 +39,11 @@ METRICS: dict[str, Metric] = {
     "episode_return": Metric("mean undiscounted sum of the environment's rewards", "reward"),
     "success_rate": Metric("share of the episodes that reached the goal", "0..1"),
     "success_solvable": Metric("success rate among the episodes that can be solved at all", "0..1"),
+    "goal_rate": Metric(
+        "mean share of the goal's conditions that hold at the end of an episode (ALFWorld; equal "
+        "to success elsewhere)",
+        "0..1",
+    ),
     "legal_rate": Metric("share of the steps whose answer parsed into a legal action", "0..1"),
     "card_rate": Metric("share of the steps that named what the image shows correctly", "0..1"),
     "reasoning_score": Metric(

@@ -114,10 +114,27 @@ def outcomes(episodes: Sequence[Episode]) -> dict[str, float]:
         "episodes": len(episodes),
         "success_rate": mean([e.success for e in episodes]),
         "success_solvable": mean([e.success for e in solvable]),
+        "goal_rate": mean([e.goal_rate for e in episodes]),
         "episode_return": mean([e.episode_return for e in episodes]),
         "episode_length": len(steps) / max(1, len(episodes)),
         **thoughts(episodes),
     }
+
+
+def by_task(episodes: Sequence[Episode]) -> dict[str, dict[str, float]]:
+    """Success and goal conditions for each kind of task; empty in games that have but one."""
+    found = {}
+    for task in sorted({e.task for e in episodes if e.task}):
+        own = [e for e in episodes if e.task == task]
+        low, high = interval(sum(e.success for e in own), len(own))
+        found[task] = {
+            "episodes": len(own),
+            "success_rate": mean([e.success for e in own]),
+            "success_low": low,
+            "success_high": high,
+            "goal_rate": mean([e.goal_rate for e in own]),
+        }
+    return found
 
 
 def certainty(steps: Sequence[Step]) -> dict[str, float]:
@@ -172,6 +189,7 @@ def evaluate(
         "success_high": high,
         "pass_at_k": mean([n > 0 for n in solved]),
         "solved": solved,
+        "tasks": by_task(played),
     }
 
 

@@ -29,6 +29,7 @@ from turbo.modules import ModuleText, ModuleWeights
 
 Weights = FusedWeights | ModuleWeights
 LOCAL = dict(local_files_only=True, trust_remote_code=False)  # no network, no code of a folder
+ENCODED = 20_000_000  # characters of which the token ids are kept
 SMALL = 200e6  # bytes of a model's files up to which it runs on the CPU unless told otherwise
 
 
@@ -61,13 +62,16 @@ class VisionLanguageModel:
         self.banned = self.banned.to(self.text.device)
         self.token_bytes = families.token_bytes(tokenizer, vocabulary)
         self._encoded: dict[str, list[int]] = {}
+        self._characters = 0  # in that cache
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; a bounded cache, since prompts and guesses recur."""
         ids = self._encoded.get(text)
         if ids is None:
-            if len(self._encoded) > 200_000:
+            if self._characters > ENCODED:
                 self._encoded.clear()
+                self._characters = 0
+            self._characters += len(text)
             ids = self._encoded[text] = self.tokenizer._tokenizer.encode(
                 text, add_special_tokens=False
             ).ids

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from turbo.batch import run_batches
 from turbo.decode import Decoder, Request, Sample
-from turbo.envs.base import Answer, Verdict, VisualEnv
+from turbo.envs.base import Answer, SlowEnv, Verdict, VisualEnv
 from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew
 from turbo.prefixes import Prefixes
@@ -59,6 +59,8 @@ class Episode:
     steps: list[Step] = field(default_factory=list)
     success: bool = False
     solvable: bool = True
+    task: str = ""  # what kind of task it is, in games that have several
+    goal_rate: float = 0.0  # share of the goal's conditions that hold at the end
     final: tuple[int, list[int]] | None = None  # picture and suffix of a truncated end
 
     @property
@@ -168,6 +170,31 @@ class _Gallery:
         return [self.last[env][1] for env in pictures]
 
 
+@dataclass
+class _Sent:
+    """An answer that is being played."""
+
+    slot: int
+    env: VisualEnv
+    sample: Sample
+    suffix: list[int]
+    asked: VisualEnv
+    answer: Answer
+    verdict: Verdict
+    action: int | None  # None: illegal
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the environment works in a process of its own."""
+        return isinstance(self.env, SlowEnv)
+
+    def outcome(self) -> tuple:
+        """(picture, reward, terminated, truncated, info)."""
+        if self.is_slow:
+            return self.env.receive()
+        return self.env.step_illegal() if self.action is None else self.env.step(self.action)
+
+
 class _Player:
     """One worker's rollout."""
 
@@ -203,8 +230,11 @@ class _Player:
         pictures: dict[int, np.ndarray] = {}  # slots that wait for their next prompt
         for slot in range(size):
             self._begin(slot, playing, pictures, out)
-        while pictures or decoder.rows:
+        landed: list[_Sent] = []  # steps that slow environments do meanwhile
+        while pictures or decoder.rows or landed:
             if asked():
+                for sent in landed:
+                    sent.outcome()
                 return None
             for slot, number in zip(pictures, gallery.look(pictures), strict=True):
                 episode = playing[slot]
@@ -220,12 +250,16 @@ class _Player:
                 decoder.ask(slot, self._request(self.envs[slot], last and last.answer.text))
             ended = [slot for slot in pictures if playing[slot].final is not None]
             pictures = {}
-            for slot, sample in decoder.advance():
-                step, picture = self._step(self.envs[slot], playing[slot], sample, shown[slot])
+            # What was sent a pass ago is fetched behind this one: the order is always the same.
+            sent = [self._send(slot, sample) for slot, sample in decoder.advance()]
+            ready = landed + [s for s in sent if not s.is_slow]
+            landed = [s for s in sent if s.is_slow]
+            for s in ready:
+                step, picture = self._step(s, playing[s.slot], shown[s.slot])
                 if step.terminated:
-                    ended.append(slot)
+                    ended.append(s.slot)
                 else:
-                    pictures[slot] = picture
+                    pictures[s.slot] = picture
             for slot in ended:
                 self._begin(slot, playing, pictures, out)
         if gallery.prefixes.features:  # none where there was nothing to play
@@ -245,7 +279,8 @@ class _Player:
         env = self.envs[slot]
         pictures[slot], info = env.reset(**self.dealt[number])
         solvable = info.get("solvable", True)
-        playing[slot] = Episode(number, env.deal_key(), solvable=solvable)
+        task = info.get("task_type", "")
+        playing[slot] = Episode(number, env.deal_key(), solvable=solvable, task=task)
         out.episodes.append(playing[slot])
         self.taken += 1
 
@@ -266,37 +301,42 @@ class _Player:
     def _request(self, env, previous: str | None) -> Request:
         return Request(self._suffix(env), lambda written: env.guess_answer(written, previous))
 
-    def _step(self, env, episode: Episode, sample: Sample, picture_number: int) -> tuple:
-        """Read an answer and play it; the step's record and the next picture."""
-        tokens = sample.tokens
+    def _send(self, slot: int, sample: Sample) -> "_Sent":
+        """Read an answer and begin to play it."""
+        env = self.envs[slot]
         suffix, asked = self._suffix(env), env.snapshot()
-        answer = read_answer(self.vlm, env, tokens)
-        verdict = env.judge(answer)
-        if answer.action is None:
-            picture, reward, terminated, truncated, info = env.step_illegal()
-            bonus = self.options.format_invalid
-        else:
-            action = env.actions.index(answer.action)
-            picture, reward, terminated, truncated, info = env.step(action)
-            bonus = self.options.format_valid
+        answer = read_answer(self.vlm, env, sample.tokens)
+        action = None if answer.action is None else env.actions.index(answer.action)
+        sent = _Sent(slot, env, sample, suffix, asked, answer, env.judge(answer), action)
+        if sent.is_slow:
+            env.send(action)
+        return sent
+
+    def _step(self, sent: "_Sent", episode: Episode, picture_number: int) -> tuple:
+        """What came of an answer: the step's record and the next picture."""
+        tokens, answer = sent.sample.tokens, sent.answer
+        picture, reward, terminated, truncated, info = sent.outcome()
+        o = self.options
+        bonus = o.format_invalid if answer.action is None else o.format_valid
         step = Step(
             picture=picture_number,
-            suffix=suffix,
+            suffix=sent.suffix,
             tokens=tokens,
-            logprobs=sample.logprobs,
+            logprobs=sent.sample.logprobs,
             thought=self.vlm.thought_tokens(tokens),
-            hidden=sample.hidden,
+            hidden=sent.sample.hidden,
             reward=float(reward),
             format_reward=bonus,
             answer=answer,
-            verdict=verdict,
+            verdict=sent.verdict,
             terminated=terminated,
             truncated=truncated,
-            asked=asked,
+            asked=sent.asked,
         )
         episode.steps.append(step)
         self.done += 1
         episode.success = bool(info["success"])
+        episode.goal_rate = float(info.get("goal_rate", episode.success))
         return step, picture
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from turbo import checkpoint
 from turbo.config import TrainConfig
 from turbo.corrector import Corrector
+from turbo.envs.alfworld import ALFWorld
 from turbo.envs.make import make, tiny_kwargs
 from turbo.faults import FaultLog, NumericalFault, diagnosis
 from turbo.guidance import Examples
@@ -23,9 +24,10 @@ from turbo.hub import observation, open_model
 from turbo.log import read_jsonl
 from turbo.lora import Lora, new_lora
 from turbo.measure import evaluate
-from turbo.model import ValueHead, Weights
+from turbo.model import ValueHead, VisionLanguageModel, Weights
 from turbo.parallel import Crew
 from turbo.rollout import RolloutOptions, Table, mix
+from turbo.sft_config import SftConfig
 from turbo.teacher import Teacher
 from turbo.update import Learner
 
@@ -50,7 +52,10 @@ class Run:
         self.faults = FaultLog(path / checkpoint.FAULTS, config.max_faults, crew.rank)
         self.examples = Examples(config.sft_max)
         self.corrector = new_corrector(config, crew.size) if config.guidance == "gtr" else None
-        self.table = Table(self.vlm, env_maker(config), rollout_options(config), crew)
+        make_env = env_maker(config)
+        if config.env == "alfworld":
+            check_prompts(self.vlm, make_env(), config)
+        self.table = Table(self.vlm, make_env, rollout_options(config), crew)
         self.beta = 1.0 if config.kl_coef == "auto" else float(config.kl_coef)
         self.update, self.env_steps, self.elapsed = 0, 0, 0.0
         # What an interrupted evaluation owes: the record of its update, {} before the first one
@@ -185,7 +190,7 @@ class Run:
         return evaluate(
             self.vlm,
             weights,
-            env_maker(dataclasses.replace(c, hands=0)),
+            env_maker(dataclasses.replace(c, hands=0), held_out(c.env)),
             episodes=episodes,
             seed=seed,
             temperature=c.eval_temperature,
@@ -240,15 +245,62 @@ def new_corrector(c: TrainConfig, workers: int) -> Corrector:
 
 
 def env_maker(c: TrainConfig, split: str = "all"):
-    """A function that makes one environment as the settings want it."""
+    """A function that makes one environment as the settings want it.
+
+    `split` is "all" for what is trained on, "seen" or "unseen" for deals that are told apart.
+    """
     options = tiny_kwargs(c.env) if observation(c) == "small" else {}
+    if c.env == "alfworld":
+        options |= alfworld_options(c, SPLITS[split])
     if c.env == "points24":
         options["split"] = split
         if c.hands:
             options["hands"] = pool(c.hands, c.seed)
-    if c.env != "numberline":
+    if c.env not in ("numberline", "alfworld"):
         options["early_truncation"] = c.early_truncation
     return lambda: make(c.env, **options)
+
+
+SPLITS = {"all": "train", "seen": "valid_seen", "unseen": "valid_unseen"}  # ALFWorld's names
+
+
+def alfworld_options(c: TrainConfig | SftConfig, split: str) -> dict:
+    """What settings say of ALFWorld's games."""
+    tasks = tuple(task.strip() for task in c.tasks.split(",") if task.strip())
+    return {
+        "games": c.games,
+        "split": split,
+        "tasks": tasks,
+        "history_length": c.history_length,
+        "backend": c.backend,
+    }
+
+
+def check_prompts(vlm: VisionLanguageModel, env: ALFWorld, c: TrainConfig) -> None:
+    """ValueError where the longest prompt of a game and its answer have no place in the model.
+
+    Prompts grow with the history; better to learn so before the first step than after an hour.
+    """
+    limit = getattr(vlm.module.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return
+    picture, _ = env.reset(seed=c.seed)
+    prompt = env.longest_prompt(prompt_style(c))
+    image = vlm.see([picture])[0].shape[1]
+    parts = (vlm.frame.prefix(prompt.fixed, image), vlm.frame.suffix(prompt.state))
+    tokens = sum(len(vlm.encode(part)) for part in parts)
+    env.close()
+    if tokens + c.max_new_tokens > limit:
+        raise ValueError(
+            f"a prompt with {min(c.history_length, env.max_history)} commands has up to {tokens:,} "
+            f"tokens and its answer {c.max_new_tokens}: more than the {limit:,} positions of the "
+            "model. Lower --history-length or --max-new-tokens, or take smaller games"
+        )
+
+
+def held_out(env: str) -> str:
+    """The split on which policies are evaluated: what they never played, where there is such."""
+    return "unseen" if env == "alfworld" else "all"
 
 
 def pool(size: int, seed: int) -> list[tuple[int, ...]]:

@@ -1,0 +1,97 @@
+"""A game of ALFWorld in a process of its own, asked by lines of JSON.
+
+TextWorld and AI2-THOR touch what a process has once (threads, standard output, arguments), so
+every game has a process. `send` and `receive` are apart: many games can work at once, and beside
+the model. No pickle; a process that dies or hangs is named, with its last words.
+
+Left out: what is asked (`alfworld_engine`).
+"""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+START_SECONDS = 120.0  # the first answer may have to translate a large game
+
+
+class GameProcess:
+    """One game; `kind` is "text" or "thor"."""
+
+    def __init__(self, kind: str = "text", timeout: float = 60.0):
+        self.kind, self.timeout = kind, timeout
+        self.words = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        command = [sys.executable, "-m", "turbo.envs.alfworld_engine"]
+        # turbo may be imported from a checkout that is not the working directory
+        root = str(Path(sys.modules["turbo"].__file__).resolve().parent.parent)
+        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.child = subprocess.Popen(
+            command if kind == "text" else [*command, kind],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.words,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        self.begun, self.rest = False, b""
+
+    def send(self, asked: dict) -> None:
+        """Ask; the answer is fetched by `receive`."""
+        try:
+            self.child.stdin.write(json.dumps(asked).encode() + b"\n")
+            self.child.stdin.flush()
+        except (BrokenPipeError, ValueError) as error:
+            raise RuntimeError(self._end("ended")) from error
+
+    def receive(self) -> dict:
+        """The answer to what was sent; RuntimeError where the game failed, died or hung."""
+        seconds = self.timeout if self.begun else max(START_SECONDS, self.timeout)
+        told = json.loads(self._line(seconds))
+        self.begun = True
+        if "error" in told:
+            raise RuntimeError(f"ALFWorld's engine failed: {told['error']}")
+        return told
+
+    def ask(self, asked: dict) -> dict:
+        """Send and receive."""
+        self.send(asked)
+        return self.receive()
+
+    def _line(self, seconds: float) -> bytes:
+        until, out = time.monotonic() + seconds, self.child.stdout.fileno()
+        while b"\n" not in self.rest:
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([out], [], [], left)[0]:
+                self.child.kill()
+                raise RuntimeError(self._end(f"gave no answer for {seconds:.0f} seconds"))
+            part = os.read(out, 1 << 20)
+            if not part:
+                raise RuntimeError(self._end("ended"))
+            self.rest += part
+        line, _, self.rest = self.rest.partition(b"\n")
+        return line
+
+    def _end(self, what: str) -> str:
+        self.child.wait()
+        self.words.seek(0)
+        last = self.words.read().decode(errors="replace").strip().splitlines()[-3:]
+        told = "; its last words: " + " | ".join(last) if last else ""
+        return f"the process of an ALFWorld game {what} (status {self.child.returncode}){told}"
+
+    def close(self) -> None:
+        """End the process. Closing again does nothing."""
+        if self.child.poll() is None:
+            self.child.kill()
+        self.child.wait()
+        for stream in (self.child.stdin, self.child.stdout, self.words):
+            try:
+                stream.close()
+            except OSError:
+                pass  # what was still to be sent to a process that is gone
+
+    def __del__(self):
+        if hasattr(self, "child"):
+            self.close()
