@@ -19,13 +19,15 @@ from turbo.tiny import OTHER_TARGETS
 
 @dataclass
 class Demonstration:
-    """The expert's answers in one deal, as token ids, each behind the suffix of its prompt."""
+    """The expert's answers in one deal, as token ids, each behind its picture and the suffix of its
+    prompt."""
 
-    picture: np.ndarray  # [H, W, 3] uint8
+    pictures: list[np.ndarray]  # the different ones, [H, W, 3] uint8
+    shown: list[int]  # which of them each answer is about
     fixed: str
     suffixes: list[list[int]]
     answers: list[list[int]]
-    labels: list[str]
+    labels: list[str]  # what the first answer says is in its picture
 
 
 def perception_labels(fields: dict) -> list[str]:
@@ -58,50 +60,66 @@ def demonstrate(
     """
     rng = np.random.default_rng(seed)
     while True:
-        deal, suffixes, answers = int(rng.integers(2**31)), [], []
+        deal, suffixes, answers, shown = int(rng.integers(2**31)), [], [], []
+        pictures: dict[bytes, np.ndarray] = {}
         for _ in range(max(1, states)):
             target = None
             if rng.random() < other_targets:
                 target = {"target": int(rng.integers(*OTHER_TARGETS))}
-            picture, _ = env.reset(seed=deal, options=target)
-            rows = expert_rows(env, rng, style)
+            rows = expert_rows(env, rng, style, env.reset(seed=deal, options=target)[0])
             if states and rows:
                 later = len(rows) > 1 and rng.random() < 0.5
                 rows = [rows[int(rng.integers(1, len(rows))) if later else 0]]
-            suffixes += [vlm.encode(vlm.frame.suffix(state)) for state, _ in rows]
-            answers += [[*vlm.encode(text), vlm.end] for _, text in rows]
+            for picture, state, text in rows:
+                pictures.setdefault(picture.tobytes(), picture)
+                shown.append(list(pictures).index(picture.tobytes()))
+                suffixes.append(vlm.encode(vlm.frame.suffix(state)))
+                answers.append([*vlm.encode(text), vlm.end])
         if answers:
             labels = perception_labels(env.read_answer(vlm.decode(answers[0])).fields)
             fixed = env.prompt(style).fixed
-            return Demonstration(picture, fixed, suffixes, answers, labels)
+            different = list(pictures.values())
+            return Demonstration(different, shown, fixed, suffixes, answers, labels)
 
 
-def expert_rows(env, rng: np.random.Generator, style: str = "short") -> list[tuple[str, str]]:
-    """Prompt and answer in every state of an episode that the expert plays; none without a plan."""
+def expert_rows(
+    env, rng: np.random.Generator, style: str, picture: np.ndarray
+) -> list[tuple[np.ndarray, str, str]]:
+    """Picture, prompt and answer in every state of an episode that the expert plays, from its first
+    `picture` on; none without a plan."""
     rows, done = [], False
     while not done:
         text = env.expert_answer(rng)
         if text is None:
             break
-        rows.append((env.prompt(style).state, text))
+        rows.append((picture, env.prompt(style).state, text))
         action = env.actions.index(env.read_answer(text).action)
-        _, _, terminated, truncated, _ = env.step(action)
+        picture, _, terminated, truncated, _ = env.step(action)
         done = terminated or truncated
     return rows
+
+
+def pictures_of(demos: list[Demonstration]) -> list[np.ndarray]:
+    """The pictures of all demonstrations, one after the other."""
+    return [picture for d in demos for picture in d.pictures]
 
 
 def backward_demos(
     vlm: VisionLanguageModel,
     weights: Weights,
     demos: list[Demonstration],
-    features: Tensor,  # [U, tokens, D'] of the demonstrations' pictures
+    features: Tensor,  # [U, tokens, D'] of `pictures_of(demos)`
     grid: Tensor,
     scale: float = 1.0,
 ) -> tuple[float, int]:
     """Accumulate the gradient of the summed cross-entropy, times `scale`, in the leaves `weights`
     and in the features, where they ask for one; the sum and the number of answer tokens."""
     total = 0.0
-    count = 0
+    count = first = 0
+    owner: list[int] = []  # picture of each row
+    for d in demos:
+        owner += [first + number for number in d.shown]
+        first += len(d.pictures)
 
     def loss(w, hidden, batch, rows):
         nonlocal total, count
@@ -121,7 +139,7 @@ def backward_demos(
         features,
         demos[0].fixed,
         grid,
-        [i for i, d in enumerate(demos) for _ in d.answers],
+        owner,
         [s for d in demos for s in d.suffixes],
         [a for d in demos for a in d.answers],
         loss,

@@ -19,7 +19,7 @@ import torch
 
 from turbo.checkpoint import versions, write_json
 from turbo.config import TrainConfig
-from turbo.demos import backward_demos, demonstrate
+from turbo.demos import backward_demos, demonstrate, pictures_of
 from turbo.formats import generation_config, save_model
 from turbo.hub import observation, open_model
 from turbo.lora import Lora, new_lora
@@ -96,7 +96,7 @@ def train_factors(
         for p in lora.parameters():
             p.grad = torch.zeros_like(p)
         with torch.no_grad():
-            features, grid = vlm.see([d.picture for d in demos])
+            features, grid = vlm.see(pictures_of(demos))
         whole = vlm.weights(lora)
         weights = whole.cut()
         tokens = sum(len(a) for d in demos for a in d.answers)

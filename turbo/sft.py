@@ -26,7 +26,7 @@ from torch import nn
 
 from turbo import tiny
 from turbo.checkpoint import versions, write_json
-from turbo.demos import Demonstration, backward_demos, demonstrate
+from turbo.demos import Demonstration, backward_demos, demonstrate, pictures_of
 from turbo.envs.make import make
 from turbo.finetune import fine_tune
 from turbo.hub import own_workers
@@ -34,6 +34,8 @@ from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel, Weights, pick_dtype
 from turbo.parallel import Crew, cores, run_crew
 from turbo.sft_config import SftConfig, check_sft, sft_defaults
+
+IGNORED = -100  # a target that costs nothing
 
 
 def backward_all(vlm, weights: Weights, demos: list[Demonstration]) -> tuple[list, float, int]:
@@ -43,7 +45,7 @@ def backward_all(vlm, weights: Weights, demos: list[Demonstration]) -> tuple[lis
     answer tokens.
     """
     vision = [p for p in vlm.module.model.visual.parameters()]
-    features, grid = vlm.see([d.picture for d in demos])
+    features, grid = vlm.see(pictures_of(demos))
     seen = features.detach().requires_grad_()
     total, count = backward_demos(vlm, weights, demos, seen, grid)
     return list(torch.autograd.grad(features, vision, seen.grad)), total, count
@@ -54,15 +56,20 @@ def train_read_out(
 ) -> float:
     """Train the vision tower to name what is in the picture through a linear read-out.
 
-    Returns the last accuracy.
+    Returns the last accuracy; NaN, and nothing is trained, where the answers do not always name as
+    many things. What the first 64 of them do not name is left out.
     """
     rng = np.random.default_rng([seed, 1, crew.rank])
     first = [demonstrate(env, vlm, i) for i in range(64)]
     names = {label: i for i, label in enumerate(sorted({n for d in first for n in d.labels}))}
-    slots, classes = len(first[0].labels), 24
-    if slots == 0:
+    slots, classes = len(first[0].labels), max(24, len(names))
+    if slots == 0 or any(len(d.labels) != slots for d in first):
         return math.nan
-    size = vlm.see([first[0].picture])[0].numel()
+
+    def numbers(labels: list[str]) -> list[int]:
+        return [names.get(n, IGNORED) for n in (labels if len(labels) == slots else [""] * slots)]
+
+    size = vlm.see(first[0].pictures[:1])[0].numel()
     torch.manual_seed(seed)
     head = nn.Linear(size, slots * classes)
     parameters = [*vlm.module.model.visual.parameters(), *head.parameters()]
@@ -74,8 +81,8 @@ def train_read_out(
             demonstrate(env, vlm, int(s), states=1)
             for s in rng.integers(2**31, size=pictures // crew.size)
         ]
-        target = torch.tensor([[names.setdefault(n, len(names)) for n in d.labels] for d in demos])
-        features = vlm.see([d.picture for d in demos])[0]
+        target = torch.tensor([numbers(d.labels) for d in demos])
+        features = vlm.see(pictures_of(demos))[0]
         logits = head(features.flatten(1)).view(-1, slots, classes)
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
         optimizer.zero_grad()

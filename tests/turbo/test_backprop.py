@@ -25,9 +25,9 @@ def own_cross_entropy(vlm: VisionLanguageModel, demos) -> torch.Tensor:
     total = 0.0
     parameters = dict(vlm.module.named_parameters())
     for demo in demos:
-        pixels, grid = vlm.pixels([demo.picture]).values()
-        prefix = vlm.encode(tiny_models.prefix_text(demo.fixed, int(grid.prod()) // 4))
-        for suffix, answer in zip(demo.suffixes, demo.answers, strict=True):
+        for number, suffix, answer in zip(demo.shown, demo.suffixes, demo.answers, strict=True):
+            pixels, grid = vlm.pixels([demo.pictures[number]]).values()
+            prefix = vlm.encode(tiny_models.prefix_text(demo.fixed, int(grid.prod()) // 4))
             ids = [*prefix, *suffix, *answer]
             logits, _ = tiny_models.own_forward(vlm, parameters, ids, pixels, grid)
             predicted = logits[len(ids) - len(answer) - 1 : -1]
@@ -35,8 +35,9 @@ def own_cross_entropy(vlm: VisionLanguageModel, demos) -> torch.Tensor:
     return total
 
 
-def test_all_parameters_get_the_gradient_of_transformers(trainable):
-    vlm, env = trainable, tiny_models.new_env("ezpoints")
+@pytest.mark.parametrize("game", ["ezpoints", "numberline"])  # one picture a deal; many
+def test_all_parameters_get_the_gradient_of_transformers(trainable, game):
+    vlm, env = trainable, tiny_models.new_env(game)
     demos = [demos_of.demonstrate(env, vlm, seed, states=n) for seed, n in ((0, 0), (1, 2), (2, 1))]
     assert len({len(d.answers) for d in demos}) > 1
     named = dict(vlm.module.named_parameters())

@@ -22,7 +22,9 @@ def test_demonstrations_are_legal_answers_to_their_prompts(vlm, game):
     for seed in range(4):
         demo = demos.demonstrate(env, vlm, seed)
         assert len(demo.suffixes) == len(demo.answers) >= 1
-        assert demo.picture.shape == env.observation_space.shape
+        assert all(p.shape == env.observation_space.shape for p in demo.pictures)
+        assert len(demo.shown) == len(demo.answers)
+        assert sorted(set(demo.shown)) == list(range(len(demo.pictures)))
         assert demo.fixed == env.prompt("short").fixed
         for suffix, answer in zip(demo.suffixes, demo.answers, strict=True):
             assert answer[-1] == vlm.end and vlm.end not in answer[:-1]
@@ -50,6 +52,23 @@ def test_states_are_of_episodes_of_their_own(vlm):
     assert 0.3 < first / count < 0.7 and 0.3 < targets.count(24) / count < 0.8
     assert len(set(targets)) > 8
     assert len(demos.demonstrate(env, vlm, 3, states=1).answers) == 1
+
+
+@pytest.mark.parametrize("states", [0, 6])
+def test_every_answer_stands_beside_the_picture_of_its_own_state(vlm, states):
+    """On the number line the picture changes with every move."""
+    env, later = tiny_models.new_env("numberline"), 0
+    for seed in range(12):
+        demo = demos.demonstrate(env, vlm, seed, states=states)
+        for number, answer in zip(demo.shown, demo.answers, strict=True):
+            fields = env.read_answer(vlm.decode(answer)).fields
+            hand = [int(fields["current number"]), int(fields["target number"])]
+            picture, _ = env.reset(options={"hand": hand})
+            assert (demo.pictures[number] == picture).all()
+            later += number > 0
+        named = env.read_answer(vlm.decode(demo.answers[0])).fields
+        assert demo.labels == [named["current number"], named["target number"]]
+    assert later > 5  # not only first states
 
 
 def test_labels_are_what_the_picture_shows():
