@@ -78,7 +78,7 @@ class ALFWorld(gym.Env):
         max_history: int = 40,
         repeat_limit: int = 5,
         history_length: int = 40,  # newest commands that the prompt shows
-        telling: bool = True,  # offer look, examine, inventory, help, which a picture makes needless
+        telling: bool = True,  # offer look, examine, inventory, help: a picture tells as much
         scene_text: bool = False,  # say in words what is seen, as RL4VLM does
         timeout: float = 60.0,  # seconds until a game that does not answer is given up
         render_mode: str | None = None,
@@ -130,7 +130,7 @@ class ALFWorld(gym.Env):
         return self.receive()
 
     def send(self, action: int | None) -> None:
-        """Begin a step, or an illegal one (None); `receive` ends it. Games work beside each other."""
+        """Begin a step, or an illegal one (None); `receive` ends it. Games work side by side."""
         legal = action is not None and 0 <= action < len(self.actions)
         self.under_way = self.actions[action] if legal else None
         if legal:
@@ -296,7 +296,7 @@ class ALFWorld(gym.Env):
             return Verdict(None, None, None)
         thoughts = answer.fields.get("thoughts")
         text = thoughts if isinstance(thoughts, str) else ""
-        read = text.startswith(expert.perception(self.seen) + expert.WANTED)
+        read = text.startswith(expert.perception(self.seen) + expert.WANT)
         if answer.action is None:
             return Verdict(read, False, False)
         named = word_after(text, expert.SO)
@@ -383,8 +383,8 @@ def read_game(path: str) -> Game:
 
 
 _FULL_RULES = """You are a robot in a household and are given a task. The picture shows what is \
-before you: the whole room at first, later the piece of furniture that you went to, what lies in it \
-or on it unless it is closed, and what you hold in your hand. You can hold one thing at a time. \
+before you: the whole room at first, later the piece of furniture that you went to, what lies in \
+it or on it unless it is closed, and what you hold in your hand. You can hold one thing at a time. \
 Closed furniture must be opened before you can see or reach what is inside. To clean a thing hold \
 it and go to a sink basin, to heat it go to a microwave, to cool it go to a fridge.
 In every turn you choose one of the commands that are possible. Any other one is not obeyed.

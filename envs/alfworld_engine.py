@@ -130,7 +130,9 @@ def _go_to(stock) -> dict[str, str]:
             where = fact.arguments[1].name
             mapping = {Placeholder("lend", "location"): Variable(where, "location")}
             variables = {"lend": stock._entity_infos[where]}
-            found[where] = stock._logic.grammar.derive(template, _context(stock, variables, mapping))
+            found[where] = stock._logic.grammar.derive(
+                template, _context(stock, variables, mapping)
+            )
     return found
 
 

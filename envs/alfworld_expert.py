@@ -6,7 +6,7 @@ to the places that may hold the object, in the order of the list, opens what is 
 object where it sees it, treats it, and brings it to where it belongs. Its next command follows from
 these alone, so a policy without a memory of earlier pictures can learn it.
 
-    thought   "drawer 2 holds pen 1, mug 2; held: nothing; wanted: hot mug; so take mug 2 from ..."
+    thought   "see shelf 2 with pen 1, mug 2; hold nothing; want hot mug; so take mug 2 from shelf 2"
 
 Left out: the planner (`alfworld_engine`), rewards (`alfworld`).
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from turbo.envs.alfworld_scene import TREATMENTS, Goal, Place, Scene, kind_of
 
 SO = "; so "
-WANTED = "; wanted: "
+HOLD, WANT = "; hold ", "; want "
 OPEN, TAKE, GO, PUT = "open ", "take ", "go to ", "move "
 
 
@@ -34,22 +34,20 @@ class Situation:
 
 def perception(scene: Scene) -> str:
     """What is seen and held, in words."""
-    if not scene.here:
-        seen = "the room"
-    else:
-        seen = ", ".join(_seen(place) for place in scene.here)
-    return f"{seen}; held: {_named(scene.held) if scene.held else 'nothing'}"
+    seen = " and ".join(_seen(place) for place in scene.here) or "the room"
+    return f"see {seen}{HOLD}{_named(scene.held) if scene.held else 'nothing'}"
 
 
 def _seen(place: Place) -> str:
     if not place.shows:
-        return f"{place.name} is closed"
-    inside = ", ".join(_named(thing) for thing in place.contents)
-    return f"{place.name} holds {inside or 'nothing'}"
+        return f"{place.name} closed"
+    if not place.contents:
+        return f"{place.name} empty"
+    return f"{place.name} with {', '.join(_named(thing) for thing in place.contents)}"
 
 
 def _named(thing) -> str:
-    """"hot clean mug 1"."""
+    """ "hot clean mug 1"."""
     return " ".join([*sorted(thing.flags), thing.name])
 
 
@@ -182,4 +180,4 @@ def _possible(now: Situation, commands: list[str]) -> list[str]:
 
 def thought(now: Situation, action: str) -> str:
     """What the expert thinks before `action`."""
-    return f"{perception(now.scene)}{WANTED}{wanted(now.goal)}{SO}{action}"
+    return f"{perception(now.scene)}{WANT}{wanted(now.goal)}{SO}{action}"

@@ -7,6 +7,7 @@ the model. No pickle; a process that dies or hangs is named, with its last words
 Left out: what is asked (`alfworld_engine`).
 """
 
+import contextlib
 import json
 import os
 import select
@@ -87,10 +88,8 @@ class GameProcess:
             self.child.kill()
         self.child.wait()
         for stream in (self.child.stdin, self.child.stdout, self.words):
-            try:
+            with contextlib.suppress(OSError):  # what was to be sent to a process that is gone
                 stream.close()
-            except OSError:
-                pass  # what was still to be sent to a process that is gone
 
     def __del__(self):
         if hasattr(self, "child"):

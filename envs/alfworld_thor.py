@@ -99,4 +99,3 @@ def _settings(folder: str) -> dict:
         "general": {"training_method": "dagger"},
         "dagger": {"training": {"max_nb_steps_per_episode": FOREVER}},
     }
-

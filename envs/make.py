@@ -25,7 +25,7 @@ TINY = {  # pictures of the tiny model: few, 28-pixel cells, nothing but what mu
     "ezpoints": {"canvas": (56, 56), "draw_formula": False},
     "numberline": {"canvas": (112, 56)},
     "blackjack": {"canvas": (112, 56)},
-    # Rewards of the goal conditions as they are met, so that waiting with some of them pays nothing.
+    # a goal condition pays when it is met: waiting with some of them earns nothing
     "alfworld": {"canvas": (168, 112), "telling": False, "goal_reward": "change"},
 }
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbo.backprop import backward_rows
+from turbo.envs.base import LabelledEnv
 from turbo.model import VisionLanguageModel, Weights
 from turbo.score import score_answers
 from turbo.tiny import OTHER_TARGETS
@@ -27,7 +28,7 @@ class Demonstration:
     fixed: str
     suffixes: list[list[int]]
     answers: list[list[int]]
-    labels: list[str]  # what the first answer says is in its picture
+    labels: list[str]  # what is in the first answer's picture, as it or the environment says
 
 
 def perception_labels(fields: dict) -> list[str]:
@@ -51,49 +52,58 @@ def demonstrate(
     states: int = 0,
     other_targets: float = 0.0,
     style: str = "short",
+    stray: float = 0.0,
 ) -> Demonstration:
     """Answers of the expert in one deal; deals without a demonstration are skipped.
 
     `states` 0 keeps every state of one episode. Else every one of so many states is of an episode
     of its own, the first state or a later one with equal chance. A share `other_targets` of these
-    episodes asks for another target: one picture, many exercises.
+    episodes asks for another target: one picture, many exercises. At a share `stray` of the steps
+    a random action is played, with whose outcome the expert then has to deal.
     """
     rng = np.random.default_rng(seed)
     while True:
         deal, suffixes, answers, shown = int(rng.integers(2**31)), [], [], []
+        labels: list[str] = []
         pictures: dict[bytes, np.ndarray] = {}
         for _ in range(max(1, states)):
             target = None
             if rng.random() < other_targets:
                 target = {"target": int(rng.integers(*OTHER_TARGETS))}
-            rows = expert_rows(env, rng, style, env.reset(seed=deal, options=target)[0])
+            first = env.reset(seed=deal, options=target)[0]
+            rows = expert_rows(env, rng, style, first, stray)
             if states and rows:
                 later = len(rows) > 1 and rng.random() < 0.5
                 rows = [rows[int(rng.integers(1, len(rows))) if later else 0]]
-            for picture, state, text in rows:
+            for picture, state, text, _ in rows:
                 pictures.setdefault(picture.tobytes(), picture)
                 shown.append(list(pictures).index(picture.tobytes()))
                 suffixes.append(vlm.encode(vlm.frame.suffix(state)))
                 answers.append([*vlm.encode(text), vlm.end])
+            labels = labels or [label for row in rows[:1] for label in row[3]]
         if answers:
-            labels = perception_labels(env.read_answer(vlm.decode(answers[0])).fields)
             fixed = env.prompt(style).fixed
             different = list(pictures.values())
             return Demonstration(different, shown, fixed, suffixes, answers, labels)
 
 
 def expert_rows(
-    env, rng: np.random.Generator, style: str, picture: np.ndarray
-) -> list[tuple[np.ndarray, str, str]]:
-    """Picture, prompt and answer in every state of an episode that the expert plays, from its first
-    `picture` on; none without a plan."""
+    env, rng: np.random.Generator, style: str, picture: np.ndarray, stray: float = 0.0
+) -> list[tuple[np.ndarray, str, str, list[str]]]:
+    """Picture, prompt, answer and what the picture shows in every state of an episode that the
+    expert plays, from its first `picture` on; none without a plan."""
     rows, done = [], False
     while not done:
         text = env.expert_answer(rng)
         if text is None:
             break
-        rows.append((picture, env.prompt(style).state, text))
-        action = env.actions.index(env.read_answer(text).action)
+        answer = env.read_answer(text)
+        labelled = isinstance(env, LabelledEnv)
+        labels = env.picture_labels() if labelled else perception_labels(answer.fields)
+        rows.append((picture, env.prompt(style).state, text, labels))
+        action = env.actions.index(answer.action)
+        if stray and rng.random() < stray:
+            action = int(rng.integers(len(env.actions)))
         picture, _, terminated, truncated, _ = env.step(action)
         done = terminated or truncated
     return rows

@@ -27,13 +27,14 @@ from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel
 from turbo.modules import merge_policy, read_dense
 from turbo.parallel import Crew
-from turbo.run import env_maker, prompt_style
+from turbo.run import env_maker, held_out, prompt_style
 from turbo.sft_config import SftConfig
 
 
 def settings(c: SftConfig) -> TrainConfig:
     """The settings that opening a model and making its games need."""
     shared = ("env", "model", "device", "dtype", "quantize", "observation", "micro_tokens", "seed")
+    shared += ("games", "tasks", "history_length")
     own = {name: getattr(c, name) for name in shared}
     return TrainConfig(engine="modules", lora_rank=c.lora_rank, **own)
 
@@ -55,7 +56,7 @@ def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> i
     e = evaluate(
         vlm,
         vlm.weights(lora),
-        env_maker(run),
+        env_maker(run, held_out(c.env)),
         episodes=c.eval_episodes,
         seed=c.seed,
         temperature=run.eval_temperature,
@@ -92,7 +93,9 @@ def train_factors(
         rate = min(1, (step + 1) / 20) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / c.steps)))
         optimizer.param_groups[0]["lr"] = c.lora_learning_rate * rate
         seeds = rng.integers(2**31, size=c.deals // crew.size)
-        demos = [demonstrate(env, vlm, int(s), c.states, c.other_targets, style) for s in seeds]
+        demos = [
+            demonstrate(env, vlm, int(s), c.states, c.other_targets, style, c.stray) for s in seeds
+        ]
         for p in lora.parameters():
             p.grad = torch.zeros_like(p)
         with torch.no_grad():

@@ -251,7 +251,7 @@ def env_maker(c: TrainConfig, split: str = "all"):
     """
     options = tiny_kwargs(c.env) if observation(c) == "small" else {}
     if c.env == "alfworld":
-        options |= alfworld_options(c, SPLITS[split])
+        options |= {**alfworld_options(c, SPLITS[split]), "backend": c.backend}
     if c.env == "points24":
         options["split"] = split
         if c.hands:
@@ -272,7 +272,6 @@ def alfworld_options(c: TrainConfig | SftConfig, split: str) -> dict:
         "split": split,
         "tasks": tasks,
         "history_length": c.history_length,
-        "backend": c.backend,
     }
 
 

@@ -33,8 +33,10 @@ from turbo.hub import own_workers
 from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel, Weights, pick_dtype
 from turbo.parallel import Crew, cores, run_crew
+from turbo.run import alfworld_options
 from turbo.sft_config import SftConfig, check_sft, sft_defaults
 
+SPLIT_GAMES = ("points24", "alfworld")  # some deals are kept from the warm start
 IGNORED = -100  # a target that costs nothing
 
 
@@ -97,11 +99,14 @@ def train_read_out(
 def warm_start(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> dict | None:
     """The whole of it: read-out, language model, evaluation, files. Figures on worker 0."""
     started = time.perf_counter()
-    tokenizer = tiny.train_tokenizer()
-    module = tiny.new_model(c.size or tiny.SIZE_OF_GAME[c.env], tokenizer, c.seed)
-    vlm = VisionLanguageModel(module, tokenizer, tiny.image_processor(), pick_dtype(c.dtype), "new")
     make_env = env_maker(c)
-    env = make_env("seen")
+    env, positions = make_env("seen"), tiny.POSITIONS
+    if c.env == "alfworld":
+        tokenizer, positions = tiny.alfworld_tokenizer(env), tiny.ALFWORLD_POSITIONS
+    else:
+        tokenizer = tiny.train_tokenizer()
+    module = tiny.new_model(c.size or tiny.SIZE_OF_GAME[c.env], tokenizer, c.seed, positions)
+    vlm = VisionLanguageModel(module, tokenizer, tiny.image_processor(), pick_dtype(c.dtype), "new")
     read = train_read_out(vlm, env, crew, steps=c.read_out_steps, seed=c.seed)
     if crew.leads:
         say(f"{parameter_count(module):,} parameters; read-out of the picture {read:.1%}")
@@ -109,18 +114,24 @@ def warm_start(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> 
     minutes = (time.perf_counter() - started) / 60
     module.to(torch.bfloat16).to(torch.float32)  # evaluated as it will be saved
     figures = {"minutes": round(minutes, 1), "loss": losses, "read_out": read}
-    for split in ("seen", "unseen") if c.env == "points24" else ("all",):
+    for split in ("seen", "unseen") if c.env in SPLIT_GAMES else ("all",):
         for temperature in (0.2, 1.0):
             with torch.no_grad():
                 weights = vlm.weights()
-            episodes = dict(episodes=c.eval_episodes, seed=c.seed, max_new_tokens=96, crew=crew)
+            episodes = dict(episodes=c.eval_episodes, seed=c.seed, max_new_tokens=c.max_new_tokens)
             e = evaluate(
-                vlm, weights, lambda s=split: make_env(s), temperature=temperature, **episodes
+                vlm,
+                weights,
+                lambda s=split: make_env(s),
+                temperature=temperature,
+                crew=crew,
+                envs=64 if c.env == "alfworld" else 256,
+                **episodes,
             )
             figures[f"{split}, temperature {temperature}"] = e
             if crew.leads:
                 say(
-                    f"{split} hands, T {temperature}: success {e['success_rate']:.1%} "
+                    f"{split} deals, T {temperature}: success {e['success_rate']:.1%} "
                     f"[{e['success_low']:.1%}, {e['success_high']:.1%}], "
                     f"legal {e['legal_rate']:.1%}, cards {e['card_rate']:.1%}, "
                     f"thoughts right {e['reasoning_score']:.1%}"
@@ -144,7 +155,9 @@ def train_language(vlm, env, crew: Crew, c: SftConfig, say: Callable[[str], None
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
         deals = rng.integers(2**31, size=c.deals // crew.size)
-        demos = [demonstrate(env, vlm, int(s), c.states, c.other_targets) for s in deals]
+        demos = [
+            demonstrate(env, vlm, int(s), c.states, c.other_targets, stray=c.stray) for s in deals
+        ]
         vlm.module.zero_grad(set_to_none=True)
         weights = vlm.weights()
         local = weights.cut()
@@ -207,6 +220,8 @@ def env_maker(c: SftConfig) -> Callable:
 
     def build(split: str):
         extra = {"split": split} if c.env == "points24" else {}
+        if c.env == "alfworld":
+            extra = alfworld_options(c, "train" if split == "seen" else "valid_unseen")
         return make(c.env, **options, **extra)
 
     return build

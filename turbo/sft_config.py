@@ -38,6 +38,15 @@ class SftConfig:
     """card games: the expert begins with one of so many solutions"""
     other_targets: float = 0.0
     """Points24: share of the deals that ask for another target than 24, as further exercises"""
+    games: str = ""
+    """ALFWorld: folder of games (empty: $ALFWORLD_DATA, else small ones that are made once)"""
+    tasks: str = ""
+    """ALFWorld: task types to play, separated by commas (empty: all six)"""
+    history_length: int = 40
+    """ALFWorld: the newest so many commands are shown in the prompt; 40 is all of them"""
+    stray: float = 0.0
+    """share of the expert's steps at which a random action is played in place of its own, so that
+    it shows how to get out of it"""
     read_out_steps: int = 250
     """steps of the read-out that teaches the vision tower to see"""
     learning_rate: float = 2e-3
@@ -75,6 +84,15 @@ SFT_DEFAULTS: dict[str, dict] = {
     "ezpoints": dict(steps=150, deals=32, read_out_steps=120),
     "numberline": dict(steps=100, deals=32),
     "blackjack": dict(steps=100, deals=32),
+    "alfworld": dict(
+        steps=1200,
+        deals=8,
+        states=0,
+        stray=0.15,
+        read_out_steps=400,
+        eval_episodes=200,
+        max_new_tokens=128,
+    ),
 }
 
 
@@ -95,6 +113,10 @@ def check_sft(c: SftConfig) -> None:
     for flag in ("seed", "states", "workers"):
         if getattr(c, flag) < 0:
             raise ValueError(f"--{flag} must be zero or more, got {getattr(c, flag)}")
+    if not 0 <= c.stray < 1:
+        raise ValueError(f"--stray must be a share from 0 to below 1, got {c.stray}")
+    if (c.games or c.tasks) and c.env != "alfworld":
+        raise ValueError("--games and --tasks are for alfworld alone: leave them out")
     if not 0 <= c.other_targets <= 1 or (c.other_targets and c.env != "points24"):
         rule = "a share from 0 to 1, and 0 except with points24"
         raise ValueError(f"--other-targets must be {rule}, got {c.other_targets}")

@@ -9,7 +9,7 @@ shipped in `turbo/models/<game>/`.
 Left out: the warm start itself (`turbo.sft`), LoRA and the fast forward pass (`turbo.model`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,8 @@ from turbo.envs.make import make, tiny_kwargs
 
 GAMES = ("points24", "ezpoints", "numberline", "blackjack")
 VOCABULARY = 640
+ALFWORLD_VOCABULARY = 1024
+POSITIONS, ALFWORLD_POSITIONS = 512, 1024
 OTHER_TARGETS = (10, 61)  # from and below: further exercises in Points24, two digits like 24
 PATCH, MERGE = 14, 2
 
@@ -36,7 +38,13 @@ SIZES = {
     "medium": dict(hidden=192, inter=512, layers=4, heads=6, kv_heads=3, vision=96, vision_depth=2),
     "nano": dict(hidden=96, inter=256, layers=2, heads=3, kv_heads=3, vision=64, vision_depth=1),
 }
-SIZE_OF_GAME = {"points24": "small", "ezpoints": "nano", "numberline": "nano", "blackjack": "nano"}
+SIZE_OF_GAME = {
+    "points24": "small",
+    "ezpoints": "nano",
+    "numberline": "nano",
+    "blackjack": "nano",
+    "alfworld": "small",
+}
 
 # What is kept whole when the text is split, before byte pairs are merged: a card's rank with the
 # separator behind it, a result "=24, so ", a number left " 6: ", a number, an operator. The rest is
@@ -45,6 +53,8 @@ SPLIT = (
     r'(?<=")(?:10|[2-9AJQK])", "(?=[0-9AJQK])|(?<=")[AJQK](?=")'
     r"|=-?[0-9]+(?:/[0-9]+)?(?:, (?:so )?)?| ?-?[0-9]+: | [0-9]+|[0-9]+|[+\-*/()=]"
 )
+# In ALFWorld a numbered thing, " mug 2", is kept whole, and so is every word.
+ALFWORLD_SPLIT = r" ?[A-Za-z]+ [0-9]+| ?[A-Za-z]+| ?[0-9]+| ?[^A-Za-z0-9 ]+| "
 
 
 def builtin_path(game: str) -> Path:
@@ -61,25 +71,45 @@ def corpus(episodes: int = 400, seed: int = 0) -> Iterator[str]:
             low, end = OTHER_TARGETS
             other = {"target": low + episode % (end - low)}
             target = other if game == "points24" and episode % 2 else None
-            env.reset(seed=seed + episode, options=target)
-            done = False
-            while not done:
-                answer = env.expert_answer(rng)
-                if answer is None:
-                    break
-                prompt = env.prompt("short")
-                yield from ("user\n", prompt.fixed, prompt.state, "\n", "assistant\n", answer)
-                action = env.actions.index(env.read_answer(answer).action)
-                _, _, terminated, truncated, _ = env.step(action)
-                done = terminated or truncated
+            yield from expert_texts(env, rng, seed + episode, target)
 
 
-def train_tokenizer(vocabulary: int = VOCABULARY, seed: int = 0) -> PreTrainedTokenizerFast:
-    """Byte-level BPE on `corpus`; ids 0..6 are Qwen's special tokens (`prompts.SPECIAL_TOKENS`)."""
+def expert_texts(env, rng: np.random.Generator, seed: int, options=None) -> Iterator[str]:
+    """Prompts and answers of one episode that the expert plays."""
+    env.reset(seed=seed, options=options)
+    done = False
+    while not done:
+        answer = env.expert_answer(rng)
+        if answer is None:
+            break
+        prompt = env.prompt("short")
+        yield from ("user\n", prompt.fixed, prompt.state, "\n", "assistant\n", answer)
+        action = env.actions.index(env.read_answer(answer).action)
+        _, _, terminated, truncated, _ = env.step(action)
+        done = terminated or truncated
+
+
+def alfworld_tokenizer(env, episodes: int = 300) -> PreTrainedTokenizerFast:
+    """A tokenizer of its own for ALFWorld's words."""
+    rng = np.random.default_rng(0)
+    texts = (text for seed in range(episodes) for text in expert_texts(env, rng, seed))
+    return train_tokenizer(ALFWORLD_VOCABULARY, texts=texts, split=ALFWORLD_SPLIT)
+
+
+def train_tokenizer(
+    vocabulary: int = VOCABULARY,
+    seed: int = 0,
+    texts: Iterable[str] | None = None,
+    split: str = SPLIT,
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE on `texts`, or else on `corpus`, that merges nothing across `split`.
+
+    Ids 0..6 are Qwen's special tokens (`prompts.SPECIAL_TOKENS`).
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(split), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -90,7 +120,7 @@ def train_tokenizer(vocabulary: int = VOCABULARY, seed: int = 0) -> PreTrainedTo
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(seed=seed), trainer)
+    tokenizer.train_from_iterator(corpus(seed=seed) if texts is None else texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=prompts.PAD,
@@ -102,8 +132,11 @@ def train_tokenizer(vocabulary: int = VOCABULARY, seed: int = 0) -> PreTrainedTo
     return fast
 
 
-def config(size: str, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    """A Qwen2.5-VL configuration of one of `SIZES`, with the token ids of `tokenizer`."""
+def config(
+    size: str, tokenizer: PreTrainedTokenizerFast, positions: int = POSITIONS
+) -> Qwen2_5_VLConfig:
+    """A Qwen2.5-VL configuration of one of `SIZES`, with the token ids of `tokenizer`, for prompts
+    and answers of at most so many tokens together."""
     s = SIZES[size]
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in prompts.SPECIAL_TOKENS}
     head_dim = s["hidden"] // s["heads"]
@@ -114,7 +147,7 @@ def config(size: str, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
         num_hidden_layers=s["layers"],
         num_attention_heads=s["heads"],
         num_key_value_heads=s["kv_heads"],
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         rope_parameters={
             "rope_type": "default",
             "rope_theta": 10000.0,
@@ -144,11 +177,11 @@ def config(size: str, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
 
 
 def new_model(
-    size: str, tokenizer: PreTrainedTokenizerFast, seed: int
+    size: str, tokenizer: PreTrainedTokenizerFast, seed: int, positions: int = POSITIONS
 ) -> Qwen2_5_VLForConditionalGeneration:
     """A randomly initialised model, float32."""
     torch.manual_seed(seed)
-    return Qwen2_5_VLForConditionalGeneration(config(size, tokenizer))
+    return Qwen2_5_VLForConditionalGeneration(config(size, tokenizer, positions))
 
 
 def name_tokens(config, tokenizer: PreTrainedTokenizerFast) -> None:
