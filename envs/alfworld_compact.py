@@ -110,7 +110,7 @@ def _number_cell(text: str, ground: str) -> Image.Image:
     return _in_cell(drawn, ground, (CELL - drawn.width) // 2, (CELL - drawn.height) // 2)
 
 
-@lru_cache(maxsize=4_096)
+@lru_cache(maxsize=1_024)
 def _thing_cell(thing: Thing) -> Image.Image:
     """An object in a cell, its number in the corner, on the colour of its state."""
     ground = next((GROUND[flag] for flag in GROUND if flag in thing.flags), PLAIN)

@@ -9,7 +9,6 @@ Left out: the single drawings (`alfworld_icons`, `alfworld_furniture`), image fi
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -37,10 +36,12 @@ Frame = tuple[float, float, float, float]  # x0 y0 x1 y1 in pixels
 def draw_scene(scene: Scene, canvas: tuple[int, int] = (300, 300)) -> np.ndarray:
     """What the agent sees, [H, W, 3] uint8: the same read-only array for the same view."""
     seen = view(scene)
-    return _picture(seen.here or seen.places, bool(seen.here), seen.held, _room(seen), canvas)
+    return _picture(
+        seen.here or seen.places, bool(seen.here), seen.held, _room(seen), tuple(canvas)
+    )
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _picture(
     places: tuple[Place, ...], near: bool, held: Thing | None, room: str, canvas: tuple[int, int]
 ) -> np.ndarray:
@@ -100,9 +101,14 @@ def _write(image: Image.Image, text: str, size: float, x: float, y: float, width
 
 
 @lru_cache(maxsize=8_192)
+def _breadth(text: str) -> float:
+    """The width of a text in type of size 1."""
+    return font(40).getlength(text) / 40
+
+
 def _fit(text: str, width: float, size: float) -> int:
     """The size of type, `size` at most, at which the text and its rim are `width` wide."""
-    return int(max(6, min(size, width / (font(40).getlength(text) / 40 + 0.2))))
+    return int(max(6, min(size, width / (_breadth(text) + 0.1))))
 
 
 @lru_cache(maxsize=4_096)
@@ -112,11 +118,12 @@ def _grid(names: tuple[str, ...], width: int, height: int, unit: float) -> tuple
     for columns in range(1, len(names) + 1):
         rows = -(-len(names) // columns)
         wide, high = width / columns, height / rows
-        size = min(13 * unit, max(8 * unit, 0.28 * high))
-        sizes = [_fit(name, wide, size) for name in names]
+        smallest = min(_fit(name, wide - 3, 13 * unit) for name in names)
+        size = min(13 * unit, 1.3 * smallest, max(8 * unit, 0.3 * high))
         side = min(wide - 2, high - size - 3 * unit, 80 * unit)
-        worth = side * (min(sizes) + sum(sizes) / len(sizes)) ** 1.5
-        options.append((worth, columns, max(4, int(side)), int(size)))
+        side = max(4, int(side) // 4 * 4)  # few sizes, so that few icons are drawn
+        worth = side * min(smallest, 11 * unit) ** 2
+        options.append((worth, columns, side, int(size)))
     return max(options)[1:]
 
 
@@ -146,7 +153,7 @@ def _draw_place(image: Image.Image, place: Place, frame: Frame, unit: float) -> 
         for i, thing in enumerate(line):
             middle = x + wide * (i + 0.5 + (columns - len(line)) / 2) / columns
             _paste(image, icon(thing.kind, thing.flags, side), middle - side / 2, base - side)
-            _write(image, thing.name, type_size, middle, base + type_size / 2, wide / columns)
+            _write(image, thing.name, type_size, middle, base + type_size / 2, wide / columns - 3)
 
 
 def _draw_head(
@@ -197,21 +204,21 @@ def _lines(
 ) -> tuple[int, list[list[tuple[str, int, int, float]]]]:
     """(size of drawings, lines of (kind, first, past the last, width)), as large as fits."""
     size, gap = round(11 * unit), 8 * unit
-    for side in range(round(64 * unit), 7, -1):
+    for side in range(round(16 * unit) * 4, 7, -2):
         most, parts = max(1, width // side), []
         for title, count in groups:
-            heading = font(size).getlength(title) + 3 * unit
+            heading = _breadth(title) * size + 3 * unit
             for first in range(0, count, most):
                 past = min(first + most, count)
                 parts.append((title, first, past, max(heading, (past - first) * side)))
-        lines = []
+        lines, left = [], []
         for part in sorted(parts, key=lambda part: -part[3]):  # the first line with room for it
-            for line in lines:
-                if sum(other[3] + gap for other in line) + part[3] <= width:
-                    line.append(part)
-                    break
-            else:
-                lines.append([part])
+            at = next((i for i, room in enumerate(left) if room >= part[3]), len(lines))
+            if at == len(lines):
+                lines.append([])
+                left.append(width)
+            lines[at].append(part)
+            left[at] -= part[3] + gap
         if len(lines) * (side + size + 4 * unit) <= height:
             break
     return side, lines
@@ -220,8 +227,10 @@ def _lines(
 def _draw_groups(image: Image.Image, places: tuple[Place, ...], frame: Frame, unit: float) -> None:
     """The receptacles by kinds: the kind above, the numbers on the drawings."""
     x0, y0, x1, y1 = frame
-    same = [list(group) for _, group in groupby(places, key=lambda place: place.kind)]
-    kinds = {group[0].name if len(group) == 1 else group[0].kind: group for group in same}
+    same = {}
+    for place in places:
+        same.setdefault(place.kind, []).append(place)
+    kinds = {group[0].name if len(group) == 1 else kind: group for kind, group in same.items()}
     groups = tuple((title, len(group)) for title, group in kinds.items())
     side, lines = _lines(groups, *_size(frame), unit)
     size, high = round(11 * unit), (y1 - y0) / len(lines)

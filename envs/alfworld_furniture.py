@@ -186,11 +186,13 @@ def _bin(pen: Pen, look: Look, body: str, stripe: str) -> Stage:
         pen.put(
             "rod*", stripe, 4, wide + x * (100 - 2 * wide), rim + 8, 50 + (x - 0.5) * 60, low - 6
         )
-    pen.put("oval", body if look.is_open else stripe, wide, top, 100 - wide, rim)
+    pen.put("oval", body, wide, top, 100 - wide, rim)
     if look.is_open:
         pen.put("oval", HOLLOW, wide + 5, top + 4, 95 - wide, rim - 3)
     else:
-        pen.put("box", "black", 40, top + 2, 60, top + 10, 4)
+        pen.put("box", "black", 38, 2, 62, 16, 6)
+        pen.put("chord", stripe, wide - 6, 8, 106 - wide, 2 * middle, 180, 360)
+        pen.put("box", stripe, wide - 6, middle - 4, 106 - wide, middle + 7, 3)
     return (wide + 12, top + 6, 88 - wide, rim - 4)
 
 
@@ -229,7 +231,7 @@ def _seat(pen: Pen, look: Look, cloth: str, cushion: str, frame: Stage, parts: i
         pen.put("box", cushion, left, seat, left + wide, low + 3, 5)
     for x in (x0, x1 - arm - 1):
         pen.put("box", cloth, x, y0 + 0.26 * h, x + arm + 1, y1 - 5, 8)
-    return (x0 + arm + 1, y0 + 0.1 * h, x1 - arm - 1, low)
+    return (x0 + arm / 2, y0 + 0.05 * h, x1 - arm / 2, low)
 
 
 def _bed(pen: Pen, look: Look, wood: str, sheet: str, cover: str) -> Stage:
@@ -288,6 +290,7 @@ def _burner(pen: Pen, look: Look, hob: str, glow: str) -> Stage:
     return (10, 4, 90, edge - 2)
 
 
+BOARDED = ("cabinet", "fridge", "shelf")  # with one board for each row of objects
 OAK, PINE, WALNUT = "#c68a4a", "#e0b878", "#7a4a26"
 FURNITURE = {
     "armchair": partial(_seat, cloth="#b5462f", cushion="#d8694f", frame=(14, 14, 86, 94), parts=1),
@@ -308,7 +311,7 @@ FURNITURE = {
     "desk": partial(_table, top="#b3723a", front="#8a5528", under="side drawers"),
     "diningtable": partial(_table, top=OAK, front="#8d5a2b", under="legs"),
     "drawer": partial(_drawer, front="#cf9a5b", inside="#8c6238"),
-    "dresser": partial(_table, top="#a8683c", front="#8b4f2a", under="drawers"),
+    "dresser": partial(_table, top="#b9d3b0", front="#86ab86", under="drawers"),
     "fridge": partial(
         _locker, body="#e3e9ee", inside="#f4fbff", frame=(24, 1, 76, 98), sign="fridge"
     ),
@@ -376,16 +379,23 @@ FURNITURE = {
 FURNITURE |= {"sink": FURNITURE["sinkbasin"], "bathtub": FURNITURE["bathtubbasin"]}
 
 
-@lru_cache(maxsize=1_024)
 def furniture(kind: str, look: Look, width: int, height: int) -> tuple[Image.Image, Stage]:
     """(a receptacle on a transparent ground, its stage in pixels)"""
+    if kind not in BOARDED or not look.is_open:
+        look = replace(look, rows=2)
+    return _drawn(kind, look, width, height)
+
+
+@lru_cache(maxsize=1_024)
+def _drawn(kind: str, look: Look, width: int, height: int) -> tuple[Image.Image, Stage]:
+    """`furniture`, drawn once."""
     if look.large and not look.is_open:
         side = min(width, height)
         whole = Image.new("RGBA", (width, height))
         drawing, _ = furniture(kind, replace(look, large=False), side, side)
         whole.alpha_composite(drawing, ((width - side) // 2, height - side))
         return whole, (0.0, 0.0, float(width), float(height))
-    pen = Pen(width, height, 3 if look.large else 4)
+    pen = Pen(width, height, 2 if look.large else 4)
     if kind in FURNITURE:
         stage = FURNITURE[kind](pen, look)
     else:

@@ -185,7 +185,7 @@ def split_kind(kind: str) -> tuple[str, bool]:
     return kind, False
 
 
-@lru_cache(maxsize=4_096)
+@lru_cache(maxsize=1_024)
 def icon(kind: str, flags: frozenset[str], size: int) -> Image.Image:
     """An object of `size` x `size` pixels on a transparent ground, with the marks of its state."""
     kind, sliced = split_kind(kind)
@@ -202,10 +202,10 @@ def icon(kind: str, flags: frozenset[str], size: int) -> Image.Image:
     return whole
 
 
-@lru_cache(maxsize=1_024)
+@lru_cache(maxsize=512)
 def plain_icon(kind: str, size: int) -> Image.Image:
     """An object without marks; one of an unknown kind is a parcel with its first letters."""
-    pen = Pen(size, size)
+    pen = Pen(size, size, 4 if size < 48 else 3)
     if kind in ICONS:
         pen.put_all(ICONS[kind])
         return pen.result()

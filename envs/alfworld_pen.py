@@ -109,7 +109,7 @@ def _smooth(points: list[tuple[float, float]], steps: int = 8) -> list[tuple[flo
     return [tuple(point) for point in curve.reshape(-1, 2)]
 
 
-@lru_cache(maxsize=8_192)
+@lru_cache(maxsize=2_048)
 def label(text: str, size: int, ink: str = INK, rim: str = PAPER) -> Image.Image:
     """A line of text, with a rim to be read on any ground; labels of one size have one height."""
     thick = max(1, round(size / 7)) if rim else 0
