@@ -17,8 +17,10 @@ MODULES = {
         kernels.checks kernels.dispatch kernels.ema kernels.ema_triton kernels.nf4
         kernels.nf4_triton kernels.pointwise kernels.policy_head kernels.policy_head_triton
         kernels.reference kernels.ties kernels.ties_triton kernels.tiles kernels.tiles_triton
-        envs.alfworld envs.base envs.blackjack envs.cards envs.ezpoints envs.formula envs.guess
-        envs.make envs.numberline envs.picture envs.points24
+        envs.alfworld envs.alfworld_compact envs.alfworld_draw envs.alfworld_furniture
+        envs.alfworld_icons envs.alfworld_pen envs.alfworld_scene envs.base envs.blackjack
+        envs.cards envs.ezpoints envs.formula envs.guess envs.make envs.numberline envs.picture
+        envs.points24
     """,
     # 1: no model
     1: """
