@@ -28,7 +28,7 @@ import numpy as np
 
 from turbo.envs import alfworld_expert as expert
 from turbo.envs.alfworld_draw import draw_scene
-from turbo.envs.alfworld_process import GameProcess
+from turbo.envs.alfworld_process import GameProcess, OwnGame
 from turbo.envs.alfworld_scene import TASKS, Goal, Scene, conditions_met, kind_of, read_scene, view
 from turbo.envs.base import (
     Answer,
@@ -80,6 +80,7 @@ class ALFWorld(gym.Env):
         history_length: int = 40,  # newest commands that the prompt shows
         telling: bool = True,  # offer look, examine, inventory, help: a picture tells as much
         scene_text: bool = False,  # say in words what is seen, as RL4VLM does
+        own_process: bool = True,  # the game runs beside this process; False: text games, in it
         timeout: float = 60.0,  # seconds until a game that does not answer is given up
         render_mode: str | None = None,
         fresh_pictures: bool = False,
@@ -95,7 +96,8 @@ class ALFWorld(gym.Env):
         self.history_length, self.telling, self.scene_text = history_length, telling, scene_text
         self.render_mode, self.fresh_pictures = render_mode, fresh_pictures
         self.early_truncation = False
-        self.process: GameProcess | None = None
+        self.is_remote = own_process or backend == "thor"
+        self.process: GameProcess | OwnGame | None = None
         self.actions: tuple[str, ...] = ()
         self.action_space = gym.spaces.Discrete(MAX_ACTIONS)
         shape = (self.canvas[1], self.canvas[0], 3)
@@ -111,7 +113,8 @@ class ALFWorld(gym.Env):
         else:
             self.game = self.games[int(self.np_random.integers(len(self.games)))]
         if self.process is None:
-            self.process = GameProcess(self.backend, self.timeout)
+            remote = self.is_remote
+            self.process = GameProcess(self.backend, self.timeout) if remote else OwnGame()
         told = self._ask({"do": "reset", "game": self.game.path})
         self.task, self.holds = told["task"], told["holds"]
         self.history: list[str] = []

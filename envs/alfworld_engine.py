@@ -7,8 +7,9 @@ TextWorld's own classes translate a game once, into what playing needs: the plan
 the facts that never change, the names of things, and a command for every action. That is kept in a
 file. Games, commands and outcomes are those of TextWorld, which a test compares step by step.
 
-Run as `python -m turbo.envs.alfworld_engine` this is one game in a process of its own, asked by
-lines of JSON on its standard input (`alfworld_process` is the other side).
+A game can be played in this process, by one thread, or in a process of its own: run as
+`python -m turbo.envs.alfworld_engine` this is asked by lines of JSON on its standard input
+(`alfworld_process` is the other side).
 
 Left out: pictures, rewards, what a person or a model sees (`alfworld`).
 """
@@ -18,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import zlib
@@ -40,15 +42,19 @@ def cache_folder() -> Path:
     return Path(own) if own else base / "gtr-turbo"
 
 
-def translation(game: Path) -> dict:
-    """The translated game, from the cache where it is there; else it is made and kept."""
+def translation(game: Path, apart: bool = True) -> dict:
+    """The translated game, from the cache where it is there; else it is made and kept.
+
+    It is made in a process of its own unless told otherwise: TextWorld touches what a process has
+    once.
+    """
     text = game.read_text()
     digest = hashlib.sha256(f"{VERSION} {text}".encode()).hexdigest()[:32]
     kept = cache_folder() / "alfworld-games" / f"{digest}.json"
     try:
         return json.loads(kept.read_text())
     except (OSError, ValueError):
-        found = translate(json.loads(text))
+        found = translate_apart(game) if apart else translate(json.loads(text))
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(f".{os.getpid()}")
@@ -57,6 +63,19 @@ def translation(game: Path) -> dict:
     except OSError:
         pass  # a cache that cannot be written costs time only
     return found
+
+
+def translate_apart(game: Path) -> dict:
+    """`translate` in a process of its own."""
+    command = [sys.executable, "-m", "turbo.envs.alfworld_engine", "translate", str(game)]
+    root = str(Path(sys.modules["turbo"].__file__).resolve().parent.parent)
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=own)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise ValueError(f"{game} could not be translated: {last[0]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def translate(game: dict) -> dict:
@@ -222,6 +241,13 @@ class TextGame:
         }
 
 
+def answer(game, asked: dict) -> dict:
+    """What a game says to a question."""
+    if asked["do"] == "reset":
+        return game.reset(asked["game"])
+    return game.step(asked["action"]) if asked["do"] == "step" else game.plan()
+
+
 def serve(new_game) -> None:
     """Answer lines of JSON on standard input, one each, until it closes.
 
@@ -235,12 +261,7 @@ def serve(new_game) -> None:
         try:
             asked = json.loads(line)
             game = game or new_game()
-            if asked["do"] == "reset":
-                told = game.reset(asked["game"])
-            elif asked["do"] == "step":
-                told = game.step(asked["action"])
-            else:
-                told = game.plan()
+            told = answer(game, asked)
         except Exception as error:  # told to the other side, which knows what it asked for
             told = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(told) + "\n")
@@ -248,8 +269,10 @@ def serve(new_game) -> None:
 
 
 def main() -> None:
-    """Play text games, or AI2-THOR's with the argument "thor"."""
-    if sys.argv[1:] == ["thor"]:
+    """Play text games; AI2-THOR's with the argument "thor"; or "translate" one game."""
+    if sys.argv[1:2] == ["translate"]:
+        print("\n" + json.dumps(translate(json.loads(Path(sys.argv[2]).read_text()))))
+    elif sys.argv[1:] == ["thor"]:
         from turbo.envs.alfworld_thor import ThorGame
 
         serve(ThorGame)

@@ -6,7 +6,7 @@ to the places that may hold the object, in the order of the list, opens what is 
 object where it sees it, treats it, and brings it to where it belongs. Its next command follows from
 these alone, so a policy without a memory of earlier pictures can learn it.
 
-    thought   "see shelf 2 with pen 1, mug 2; hold nothing; want hot mug; so take mug 2 from shelf 2"
+    thought   "see shelf 2 with pen 1, mug 2; hold nothing; want mug; so take mug 2 from shelf 2"
 
 Left out: the planner (`alfworld_engine`), rewards (`alfworld`).
 """

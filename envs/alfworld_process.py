@@ -1,8 +1,9 @@
-"""A game of ALFWorld in a process of its own, asked by lines of JSON.
+"""A game of ALFWorld in a process of its own, asked by lines of JSON, or in this one.
 
-TextWorld and AI2-THOR touch what a process has once (threads, standard output, arguments), so
-every game has a process. `send` and `receive` are apart: many games can work at once, and beside
-the model. No pickle; a process that dies or hangs is named, with its last words.
+AI2-THOR touches what a process has once (threads, standard output, arguments), so each of its games
+has a process. `send` and `receive` are apart: many games can work at once, and beside the model. No
+pickle; a process that dies or hangs is named, with its last words. A text game takes less time than
+to ask a process for it, and can be played here as well.
 
 Left out: what is asked (`alfworld_engine`).
 """
@@ -17,7 +18,27 @@ import tempfile
 import time
 from pathlib import Path
 
+from turbo.envs.alfworld_engine import TextGame, answer
+
 START_SECONDS = 120.0  # the first answer may have to translate a large game
+
+
+class OwnGame:
+    """A text game in this process, behind the interface of `GameProcess`."""
+
+    def __init__(self):
+        self.game, self.told = TextGame(), {}
+
+    def send(self, asked: dict) -> None:
+        """Ask, and be answered at once."""
+        self.told = answer(self.game, asked)
+
+    def receive(self) -> dict:
+        """The answer to what was sent."""
+        return self.told
+
+    def close(self) -> None:
+        """Nothing is left behind."""
 
 
 class GameProcess:

@@ -110,10 +110,12 @@ class VisualEnv(Protocol):
 
 @runtime_checkable
 class SlowEnv(Protocol):
-    """A `VisualEnv` that works in a process of its own: a step has two halves.
+    """A `VisualEnv` that may work in a process of its own: a step has two halves.
 
     Between them other environments and the model work.
     """
+
+    is_remote: bool  # whether it does
 
     def send(self, action: int | None) -> None:
         """Begin a step; None is an illegal answer."""

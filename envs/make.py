@@ -26,7 +26,12 @@ TINY = {  # pictures of the tiny model: few, 28-pixel cells, nothing but what mu
     "numberline": {"canvas": (112, 56)},
     "blackjack": {"canvas": (112, 56)},
     # a goal condition pays when it is met: waiting with some of them earns nothing
-    "alfworld": {"canvas": (168, 112), "telling": False, "goal_reward": "change"},
+    "alfworld": {
+        "canvas": (168, 112),
+        "telling": False,
+        "goal_reward": "change",
+        "own_process": False,
+    },
 }
 
 

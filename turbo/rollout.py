@@ -186,7 +186,7 @@ class _Sent:
     @property
     def is_slow(self) -> bool:
         """Whether the environment works in a process of its own."""
-        return isinstance(self.env, SlowEnv)
+        return isinstance(self.env, SlowEnv) and self.env.is_remote
 
     def outcome(self) -> tuple:
         """(picture, reward, terminated, truncated, info)."""
