@@ -17,8 +17,9 @@ MODULES = {
         kernels.checks kernels.dispatch kernels.ema kernels.ema_triton kernels.nf4
         kernels.nf4_triton kernels.pointwise kernels.policy_head kernels.policy_head_triton
         kernels.reference kernels.ties kernels.ties_triton kernels.tiles kernels.tiles_triton
-        envs.alfworld envs.base envs.blackjack envs.cards envs.ezpoints envs.formula envs.guess
-        envs.make envs.numberline envs.picture envs.points24
+        envs.alfworld envs.alfworld_games envs.alfworld_pddl envs.alfworld_rooms envs.alfworld_scene
+        envs.base envs.blackjack envs.cards envs.ezpoints envs.formula envs.guess envs.make
+        envs.numberline envs.picture envs.points24
     """,
     # 1: no model
     1: """
@@ -40,11 +41,14 @@ LAYERS["turbo"] = 0
 
 # Imported where they are used. Only a kernels/*_triton.py, itself imported late, opens with triton.
 OPTIONAL = {
+    "alfworld",
     "bitsandbytes",
+    "fast_downward",
     "flash_attn",
     "matplotlib",
     "peft",
     "tensorboard",
+    "textworld",
     "trackio",
     "triton",
     "wandb",
