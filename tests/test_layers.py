@@ -17,10 +17,11 @@ MODULES = {
         kernels.checks kernels.dispatch kernels.ema kernels.ema_triton kernels.nf4
         kernels.nf4_triton kernels.pointwise kernels.policy_head kernels.policy_head_triton
         kernels.reference kernels.ties kernels.ties_triton kernels.tiles kernels.tiles_triton
-        envs.alfworld envs.alfworld_compact envs.alfworld_draw envs.alfworld_furniture
-        envs.alfworld_icons envs.alfworld_pen envs.alfworld_scene envs.base envs.blackjack
-        envs.cards envs.ezpoints envs.formula envs.guess envs.make envs.numberline envs.picture
-        envs.points24
+        envs.alfworld envs.alfworld_compact envs.alfworld_draw envs.alfworld_engine
+        envs.alfworld_expert envs.alfworld_furniture envs.alfworld_games envs.alfworld_icons
+        envs.alfworld_pddl envs.alfworld_pen envs.alfworld_process envs.alfworld_rooms
+        envs.alfworld_scene envs.alfworld_thor envs.base envs.blackjack envs.cards envs.ezpoints
+        envs.formula envs.guess envs.make envs.numberline envs.picture envs.points24
     """,
     # 1: no model
     1: """
@@ -42,11 +43,14 @@ LAYERS["turbo"] = 0
 
 # Imported where they are used. Only a kernels/*_triton.py, itself imported late, opens with triton.
 OPTIONAL = {
+    "alfworld",
     "bitsandbytes",
+    "fast_downward",
     "flash_attn",
     "matplotlib",
     "peft",
     "tensorboard",
+    "textworld",
     "trackio",
     "triton",
     "wandb",

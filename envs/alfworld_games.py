@@ -1,0 +1,329 @@
+"""Games of ALFWorld made here: seeded random rooms, with goals of all six types, and their plans.
+
+    python -m turbo.envs.alfworld_games --out DIR --games 200 --seed 0
+
+Each game is written as ALFWorld's own are, so that its tools read them:
+DIR/json_2.1.1/SPLIT/TASK-OBJECT-None-RECEPTACLE-NUMBER/trial_T.../{traj_data.json, game.tw-pddl}.
+The walkthrough is TextWorld's plan. What stands where is drawn in `alfworld_rooms`, and told to the
+engine in `alfworld_pddl`. Left out: playing (`alfworld`), pictures.
+"""
+
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from turbo.envs.alfworld_engine import cache_folder, translation
+from turbo.envs.alfworld_pddl import Planner, import_alfworld, problem, sentence, spelling
+from turbo.envs.alfworld_rooms import (
+    ROOMS,
+    SIZES,
+    SPLITS,
+    Game,
+    fill_room,
+    identity,
+    is_held_out,
+    room_text,
+    sample_room,
+    split_of,
+)
+from turbo.envs.alfworld_scene import TASKS
+
+FOLDER = "json_2.1.1"  # as ALFWorld names it
+RECORD = "games.json"  # with what settings the games were made
+READY = "ready"  # in the user's cache, when all games are made
+FORMAT = 1  # of what is drawn from a seed; to be raised when that changes
+ATTEMPTS = 1_000  # to draw a game that is new, in the split, and has a plan
+
+
+@dataclass(frozen=True)
+class Made:
+    """A game on disk."""
+
+    path: Path  # of its game.tw-pddl
+    kept: bool  # it was there before
+    without_plan: int  # draws before it that had no plan
+
+
+def generate(
+    out: str | Path,
+    games: int = 200,
+    seed: int = 0,
+    size: str = "small",
+    tasks: Sequence[str] = tuple(TASKS),
+    split: str = "train",
+    rooms: Sequence[str] = tuple(ROOMS),
+) -> list[Path]:
+    """Write the games of one split, the tasks in turn; games that are there are kept.
+
+    Returns the paths of their game.tw-pddl, as TextWorld opens them.
+    """
+    return [made.path for made in make_games(out, games, seed, size, tasks, split, rooms)]
+
+
+def make_games(
+    out: str | Path,
+    games: int,
+    seed: int,
+    size: str,
+    tasks: Sequence[str],
+    split: str,
+    rooms: Sequence[str],
+) -> Iterator[Made]:
+    """`generate`, one game after the other."""
+    check(games, seed, size, tasks, split, rooms)
+    import_alfworld()
+    keep_record(Path(out), dict(seed=seed, size=size, tasks=list(tasks), rooms=list(rooms)))
+    planner, seen = None, set()
+    for number in range(games):
+        task, without_plan = tasks[number % len(tasks)], 0
+        for game in draw_games(seed, size, task, split, number, rooms):
+            if identity(game) in seen:
+                continue
+            folder = game_folder(Path(out), game, split, number)
+            path, kept = folder / "game.tw-pddl", is_complete(folder)
+            if not kept:
+                planner = planner or Planner()
+                walkthrough = planner.solve(game)
+                if not walkthrough:
+                    without_plan += 1
+                    continue
+                write_game(folder, game, walkthrough, planner)
+                translation(path, apart=False)  # kept, so that playing it begins at once
+            seen.add(identity(game))
+            yield Made(path, kept, without_plan)
+            break
+
+
+def draw_games(
+    seed: int, size: str, task: str, split: str, number: int, rooms: Sequence[str]
+) -> Iterator[Game]:
+    """Games of a split for one number, until one of them serves.
+
+    A game of valid_seen stands in the room of the training game with its number.
+    """
+    held_out = split == "valid_unseen"
+    rng = random.Random(f"room {seed} {size} {number} {held_out}")
+    while is_held_out(room := sample_room(rng, task, size, rooms)) != held_out:
+        pass
+    rng = random.Random(f"objects {seed} {size} {number} {split}")
+    for _ in range(ATTEMPTS):
+        game = fill_room(rng, room, task, size)
+        if split_of(game) == split:
+            yield game
+    raise RuntimeError(
+        f"game {number + 1} of {split}, {task}, is nowhere to be found in the {size} "
+        f"{room_text(room)}: ask for fewer games, or for larger ones with --size"
+    )
+
+
+def game_folder(out: Path, game: Game, split: str, number: int) -> Path:
+    """Where a game is written; the last part holds its hash."""
+    goal = game.goal
+    name = (
+        f"{goal.task}-{spelling(goal.thing)}-None-{spelling(goal.place or goal.lamp)}-{number + 1}"
+    )
+    return out / FOLDER / split / name / f"trial_T{identity(game)[:12]}"
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether both files of a game are there and whole."""
+    try:
+        json.loads((folder / "traj_data.json").read_text(encoding="utf-8"))
+        return bool(json.loads((folder / "game.tw-pddl").read_text("utf-8"))["walkthrough"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_game(folder: Path, game: Game, walkthrough: list[str], planner: Planner) -> None:
+    """Write both files of a game, that with the walkthrough last."""
+    goal = game.goal
+    trajectory = {
+        "task_type": goal.task,
+        "task_id": folder.name,
+        "pddl_params": {
+            "object_target": spelling(goal.thing),
+            "parent_target": spelling(goal.place),
+            "toggle_target": spelling(goal.lamp),
+            "mrecep_target": "",
+            "object_sliced": False,
+        },
+        "made_by": {"command": "turbo.envs.alfworld_games", "room": room_text(game.room)},
+    }
+    content = {
+        "pddl_domain": planner.domain,
+        "grammar": planner.grammar.replace("UNKNOWN GOAL", sentence(game)),
+        "pddl_problem": problem(game),
+        "solvable": True,
+        "walkthrough": walkthrough,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "traj_data.json", trajectory)
+    write_json(folder / "game.tw-pddl", content)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a file as a whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def keep_record(out: Path, settings: dict) -> None:
+    """Note with what settings games are made in a folder; ValueError if with others before."""
+    settings = {"format": FORMAT, **settings}
+    if (out / RECORD).exists():
+        before = read_record(out)
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"{out} holds games of {name} {before.get(name)}, not {value}: "
+                    "choose another --out, or --overwrite them"
+                )
+        return
+    if any((out / FOLDER / split).exists() for split in SPLITS):
+        raise ValueError(f"{out} holds games that were not made here: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / RECORD, settings)
+
+
+def read_record(out: Path) -> dict:
+    """The settings with which the games of a folder were made."""
+    try:
+        return dict(json.loads((out / RECORD).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{out / RECORD} cannot be read ({error}): remove it") from error
+
+
+def remove_games(out: Path) -> None:
+    """Remove the games of a folder if they were made here."""
+    if (out / RECORD).exists():
+        for split in SPLITS:
+            shutil.rmtree(out / FOLDER / split, ignore_errors=True)
+        (out / RECORD).unlink()
+
+
+DEFAULT_GAMES, DEFAULT_HELD_OUT = 600, 120  # of those that are made where a user has none
+
+
+def default_games() -> Path:
+    """A folder of small games in the user's cache, made when it is first asked for."""
+    out = cache_folder() / "alfworld-small"
+    if not (out / READY).exists():
+        print(f"making {DEFAULT_GAMES} small games of ALFWorld in {out}, once", file=sys.stderr)
+        print(run(GamesConfig(str(out), DEFAULT_GAMES, DEFAULT_HELD_OUT)), file=sys.stderr)
+        (out / READY).touch()
+    return out
+
+
+# --- the command
+
+
+@dataclass
+class GamesConfig:
+    """Make games of ALFWorld: household tasks in random rooms, for training and for evaluation."""
+
+    out: Annotated[str, tyro.conf.arg(metavar="DIR")]
+    """folder for the games; set ALFWORLD_DATA to it to play them. Games in it are kept"""
+    games: int = 200
+    """number of games for training"""
+    held_out: int | None = None
+    """number of games for each evaluation: valid_unseen, in rooms that training never uses, and
+    valid_seen, in rooms of training whose objects lie elsewhere (default: a fifth of --games)"""
+    seed: int = 0
+    """of everything that is random"""
+    size: Literal["small", "medium", "realistic"] = "small"
+    """small: 6-8 receptacles and 6-9 objects, of few kinds; medium: 13-17 and 18-22;
+    realistic: 33-38 and 42-48"""
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """types of the tasks, taken in turn"""
+    rooms: tuple[str, ...] = tuple(ROOMS)
+    """kinds of the rooms"""
+    overwrite: bool = False
+    """make all games of DIR anew"""
+
+
+def check(
+    games: int, seed: int, size: str, tasks: Sequence[str], split: str, rooms: Sequence[str]
+) -> None:
+    """ValueError for settings that cannot be."""
+    if games < 0 or seed < 0:
+        raise ValueError(f"numbers of games and seeds are not negative, got {games} and {seed}")
+    for what, named, known in (
+        ("size", [size], SIZES),
+        ("task", tasks, TASKS),
+        ("split", [split], SPLITS),
+        ("room", rooms, ROOMS),
+    ):
+        if not named:
+            raise ValueError(f"no {what} is named: use {', '.join(known)}")
+        for name in named:
+            if name not in known:
+                raise ValueError(f"{what} {name!r} is unknown: use {', '.join(known)}")
+    for task in tasks:
+        sample_room(random.Random(0), task, size, rooms)
+
+
+def run(c: GamesConfig) -> str:
+    """Make all games; what to say of it."""
+    held_out = c.games // 5 if c.held_out is None else c.held_out
+    numbers = dict(zip(SPLITS, (c.games, held_out, held_out), strict=True))
+    for split, number in numbers.items():
+        check(number, c.seed, c.size, c.tasks, split, c.rooms)
+    if c.games < max(1, held_out):
+        raise ValueError(f"--games must be at least 1 and --held-out, got {c.games}, {held_out}")
+    import_alfworld()
+    if c.overwrite:
+        remove_games(Path(c.out))
+    console, started, made = Console(stderr=True), time.perf_counter(), []
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns,
+        TextColumn("{task.description}"),
+        console=console,
+        redirect_stdout=False,  # the translator redirects it itself
+        disable=not console.is_terminal,
+    ) as bar:
+        shown = bar.add_task("", total=sum(numbers.values()))
+        for split, number in numbers.items():
+            bar.update(shown, description=split)
+            settings = (number, c.seed, c.size, c.tasks, split, c.rooms)
+            for game in make_games(c.out, *settings):
+                made.append(game)
+                bar.advance(shown)
+    new = sum(not game.kept for game in made)
+    rate = new / (time.perf_counter() - started)
+    return (
+        f"{', '.join(f'{number} {split}' for split, number in numbers.items())} games in {c.out}: "
+        f"{len(made) - new} kept, {new} new ({rate:.1f} a second), "
+        f"{sum(game.without_plan for game in made)} drawn again for want of a plan"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make games; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    c = tyro.cli(GamesConfig, args=argv, prog="turbo.envs.alfworld_games")
+    try:
+        print(run(c))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""The command that makes games of ALFWorld: files, splits, going on, refusals."""
+
+import importlib.util
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from turbo.envs.alfworld_games import RECORD, draw_games, generate, main
+from turbo.envs.alfworld_rooms import ROOMS, SPLITS, identity, room_text, split_of
+from turbo.envs.alfworld_scene import TASKS
+
+needs_engine = pytest.mark.skipif(
+    importlib.util.find_spec("alfworld") is None,
+    reason="needs the engine: pip install 'gtr-turbo[alfworld]'",
+)
+
+
+def first_game(split, number, seed=0, size="small"):
+    task = list(TASKS)[number % len(TASKS)]
+    return next(draw_games(seed, size, task, split, number, tuple(ROOMS)))
+
+
+def all_files(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in Path(folder).rglob("*")
+        if path.is_file()
+    }
+
+
+def test_games_are_of_their_split_and_known_rooms_come_from_training():
+    for number in range(60):
+        drawn = {split: first_game(split, number) for split in SPLITS}
+        assert all(split_of(game) == split for split, game in drawn.items())
+        assert room_text(drawn["valid_seen"].room) == room_text(drawn["train"].room)
+
+
+def test_draws_depend_on_seed_number_and_size_alone():
+    assert identity(first_game("train", 3)) == identity(first_game("train", 3))
+    others = [(0, 3, "small"), (1, 3, "small"), (0, 9, "small"), (0, 3, "medium")]
+    drawn = {identity(first_game("train", n, seed, size)) for seed, n, size in others}
+    assert len(drawn) == len(others)
+
+
+@needs_engine
+def test_the_command_writes_all_splits_and_goes_on(tmp_path, capsys):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(["--out", str(one), "--games", "12", "--held-out", "6"]) == 0
+    assert "24 new" in capsys.readouterr().out
+    written = all_files(one)
+    assert len(written) == 1 + 2 * 24
+
+    # in two goes, the first of them cut short: the same files
+    assert main(["--out", str(two), "--games", "6", "--held-out", "3"]) == 0
+    torn = next(two.rglob("train/*-4/*/game.tw-pddl"))
+    torn.write_text(torn.read_text()[:100])
+    untouched = next(two.rglob("train/*-5/*/game.tw-pddl"))
+    before = untouched.stat().st_mtime_ns
+    capsys.readouterr()
+    assert main(["--out", str(two), "--games", "12", "--held-out", "6"]) == 0
+    assert "11 kept, 13 new" in capsys.readouterr().out
+    assert all_files(two) == written
+    assert untouched.stat().st_mtime_ns == before
+
+    # as the files have it, by another way than `split_of`
+    receptacles, layouts = {}, {}
+    for split in SPLITS:
+        for path in (one / "json_2.1.1" / split).rglob("game.tw-pddl"):
+            problem = json.loads(path.read_text())["pddl_problem"]
+            kinds = Counter(re.findall(r"\(receptacleType \w+ (\w+)Type\)", problem))
+            receptacles.setdefault(split, set()).add(frozenset(kinds.items()))
+            lies = frozenset(re.findall(r"\(inReceptacle (\w+) (\w+)\)", problem))
+            layouts.setdefault(split, set()).add((frozenset(kinds.items()), lies))
+    assert not receptacles["valid_unseen"] & receptacles["train"]
+    assert receptacles["valid_seen"] <= receptacles["train"]
+    assert not layouts["valid_seen"] & layouts["train"]
+
+
+@needs_engine
+def test_alfworlds_own_tool_finds_the_games(tmp_path, capsys):
+    paths = generate(tmp_path, games=6)
+    from alfworld.agents.environment.alfred_tw_env import AlfredTWEnv
+
+    config = {
+        "env": {"goal_desc_human_anns_prob": 0, "task_types": [1, 2, 3, 4, 5, 6]},
+        "dataset": {"data_path": str(tmp_path / "json_2.1.1/train"), "num_train_games": -1},
+    }
+    assert sorted(AlfredTWEnv(config).game_files) == sorted(map(str, paths))
+    folders = [path.parent.parent.name for path in paths]
+    assert [name.split("-")[0] for name in folders] == list(TASKS)
+    assert all(re.fullmatch(r"\w+-[A-Z]\w+-None-[A-Z]\w+-[1-6]", name) for name in folders)
+
+
+@needs_engine
+def test_tasks_and_rooms_can_be_chosen(tmp_path):
+    paths = generate(
+        tmp_path, games=3, tasks=["pick_clean_then_place_in_recep"], rooms=["bathroom"]
+    )
+    for path in paths:
+        trajectory = json.loads((path.parent / "traj_data.json").read_text())
+        assert trajectory["task_type"] == "pick_clean_then_place_in_recep"
+        assert trajectory["made_by"]["room"].startswith("bathroom: ")
+
+
+@needs_engine
+def test_other_settings_need_another_folder_or_overwrite(tmp_path, capsys):
+    flags = ["--out", str(tmp_path), "--games", "1", "--held-out", "0"]
+    assert main(flags) == 0
+    assert main([*flags, "--seed", "1"]) == 2
+    assert "holds games of seed 0, not 1" in capsys.readouterr().err
+    before = set(all_files(tmp_path))
+    assert main([*flags, "--seed", "1", "--overwrite"]) == 0
+    assert len(all_files(tmp_path)) == 3 and set(all_files(tmp_path)) != before
+
+    (tmp_path / RECORD).unlink()
+    for more in ([], ["--overwrite"]):
+        assert main([*flags, *more]) == 2
+        assert "were not made here" in capsys.readouterr().err
+    assert len(all_files(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--games", "0"], "--games must be at least 1"),
+        (["--games", "5", "--held-out", "6"], "--games must be at least 1 and --held-out"),
+        (["--held-out", "-1"], "not negative"),
+        (["--seed", "-1"], "not negative"),
+        (["--tasks", "pick_nose"], "task 'pick_nose' is unknown: use pick_and_place_simple"),
+        (["--rooms", "garage"], "room 'garage' is unknown: use kitchen"),
+        (["--tasks", "look_at_obj_in_light", "--rooms", "kitchen"], "bedroom or livingroom"),
+    ],
+)
+def test_bad_flags(flags, message, tmp_path, capsys):
+    assert main(["--out", str(tmp_path / "new"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_flags_that_are_not_there(tmp_path, capsys):
+    for flags in (["--size", "huge"], ["--sise", "small"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["--out", str(tmp_path), *flags])
+        assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
