@@ -202,7 +202,7 @@ def read_record(out: Path) -> dict:
     try:
         return dict(json.loads((out / RECORD).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{out / RECORD} cannot be read ({error}): remove it") from error
+        raise ValueError(f"{out / RECORD} cannot be read ({error}): --overwrite it") from error
 
 
 def remove_games(out: Path) -> None:
@@ -237,13 +237,13 @@ class GamesConfig:
     """folder for the games; set ALFWORLD_DATA to it to play them. Games in it are kept"""
     games: int = 200
     """number of games for training"""
-    held_out: int | None = None
-    """number of games for each evaluation: valid_unseen, in rooms that training never uses, and
-    valid_seen, in rooms of training whose objects lie elsewhere (default: a fifth of --games)"""
+    held_out: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """number of games for each of two evaluations: valid_unseen, in rooms that training never uses,
+    and valid_seen, in rooms of training with other layouts (None: a fifth of --games)"""
     seed: int = 0
     """of everything that is random"""
     size: Literal["small", "medium", "realistic"] = "small"
-    """small: 6-8 receptacles and 6-9 objects, of few kinds; medium: 13-17 and 18-22;
+    """receptacles and objects of a room; small: 6-8 and 6-9, of few kinds; medium: 13-17 and 18-22;
     realistic: 33-38 and 42-48"""
     tasks: tuple[str, ...] = tuple(TASKS)
     """types of the tasks, taken in turn"""
@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return 2 if isinstance(error, ValueError | OSError) else 1
     return 0
 
 

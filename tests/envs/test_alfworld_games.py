@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -138,6 +139,27 @@ def test_bad_flags(flags, message, tmp_path, capsys):
     assert main(["--out", str(tmp_path / "new"), *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "new").exists()
+
+
+@needs_engine
+def test_a_folder_that_is_a_file_and_a_torn_record(tmp_path, capsys):
+    flags = ["--games", "1", "--held-out", "0"]
+    (tmp_path / "file").write_text("")
+    assert main(["--out", str(tmp_path / "file"), *flags]) == 2
+    (tmp_path / RECORD).write_text("{")
+    assert main(["--out", str(tmp_path), *flags]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and all(error.startswith("error: ") for error in errors)
+    assert "--overwrite" in errors[1]
+    assert main(["--out", str(tmp_path), *flags, "--overwrite"]) == 0
+
+
+def test_without_the_engine_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "alfworld.info", raising=False)
+    monkeypatch.setitem(sys.modules, "alfworld", None)
+    assert main(["--out", str(tmp_path / "new")]) == 1
+    assert "pip install 'gtr-turbo[alfworld]'" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 

@@ -101,9 +101,10 @@ def test_walkthroughs_of_all_types_win(tmp_path):
 
 
 @pytest.mark.slow
-def test_walkthroughs_of_all_types_win_in_large_rooms(tmp_path):
-    for number, path in enumerate(generate(tmp_path, games=len(TASKS), size="realistic")):
-        play(path, drawn_again(path, "realistic", number))
+def test_walkthroughs_win_in_large_rooms(tmp_path):
+    paths = generate(tmp_path, games=len(TASKS), size="realistic")
+    for number in (2, 3, 4):  # two objects, clean, heat; each takes seconds
+        play(paths[number], drawn_again(paths[number], "realistic", number))
 
 
 @pytest.mark.parametrize("size", ["small", "realistic"])
