@@ -25,6 +25,7 @@ from typing import ClassVar, Literal
 
 import gymnasium as gym
 import numpy as np
+from PIL import Image
 
 from turbo.envs import alfworld_expert as expert
 from turbo.envs.alfworld_draw import draw_scene
@@ -40,6 +41,7 @@ from turbo.envs.base import (
     read_json_answer,
     word_after,
 )
+from turbo.envs.picture import as_array
 
 KEYS = ("thoughts", "action")
 MAX_ACTIONS = 256  # commands that are admissible at once; official games have at most about 90
@@ -170,7 +172,8 @@ class ALFWorld(gym.Env):
         self.frame = None
         if "frame" in told:
             pixels = np.frombuffer(base64.b64decode(told["frame"]), np.uint8)
-            self.frame = pixels.reshape(told["shape"])
+            frame = Image.fromarray(pixels.reshape(told["shape"]))
+            self.frame = as_array(frame.resize(self.canvas, Image.Resampling.LANCZOS))
         offered = [a for a in told["actions"] if self.telling or not _tells(a)]
         self.actions = tuple(offered[:MAX_ACTIONS])
 

@@ -111,7 +111,7 @@ def translate(game: dict) -> dict:
     return {
         "sas": _pack(state.sas),
         "sas_replan": _pack(state.sas_replan),
-        "facts": sorted(fact for fact in facts if fact[0] in TOLD),
+        "facts": sorted(list(fact) for fact in facts if fact[0] in TOLD),
         "holds": {place: sorted(things) for place, things in sorted(holds.items())},
         "names": {info.id: info.name for info in stock._entity_infos.values()},
         "parameters": {

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from turbo.envs.alfworld_engine import TextGame, answer
@@ -42,17 +43,17 @@ class OwnGame:
 
 
 class GameProcess:
-    """One game; `kind` is "text" or "thor"."""
+    """One game; `kind` is "text" or "thor", `command` what is run (empty: the engine here)."""
 
-    def __init__(self, kind: str = "text", timeout: float = 60.0):
+    def __init__(self, kind: str = "text", timeout: float = 60.0, command: Sequence[str] = ()):
         self.kind, self.timeout = kind, timeout
         self.words = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        command = [sys.executable, "-m", "turbo.envs.alfworld_engine"]
+        own = [sys.executable, "-m", "turbo.envs.alfworld_engine", *([kind] * (kind != "text"))]
         # turbo may be imported from a checkout that is not the working directory
         root = str(Path(sys.modules["turbo"].__file__).resolve().parent.parent)
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         self.child = subprocess.Popen(
-            command if kind == "text" else [*command, kind],
+            list(command) or own,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.words,

@@ -1,5 +1,6 @@
 """One thread for each test process; without a CUDA device Triton kernels are interpreted."""
 
+import fcntl
 import os
 
 import pytest
@@ -21,3 +22,22 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def alfworld_games(tmp_path_factory):
+    """A folder of small ALFWorld games, two of each task and half as many held out.
+
+    Made once for all test processes, with a cache of translations of its own.
+    """
+    pytest.importorskip("fast_downward", reason="needs pip install 'gtr-turbo[alfworld]'")
+    from turbo.envs.alfworld_games import main
+
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["GTR_TURBO_CACHE"] = str(base / "alfworld-cache")
+    with (base / "alfworld.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # the first one makes them
+        done = main(["--out", str(base / "alfworld"), "--games", "12", "--held-out", "6"])
+    assert done == 0
+    return str(base / "alfworld")

@@ -1,0 +1,51 @@
+"""A game in a process of its own: it fails, dies, hangs, and talks."""
+
+import sys
+import time
+
+import pytest
+
+from turbo.envs.alfworld_process import GameProcess
+
+
+def process_that(code, timeout=20.0):
+    return GameProcess(timeout=timeout, command=[sys.executable, "-c", code])
+
+
+def test_a_failure_is_told_and_the_process_lives_on():
+    code = (
+        "from turbo.envs.alfworld_engine import serve\n"
+        "class Game:\n"
+        "    def reset(self, game): raise ValueError('no such room ' + game)\n"
+        "    def step(self, action): print('noise'); return {'said': action}\n"
+        "serve(Game)"
+    )
+    process = process_that(code)
+    process.send({"do": "reset", "game": "attic"})
+    with pytest.raises(RuntimeError, match="ValueError: no such room attic"):
+        process.receive()
+    process.send({"do": "step", "action": "look"})
+    assert process.receive() == {"said": "look"}  # what it printed is not an answer
+    process.close()
+
+
+def test_a_process_that_dies_is_named_with_its_last_words():
+    process = process_that("import sys; input(); print('out of room', file=sys.stderr); exit(3)")
+    process.send({"do": "plan"})
+    with pytest.raises(RuntimeError, match=r"ended \(status 3\); its last words: out of room"):
+        process.receive()
+    with pytest.raises(RuntimeError, match="ended"):
+        for _ in range(100):  # the pipe may take a few lines more
+            process.send({"do": "plan"})
+            process.receive()
+
+
+def test_a_process_that_hangs_is_given_up():
+    process = process_that("import time; print('{}', flush=True); time.sleep(600)", timeout=0.3)
+    assert process.receive() == {}
+    started = time.monotonic()
+    process.send({"do": "plan"})
+    with pytest.raises(RuntimeError, match="gave no answer for 0 seconds"):
+        process.receive()
+    assert time.monotonic() - started < 20
+    assert process.child.poll() is not None
