@@ -87,9 +87,6 @@ class ALFWorld(gym.Env):
         render_mode: str | None = None,
         fresh_pictures: bool = False,
     ):
-        odd = [task for task in tasks if task not in TASKS]
-        if odd:
-            raise ValueError(f"task {odd[0]!r} is unknown: use {', '.join(TASKS)}")
         self.games = find_games(games, split, tuple(tasks))
         self.backend, self.canvas, self.timeout = backend, tuple(canvas), timeout
         self.success_reward, self.goal_reward = success_reward, goal_reward
@@ -354,6 +351,9 @@ def find_games(folder: str, split: str, tasks: tuple[str, ...] = ()) -> tuple[Ga
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown: use {', '.join(SPLITS)}")
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"task {task!r} is unknown: use {', '.join(TASKS)}")
     root = Path(folder) if folder else _default_games()
     files = sorted(root.glob(f"json_*/{split}/*/*/game.tw-pddl"))
     found = []

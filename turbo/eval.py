@@ -24,7 +24,7 @@ from turbo.hub import is_hub_id, model_sha256, open_model, own_workers
 from turbo.lora import new_lora
 from turbo.measure import evaluate
 from turbo.parallel import Crew, run_crew
-from turbo.run import env_maker, held_out, prompt_style
+from turbo.run import env_maker, find_alfworld, held_out, prompt_style
 from turbo.teacher import Teacher
 
 JSON_KEYS = [
@@ -171,6 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     c = tyro.cli(EvalConfig, args=argv, prog="turbo.eval")
     try:
         run = check(c)
+        find_alfworld(run)
         workers = own_workers(run, max(1, c.episodes // 16))
         figures = run_crew(workers, play, c, run)
     except (ValueError, OSError) as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 from turbo import checkpoint
 from turbo.config import TrainConfig
 from turbo.corrector import Corrector
-from turbo.envs.alfworld import ALFWorld
+from turbo.envs.alfworld import ALFWorld, find_games
 from turbo.envs.make import make, tiny_kwargs
 from turbo.faults import FaultLog, NumericalFault, diagnosis
 from turbo.guidance import Examples
@@ -273,6 +273,16 @@ def alfworld_options(c: TrainConfig | SftConfig, split: str) -> dict:
         "tasks": tasks,
         "history_length": c.history_length,
     }
+
+
+def find_alfworld(c: TrainConfig | SftConfig) -> None:
+    """Find the games that the settings ask for, or make those that all settings have.
+
+    Before workers start: one process makes them. ValueError where there are none.
+    """
+    if c.env == "alfworld":
+        options = alfworld_options(c, "train")
+        find_games(options["games"], "train", options["tasks"])
 
 
 def check_prompts(vlm: VisionLanguageModel, env: ALFWorld, c: TrainConfig) -> None:

@@ -33,7 +33,7 @@ from turbo.hub import own_workers
 from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel, Weights, pick_dtype
 from turbo.parallel import Crew, cores, run_crew
-from turbo.run import alfworld_options
+from turbo.run import alfworld_options, find_alfworld
 from turbo.sft_config import SftConfig, check_sft, sft_defaults
 
 SPLIT_GAMES = ("points24", "alfworld")  # some deals are kept from the warm start
@@ -254,6 +254,7 @@ def main(argv: list[str] | None = None) -> int:
         base = sft_defaults(names[0] if names else "points24")
         c = tyro.cli(SftConfig, default=base, args=argv, prog="turbo.sft")
         check_sft(c)
+        find_alfworld(c)
         if Path(c.out).exists() and any(Path(c.out).iterdir()) and not c.overwrite:
             raise ValueError(
                 f"--out {c.out} is not empty: choose another folder, or add --overwrite"

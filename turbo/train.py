@@ -37,7 +37,7 @@ from turbo.measure import all_episodes, certainty, outcomes, thoughts
 from turbo.memory import GB, peak_bytes
 from turbo.parallel import Crew, run_crew
 from turbo.rollout import Abandoned, Episode, Rollout, mix
-from turbo.run import Run, due
+from turbo.run import Run, due, find_alfworld
 from turbo.score import TeacherReading, read_answers, teacher_kl
 from turbo.scribe import Scribe
 from turbo.update import Imitated, StepData, prepare
@@ -324,6 +324,7 @@ def main(argv: list[str] | None = None) -> int:
             check_url(c.teacher_url)
         if refusal := lack_of_memory(c):
             raise ValueError(refusal)
+        find_alfworld(c)
         path, held = run_folder(c)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
