@@ -17,8 +17,8 @@ MODULES = {
         kernels.checks kernels.dispatch kernels.ema kernels.ema_triton kernels.nf4
         kernels.nf4_triton kernels.pointwise kernels.policy_head kernels.policy_head_triton
         kernels.reference kernels.ties kernels.ties_triton kernels.tiles kernels.tiles_triton
-        envs.alfworld envs.base envs.blackjack envs.cards envs.ezpoints envs.formula envs.guess
-        envs.make envs.numberline envs.picture envs.points24
+        envs.alfworld envs.base envs.blackjack envs.cards envs.custom envs.ezpoints envs.formula
+        envs.guess envs.make envs.numberline envs.picture envs.points24
     """,
     # 1: no model
     1: """
@@ -26,14 +26,16 @@ MODULES = {
         shapes
     """,
     # 2: the model and its weights
-    2: "card checkpoint families formats fused hub lock lora merge model modules tiny",
+    2: """
+        adapters card checkpoint families formats fused hub lock lora merging model modules tiny
+    """,
     # 3: the model at work
     3: """
         backprop corrector decode demos faults finetune guidance measure prefixes rollout run score
         scribe teacher update
     """,
     # 4: what is run
-    4: "__main__ eval export replay sft train view",
+    4: "__main__ eval export merge replay sft train view",
 }
 LAYERS = {f"turbo.{name}": layer for layer, names in MODULES.items() for name in names.split()}
 LAYERS["turbo"] = 0
