@@ -22,7 +22,7 @@ from torch import Tensor
 
 from turbo.batch import run_batches
 from turbo.decode import Decoder, Request, Sample
-from turbo.envs.base import Answer, Verdict, VisualEnv
+from turbo.envs.base import Answer, Verdict, VisualEnv, action_key
 from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew
 from turbo.prefixes import Prefixes
@@ -284,7 +284,7 @@ class _Player:
             suffix=suffix,
             tokens=tokens,
             logprobs=sample.logprobs,
-            thought=self.vlm.thought_tokens(tokens),
+            thought=self.vlm.thought_tokens(tokens, action_key(env)),
             hidden=sample.hidden,
             reward=float(reward),
             format_reward=bonus,

@@ -8,15 +8,16 @@ from typing import Literal
 
 import tyro
 
-from turbo.config import Game
+from turbo.envs.make import check_env, find
 
 
 @dataclass
 class SftConfig:
     """Make a warm start from expert traces: the tiny model from scratch, or any other by LoRA."""
 
-    env: tyro.conf.Positional[Game] = "points24"
-    """which environment to learn"""
+    env: tyro.conf.Positional[str] = "points24"
+    """which environment to learn: points24, ezpoints, numberline or blackjack; one of your own as
+    module:Class; or the name of an installed entry point of the group gtr_turbo.envs"""
     out: str = "warm-start"
     """folder for the model, the tokenizer and the record of how they were made"""
     overwrite: bool = False
@@ -80,9 +81,8 @@ SFT_DEFAULTS: dict[str, dict] = {
 
 def sft_defaults(env: str) -> SftConfig:
     """The settings of the warm start of one environment."""
-    if env not in SFT_DEFAULTS:
-        raise ValueError(f"environment {env!r} is unknown: use {', '.join(SFT_DEFAULTS)}")
-    return SftConfig(**{"env": env, **SFT_DEFAULTS[env]})
+    find(env)
+    return SftConfig(**{"env": env, **SFT_DEFAULTS.get(env, {})})
 
 
 def check_sft(c: SftConfig) -> None:
@@ -95,6 +95,7 @@ def check_sft(c: SftConfig) -> None:
     for flag in ("seed", "states", "workers"):
         if getattr(c, flag) < 0:
             raise ValueError(f"--{flag} must be zero or more, got {getattr(c, flag)}")
+    check_env(c.env, needs_expert=True)
     if not 0 <= c.other_targets <= 1 or (c.other_targets and c.env != "points24"):
         rule = "a share from 0 to 1, and 0 except with points24"
         raise ValueError(f"--other-targets must be {rule}, got {c.other_targets}")

@@ -9,7 +9,7 @@ shipped in `turbo/models/<game>/`.
 Left out: the warm start itself (`turbo.sft`), LoRA and the fast forward pass (`turbo.model`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +52,15 @@ def builtin_path(game: str) -> Path:
     return Path(__file__).parent / "models" / game
 
 
-def corpus(episodes: int = 400, seed: int = 0) -> Iterator[str]:
+# For environments of others: words, numbers and signs, each with the space before it. Whole answers
+# would become tokens where there are few of them.
+WORDS = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
+
+
+def corpus(episodes: int = 400, seed: int = 0, games: Sequence[str] = GAMES) -> Iterator[str]:
     """Prompts and expert answers of all games, the text on which the tokenizer is trained."""
     rng = np.random.default_rng(seed)
-    for game in GAMES:
+    for game in games:
         env = make(game, **tiny_kwargs(game))
         for episode in range(episodes * (4 if game == "points24" else 1)):
             low, end = OTHER_TARGETS
@@ -74,12 +79,22 @@ def corpus(episodes: int = 400, seed: int = 0) -> Iterator[str]:
                 done = terminated or truncated
 
 
-def train_tokenizer(vocabulary: int = VOCABULARY, seed: int = 0) -> PreTrainedTokenizerFast:
+def tokenizer_of(env: str) -> PreTrainedTokenizerFast:
+    """The games share a tokenizer; any other environment has one of its own, of its own words."""
+    return train_tokenizer() if env in GAMES else train_tokenizer(games=(env,), split=WORDS)
+
+
+def train_tokenizer(
+    vocabulary: int = VOCABULARY,
+    seed: int = 0,
+    games: Sequence[str] = GAMES,
+    split: str = SPLIT,
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE on `corpus`; ids 0..6 are Qwen's special tokens (`prompts.SPECIAL_TOKENS`)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(split), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -90,7 +105,7 @@ def train_tokenizer(vocabulary: int = VOCABULARY, seed: int = 0) -> PreTrainedTo
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(seed=seed), trainer)
+    tokenizer.train_from_iterator(corpus(seed=seed, games=games), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=prompts.PAD,
