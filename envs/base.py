@@ -6,11 +6,20 @@ right and what the best possible score is. Left out: models, tokens, training.
 
 An answer is one JSON object with every required key. Nothing is repaired: an answer that is not
 such an object, or whose action is not exactly one of the actions, is illegal, and `Answer.error`
-says why.
+says why. The action stands last: what comes before its key is thought. An environment with a form
+of its own names what begins the action in its attribute `action_key`.
+
+An environment of your own has all that `VisualEnv` lists; where it has nothing to say, it assigns a
+default:
+
+    class Maze(gymnasium.Env):
+        expert_answer, guess_answer, judge = no_expert, no_guess, no_verdict
+        snapshot, optimum, deal_key = copied, unknown_optimum, no_deal_key
 """
 
 import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -18,11 +27,12 @@ import numpy as np
 
 MAX_ANSWER_CHARS = 8_000
 FENCE = "```"
+ACTION_KEY = '"action":'
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text shown after the picture: fixed + state. `fixed` never changes within an episode."""
+    """Text shown after the picture: fixed + state. `fixed` is the same in every episode."""
 
     fixed: str
     state: str
@@ -34,7 +44,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as read. `action` is None when the answer is illegal, and `error` says why."""
+    """An answer as read. `action` is None when the answer is illegal, and `error` says why.
+
+    `fields["thoughts"]` is the thought that is shown and compared with others.
+    """
 
     text: str
     action: str | None
@@ -49,6 +62,7 @@ class Verdict:
     perception: bool | None  # it reads the picture correctly
     aim: bool | None  # what it aims at is correct
     follows: bool | None  # the action is what the thought aims at
+    judged: bool = True  # False: this environment judges no thoughts at all
 
     @property
     def right(self) -> bool:
@@ -70,23 +84,33 @@ class VisualEnv(Protocol):
 
     The observation is the same ndarray object while the picture is unchanged, so that vision
     features can be reused by identity; it must not be written to. With the constructor's option
-    fresh_pictures=True it is a new array at every call. `info["success"]` is a bool.
+    fresh_pictures=True it is a new array at every call. `info["success"]` is a bool, and
+    `info["solvable"]`, where reset gives it, whether the deal can be won.
+
+    Three things an environment may have beside: the class attribute TINY, a dict of options for its
+    constructor, that draw for a tiny model; an option early_truncation, whether the first reward of
+    -1 ends the episode; and `action_key`.
     """
 
     actions: tuple[str, ...]
-    early_truncation: bool  # the first reward of -1 ends the episode
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple: ...
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        """(picture, info) of a new episode; the seed decides all of it."""
 
-    def step(self, action: int) -> tuple: ...
+    def step(self, action: int) -> tuple:
+        """Play `actions[action]`. Every episode ends or is truncated at some time."""
 
     def step_illegal(self) -> tuple:
         """An illegal answer: nothing is executed, the attempt is counted and penalised."""
 
+    def render(self) -> np.ndarray:
+        """The picture as it is now."""
+
     def prompt(self, style: str) -> Prompt:
         """`style` is "short" (tiny model) or "full" (large models)."""
 
-    def read_answer(self, text: str) -> Answer: ...
+    def read_answer(self, text: str) -> Answer:
+        """Read any text whatever; `read_json_answer` does it for JSON."""
 
     def expert_answer(self, rng: np.random.Generator) -> str | None:
         """The answer an expert writes in this state; None where there is nothing to show."""
@@ -94,7 +118,8 @@ class VisualEnv(Protocol):
     def guess_answer(self, written: str, previous: str | None) -> str:
         """A full answer that starts with `written`, or `written` where nothing can be guessed."""
 
-    def judge(self, answer: Answer) -> Verdict: ...
+    def judge(self, answer: Answer) -> Verdict:
+        """Whether the thought of an answer is right."""
 
     def snapshot(self) -> "VisualEnv":
         """This environment as it is now: it can be asked, guess and judge after this one moved on.
@@ -102,7 +127,8 @@ class VisualEnv(Protocol):
         It is not to be played.
         """
 
-    def optimum(self) -> Optimum: ...
+    def optimum(self) -> Optimum:
+        """The best possible play, over all deals."""
 
     def deal_key(self) -> tuple:
         """What identifies the deal, for splits into seen and unseen."""
@@ -130,6 +156,41 @@ class LabelledEnv(Protocol):
 
     def picture_labels(self) -> list[str]:
         """What the picture shows, one name a slot: a fresh vision tower learns to read them."""
+
+
+def no_expert(env: VisualEnv, rng: np.random.Generator) -> None:
+    """A default for expert_answer: nobody shows how it is done, so there is no warm start."""
+
+
+def no_guess(env: VisualEnv, written: str, previous: str | None) -> str:
+    """A default for guess_answer: every token is sampled for itself, which takes longest."""
+    return written
+
+
+def no_verdict(env: VisualEnv, answer: Answer) -> Verdict:
+    """A default for judge: nothing is known about thoughts."""
+    return Verdict(None, None, None, judged=False)
+
+
+def copied(env: VisualEnv) -> VisualEnv:
+    """A default for snapshot: a deep copy. Whoever replaces values and never changes them may
+    return `copy.copy(self)`, which is faster."""
+    return deepcopy(env)
+
+
+def unknown_optimum(env: VisualEnv) -> Optimum:
+    """A default for optimum: no more than every episode can succeed."""
+    return Optimum(1.0, None, "not known: every episode at best")
+
+
+def no_deal_key(env: VisualEnv) -> tuple:
+    """A default for deal_key: deals are not told apart in the record of episodes."""
+    return ()
+
+
+def action_key(env: VisualEnv) -> str:
+    """What begins the action in answers to this environment; all before it is thought."""
+    return getattr(env, "action_key", ACTION_KEY)
 
 
 def check_style(style: str) -> None:

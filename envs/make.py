@@ -1,12 +1,15 @@
-"""Environments by name: `make("points24")`.
+"""Environments by name: `make("points24")`, `make("mypackage.maze:Maze")`.
 
 After `register_envs()` also `gymnasium.make("gtr_turbo/Points24-v0")`.
 """
 
+import inspect
 from difflib import get_close_matches
+from functools import cache
 
 import gymnasium as gym
 
+from turbo.envs import custom
 from turbo.envs.alfworld import ALFWorld
 from turbo.envs.blackjack import Blackjack
 from turbo.envs.ezpoints import EZPoints
@@ -37,12 +40,36 @@ TINY = {  # pictures of the tiny model: few, 28-pixel cells, nothing but what mu
 
 def make(name: str, **options):
     """An environment by name; `options` go to its constructor."""
-    return ENVIRONMENTS[_known(name)](**options)
+    return find(name)(**options)
+
+
+@cache
+def find(name: str) -> type:
+    """The class of an environment: one of this project's, module:Class, or an entry point."""
+    if _known(name) in ENVIRONMENTS:
+        return ENVIRONMENTS[name]
+    return custom.load_class(name, name if custom.is_path(name) else custom.installed()[name])
+
+
+def takes(name: str, option: str) -> bool:
+    """Whether the constructor of an environment has this option."""
+    return option in inspect.signature(find(name)).parameters
 
 
 def tiny_kwargs(name: str) -> dict:
     """The constructor options that draw pictures for the tiny model."""
-    return dict(TINY[_known(name)])
+    return dict(TINY[name] if name in TINY else getattr(find(name), "TINY", {}))
+
+
+def check_env(name: str, needs_expert: bool = False) -> None:
+    """ValueError where an environment is unknown, or is somebody's own and cannot be trained in."""
+    if find(name) in ENVIRONMENTS.values():
+        return
+    small = tiny_kwargs(name)
+    for options in (small, {}) if small else ({},):
+        custom.try_out(name, lambda options=options: make(name, **options))
+    if needs_expert:
+        custom.check_expert(name, make(name, **small))
 
 
 def register_envs() -> None:
@@ -59,9 +86,17 @@ def register_envs() -> None:
             gym.register(identity, entry_point=entry_point, kwargs={"fresh_pictures": True})
 
 
+def is_name(name: str) -> bool:
+    """Whether this is a name that could be an environment's; nothing is imported."""
+    return name in ENVIRONMENTS or custom.is_path(name) or name in custom.installed()
+
+
 def _known(name: str) -> str:
-    if name in ENVIRONMENTS:
+    if is_name(str(name)):
         return name
-    near = get_close_matches(str(name).lower(), ENVIRONMENTS, n=1, cutoff=0.4)
+    names = [*ENVIRONMENTS, *custom.installed()]
+    near = get_close_matches(str(name).lower(), names, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"environment {name!r} is unknown: use {', '.join(ENVIRONMENTS)}.{hint}")
+    raise ValueError(
+        f"environment {name!r} is unknown: use {', '.join(names)}, or module:Class.{hint}"
+    )

@@ -20,8 +20,8 @@ MODULES = {
         envs.alfworld envs.alfworld_compact envs.alfworld_draw envs.alfworld_engine
         envs.alfworld_expert envs.alfworld_furniture envs.alfworld_games envs.alfworld_icons
         envs.alfworld_pddl envs.alfworld_pen envs.alfworld_process envs.alfworld_rooms
-        envs.alfworld_scene envs.alfworld_thor envs.base envs.blackjack envs.cards envs.ezpoints
-        envs.formula envs.guess envs.make envs.numberline envs.picture envs.points24
+        envs.alfworld_scene envs.alfworld_thor envs.base envs.blackjack envs.cards envs.custom
+        envs.ezpoints envs.formula envs.guess envs.make envs.numberline envs.picture envs.points24
     """,
     # 1: no model
     1: """
@@ -29,14 +29,16 @@ MODULES = {
         shapes
     """,
     # 2: the model and its weights
-    2: "card checkpoint families formats fused hub lock lora merge model modules tiny",
+    2: """
+        adapters card checkpoint families formats fused hub lock lora merging model modules tiny
+    """,
     # 3: the model at work
     3: """
         backprop corrector decode demos faults finetune guidance measure prefixes rollout run score
         scribe teacher update
     """,
     # 4: what is run
-    4: "__main__ eval export replay sft train view",
+    4: "__main__ eval export merge replay sft train view",
 }
 LAYERS = {f"turbo.{name}": layer for layer, names in MODULES.items() for name in names.split()}
 LAYERS["turbo"] = 0

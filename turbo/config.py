@@ -13,15 +13,16 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-Game = Literal["points24", "ezpoints", "numberline", "blackjack", "alfworld"]
+from turbo.envs.make import check_env, is_name
 
 
 @dataclass
 class TrainConfig:
     """Train a policy with PPO, guided by a teacher merged from its own past checkpoints."""
 
-    env: tyro.conf.Positional[Game] = "points24"
-    """which environment to play"""
+    env: tyro.conf.Positional[str] = "points24"
+    """which environment to play: points24, ezpoints, numberline or blackjack; one of your own as
+    module:Class; or the name of an installed entry point of the group gtr_turbo.envs"""
     model: str = "tiny"
     """`tiny` for the built-in warm start of the environment; a folder with a vision-language model
     in Hugging Face format; or its id on the Hub, such as Qwen/Qwen2.5-VL-7B-Instruct"""
@@ -65,7 +66,7 @@ class TrainConfig:
     backend: Literal["text", "thor"] = "text"
     """ALFWorld: the text engine with drawn frames, or AI2-THOR with its own"""
     early_truncation: bool = True
-    """card games: end the episode at its first reward of -1"""
+    """card games, and others with this option: end the episode at its first reward of -1"""
     format_valid: float = 0.0
     """reward of a well-formed answer, in the same stream as the environment's"""
     format_invalid: float = 0.0
@@ -278,6 +279,7 @@ def check(c: TrainConfig) -> None:
             value = getattr(c, flag)
             raise ValueError(f"--{flag.replace('_', '-')} must be {rule}, got {value!r}")
 
+    check_env(c.env)
     for f in fields(c):
         value = getattr(c, f.name)
         if isinstance(value, float):
@@ -345,6 +347,11 @@ def from_saved(saved: object, source: str) -> TrainConfig:
             good = type(value) is kind
         if not good:
             raise ValueError(f"{source}: {name} cannot be {value!r:.60}: the file was changed")
+    if not is_name(saved["env"]):
+        raise ValueError(
+            f"{source}: env cannot be {saved['env']!r:.60}, which is unknown here: install the "
+            "package that brings it"
+        )
     return TrainConfig(**saved)
 
 

@@ -19,7 +19,8 @@ import torch
 import tyro
 
 from turbo import checkpoint
-from turbo.config import Game, TrainConfig, defaults, from_saved
+from turbo.config import TrainConfig, defaults, from_saved
+from turbo.envs.make import check_env
 from turbo.hub import is_hub_id, model_sha256, open_model, own_workers
 from turbo.lora import new_lora
 from turbo.measure import evaluate
@@ -51,8 +52,8 @@ class EvalConfig:
 
     source: tyro.conf.Positional[str]
     """run directory, model folder, id of a model on the Hub, or `tiny`"""
-    env: Game = "points24"
-    """which environment to play"""
+    env: str = "points24"
+    """which environment to play: a name as in training, or module:Class"""
     episodes: int = 500
     """deals, each of its own seed"""
     samples: int = 1
@@ -97,6 +98,7 @@ def check(c: EvalConfig) -> TrainConfig:
         if getattr(c, flag) < 0:
             name = "--" + flag.replace("_", "-")
             raise ValueError(f"{name} must be zero or more, got {getattr(c, flag)}")
+    check_env(c.env)
     if c.split and c.env not in ("points24", "alfworld"):
         raise ValueError(f"--split {c.split} is for points24 and alfworld: leave it out")
     if (c.games or c.tasks) and c.env != "alfworld":

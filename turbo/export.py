@@ -14,7 +14,6 @@ Left out: quantised formats, serving, and weights of the value head.
 """
 
 import importlib.util
-import os
 import re
 import shutil
 import signal
@@ -32,8 +31,14 @@ from torch import Tensor
 from turbo import checkpoint, families
 from turbo.card import Facts, card
 from turbo.config import TrainConfig, from_saved
-from turbo.formats import generation_config, save_adapter, save_model, saved_dtype
-from turbo.hub import model_folder, model_sha256, open_model
+from turbo.formats import (
+    generation_config,
+    save_adapter,
+    save_model,
+    saved_dtype,
+    write_folder,
+)
+from turbo.hub import model_folder, model_name, model_sha256, open_model
 from turbo.kernels.nf4 import Nf4Matrix
 from turbo.log import read_jsonl
 from turbo.lora import Lora, new_lora
@@ -278,36 +283,13 @@ def shareable(settings: TrainConfig) -> dict:
 
 def base_name(c: ExportConfig, settings: TrainConfig) -> tuple[str, bool]:
     """How the base is called, and whether that is a name on the Hub."""
-    name = c.base or settings.model
-    if name == "tiny":
-        return f"turbo/models/{settings.env}", False  # within the repository
+    name = c.base or model_name(settings)
     return name, bool(HUB_NAME.fullmatch(name)) and not Path(name).exists()
 
 
 def export(c: ExportConfig, source: Source) -> None:
-    """Write into a folder beside DIR, then give it its name; OSError where that fails."""
-    out = Path(c.out).resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (out.with_name(f"{out.name}.{end}-{os.getpid()}") for end in ("partial", "old"))
-    try:
-        partial.mkdir()
-        write(partial, c, source)
-        mode = (partial / RECORD).stat().st_mode
-        for file in [p for p in partial.rglob("*") if p.is_file()]:
-            file.chmod(mode)  # safetensors lets nobody else read what it writes
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        if out.exists() and any(out.iterdir()):
-            os.replace(out, old)
-        try:
-            os.replace(partial, out)
-        except OSError:
-            if old.exists():
-                os.replace(old, out)
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    """Write DIR, whole or not at all; OSError where that fails."""
+    write_folder(Path(c.out), lambda folder: write(folder, c, source))
 
 
 def upload(c: ExportConfig) -> None:

@@ -2,12 +2,15 @@
 
     save_model      a complete model, for `AutoModelForImageTextToText.from_pretrained`
     save_adapter    LoRA factors, for peft's `PeftModel.from_pretrained`
+    write_folder    a folder that is whole or not there
 
 Left out: which weights these are, and all other files of an export (`turbo.export`).
 """
 
+import os
 import re
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +19,8 @@ from torch import Tensor, nn
 
 from turbo.lora import Lora
 from turbo.model import VisionLanguageModel
+
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft calls them
 
 
 def saved_dtype(folder: Path) -> torch.dtype:
@@ -64,8 +69,42 @@ def save_adapter(
     )
     mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     config.save_pretrained(folder, auto_mapping_dict=mapping)
+    save_factors(folder, lora, dtype)
+
+
+def save_factors(folder: Path, lora: Lora, dtype: torch.dtype) -> None:
+    """adapter_model.safetensors alone."""
     tensors = {k: v.to(dtype).contiguous() for k, v in lora.state_dict().items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
+
+
+def write_folder(out: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder beside `out`, then give it that name; OSError where that fails.
+
+    What was there before is replaced at the very end, or left as it was.
+    """
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (out.with_name(f"{out.name}.{end}-{os.getpid()}") for end in ("partial", "old"))
+    try:
+        partial.mkdir()
+        mode = partial.stat().st_mode & 0o666
+        write(partial)
+        for file in [p for p in partial.rglob("*") if p.is_file()]:
+            file.chmod(mode)  # safetensors lets nobody else read what it writes
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        if out.exists() and any(out.iterdir()):
+            os.replace(out, old)
+        try:
+            os.replace(partial, out)
+        except OSError:
+            if old.exists():
+                os.replace(old, out)
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def target_modules(names: Iterable[str], modules: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from turbo.batch import run_batches
 from turbo.corrector import Corrector, Question
 from turbo.decode import Decoder, Request
+from turbo.envs.base import action_key
 from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew
 from turbo.prefixes import Prefixes
@@ -128,7 +129,7 @@ def _answered(
         step,
         tokens=tokens,
         logprobs=logprobs,
-        thought=vlm.thought_tokens(tokens),
+        thought=vlm.thought_tokens(tokens, action_key(step.asked)),
         answer=answer,
         verdict=step.asked.judge(answer),
     )

@@ -53,8 +53,18 @@ def model_folder(c: TrainConfig) -> Path:
     Face Hub, taken from its cache, or downloaded.
     """
     if c.model == "tiny":
+        if not builtin_path(c.env).is_dir():
+            raise ValueError(
+                f"--model tiny: no warm start is built in for {c.env}; make one with `python -m "
+                f"turbo.sft {c.env} --out DIR`, then use --model DIR"
+            )
         return builtin_path(c.env)
     return snapshot(c.model) if is_hub_id(c.model) else Path(c.model)
+
+
+def model_name(c: TrainConfig) -> str:
+    """What the model of a run is called outside of it."""
+    return f"turbo/models/{c.env}" if c.model == "tiny" else c.model  # within the repository
 
 
 def is_hub_id(name: str) -> bool:

@@ -97,7 +97,7 @@ def thoughts(episodes: Sequence[Episode]) -> dict[str, float]:
     return {
         "legal_rate": mean([s.answer.action is not None for s in steps]),
         "card_rate": rate(steps, "perception"),
-        "reasoning_score": mean([s.verdict.right for s in reasoned]),
+        "reasoning_score": mean([s.verdict.right for s in reasoned if s.verdict.judged]),
         "aim_rate": rate(reasoned, "aim"),
         "follow_rate": rate(reasoned, "follows"),
         "thought_length": mean([s.thought for s in steps]),

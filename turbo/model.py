@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from turbo import families, prompts
+from turbo import families
 from turbo.attend import PrefixKV, causal_mask
 from turbo.batch import BatchSizes, pad_to, round_up
+from turbo.envs.base import ACTION_KEY
 from turbo.fused import FusedText, FusedWeights
 from turbo.lora import Lora
 from turbo.modules import ModuleText, ModuleWeights
@@ -83,14 +84,14 @@ class VisionLanguageModel:
             "utf-8", "replace"
         )
 
-    def thought_tokens(self, ids: list[int]) -> int:
+    def thought_tokens(self, ids: list[int], action_key: str = ACTION_KEY) -> int:
         """How many leading tokens of an answer are thought.
 
-        They are those that end before the last `"action":` key, counted in bytes of the
+        They are those that end before the last `action_key`, counted in bytes of the
         sampled tokens themselves; nothing is encoded again.
         """
         pieces = [self.token_bytes[i] for i in ids]
-        start = b"".join(pieces).rfind(prompts.ACTION_KEY.encode())
+        start = b"".join(pieces).rfind(action_key.encode())
         if start < 0:
             return len(ids)
         offset = 0

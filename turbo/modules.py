@@ -23,7 +23,7 @@ Prompts and answers that are read whole attend causally by FlashAttention-2, whe
 and on a GPU; everything else by PyTorch's own attention with a mask.
 
 Left out: vision and prompts (`turbo.model`, `turbo.families`), the merge of teachers
-(`turbo.merge`).
+(`turbo.merging`).
 """
 
 from collections.abc import Callable, Mapping

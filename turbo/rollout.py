@@ -22,7 +22,7 @@ from torch import Tensor
 
 from turbo.batch import run_batches
 from turbo.decode import Decoder, Request, Sample
-from turbo.envs.base import Answer, SlowEnv, Verdict, VisualEnv
+from turbo.envs.base import Answer, SlowEnv, Verdict, VisualEnv, action_key
 from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew
 from turbo.prefixes import Prefixes
@@ -323,7 +323,7 @@ class _Player:
             suffix=sent.suffix,
             tokens=tokens,
             logprobs=sent.sample.logprobs,
-            thought=self.vlm.thought_tokens(tokens),
+            thought=self.vlm.thought_tokens(tokens, action_key(sent.env)),
             hidden=sent.sample.hidden,
             reward=float(reward),
             format_reward=bonus,

@@ -17,7 +17,7 @@ from turbo import checkpoint
 from turbo.config import TrainConfig
 from turbo.corrector import Corrector
 from turbo.envs.alfworld import ALFWorld, find_games
-from turbo.envs.make import make, tiny_kwargs
+from turbo.envs.make import make, takes, tiny_kwargs
 from turbo.faults import FaultLog, NumericalFault, diagnosis
 from turbo.guidance import Examples
 from turbo.hub import observation, open_model
@@ -256,7 +256,7 @@ def env_maker(c: TrainConfig, split: str = "all"):
         options["split"] = split
         if c.hands:
             options["hands"] = pool(c.hands, c.seed)
-    if c.env not in ("numberline", "alfworld"):
+    if c.env not in ("numberline", "alfworld") and takes(c.env, "early_truncation"):
         options["early_truncation"] = c.early_truncation
     return lambda: make(c.env, **options)
 

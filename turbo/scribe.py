@@ -3,7 +3,6 @@
 Left out: what the metrics mean (`turbo.log`), how figures are measured (`turbo.measure`).
 """
 
-import dataclasses
 import json
 import os
 import signal
@@ -27,6 +26,7 @@ EVAL_KEYS = (
     "episode_return",
     "reasoning_score",
 )
+PARTS = ("perception", "aim", "follows")  # of a verdict
 SAVE_PAUSES = (1.0, 5.0)  # seconds between the attempts to save
 
 
@@ -178,7 +178,6 @@ class Interrupt:
 
 def episode_record(update: int, episode, number: int) -> dict:
     """One sampled episode for episodes.jsonl."""
-    verdict = dataclasses.asdict
     return {
         "update": update,
         "episode": number,
@@ -192,7 +191,7 @@ def episode_record(update: int, episode, number: int) -> dict:
                 "action": s.answer.action,
                 "error": s.answer.error,
                 "reward": s.reward,
-                "verdict": verdict(s.verdict),
+                "verdict": {part: getattr(s.verdict, part) for part in PARTS},
             }
             for s in episode.steps
         ],

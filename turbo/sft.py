@@ -38,6 +38,7 @@ from turbo.sft_config import SftConfig, check_sft, sft_defaults
 
 SPLIT_GAMES = ("points24", "alfworld")  # some deals are kept from the warm start
 IGNORED = -100  # a target that costs nothing
+TOLD = {"legal": "legal_rate", "cards": "card_rate", "thoughts right": "reasoning_score"}
 
 
 def backward_all(vlm, weights: Weights, demos: list[Demonstration]) -> tuple[list, float, int]:
@@ -100,16 +101,18 @@ def warm_start(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> 
     """The whole of it: read-out, language model, evaluation, files. Figures on worker 0."""
     started = time.perf_counter()
     make_env = env_maker(c)
-    env, positions = make_env("seen"), tiny.POSITIONS
-    if c.env == "alfworld":
-        tokenizer, positions = tiny.alfworld_tokenizer(env), tiny.ALFWORLD_POSITIONS
-    else:
-        tokenizer = tiny.train_tokenizer()
-    module = tiny.new_model(c.size or tiny.SIZE_OF_GAME[c.env], tokenizer, c.seed, positions)
+    env = make_env("seen")
+    tokenizer = tiny.tokenizer_of(c.env, env)
+    size = c.size or tiny.SIZE_OF_GAME.get(c.env, "small")
+    module = tiny.new_model(size, tokenizer, c.seed, tiny.positions_of(c.env))
     vlm = VisionLanguageModel(module, tokenizer, tiny.image_processor(), pick_dtype(c.dtype), "new")
     read = train_read_out(vlm, env, crew, steps=c.read_out_steps, seed=c.seed)
     if crew.leads:
         say(f"{parameter_count(module):,} parameters; read-out of the picture {read:.1%}")
+        longest = max(len(a) for seed in range(64) for a in demonstrate(env, vlm, seed).answers)
+        if longest > c.max_new_tokens:
+            more = f"--max-new-tokens {longest + longest // 4}"
+            say(f"the expert's answers have up to {longest} tokens: add {more}, in training too")
     losses = train_language(vlm, env, crew, c, say if crew.leads else lambda _: None)
     minutes = (time.perf_counter() - started) / 60
     module.to(torch.bfloat16).to(torch.float32)  # evaluated as it will be saved
@@ -130,15 +133,14 @@ def warm_start(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> 
             )
             figures[f"{split}, temperature {temperature}"] = e
             if crew.leads:
+                told = [f"{what} {e[key]:.1%}" for what, key in TOLD.items() if e[key] == e[key]]
                 say(
                     f"{split} deals, T {temperature}: success {e['success_rate']:.1%} "
-                    f"[{e['success_low']:.1%}, {e['success_high']:.1%}], "
-                    f"legal {e['legal_rate']:.1%}, cards {e['card_rate']:.1%}, "
-                    f"thoughts right {e['reasoning_score']:.1%}"
+                    f"[{e['success_low']:.1%}, {e['success_high']:.1%}], {', '.join(told)}"
                 )
     if crew.leads:
         save(vlm, c, figures)
-        say(f"written to {c.out}")
+        say(f"written to {c.out}: train it with python -m turbo.train {c.env} --model {c.out}")
     return figures
 
 
@@ -236,8 +238,9 @@ def save(vlm: VisionLanguageModel, c: SftConfig, figures: dict) -> None:
     config = {k: v for k, v in asdict(c).items() if k not in ("out", "overwrite")}
     plain = asdict(sft_defaults(c.env))
     flags = [f"--{k.replace('_', '-')} {v}" for k, v in config.items() if v != plain[k]]
+    short_name = c.env.rpartition(":")[2]
     record = {
-        "command": " ".join([f"python -m turbo.sft {c.env} --out {c.env}", *flags]),
+        "command": " ".join([f"python -m turbo.sft {c.env} --out {short_name}", *flags]),
         "parameters": parameter_count(vlm.module),
         "config": config,
         "versions": versions(),
@@ -253,6 +256,8 @@ def main(argv: list[str] | None = None) -> int:
         names = [a for a in argv[:1] if not a.startswith("-")]
         base = sft_defaults(names[0] if names else "points24")
         c = tyro.cli(SftConfig, default=base, args=argv, prog="turbo.sft")
+        if c.env != base.env:  # the environment was not named first
+            c = tyro.cli(SftConfig, default=sft_defaults(c.env), args=argv, prog="turbo.sft")
         check_sft(c)
         find_alfworld(c)
         if Path(c.out).exists() and any(Path(c.out).iterdir()) and not c.overwrite:

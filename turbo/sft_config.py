@@ -8,15 +8,16 @@ from typing import Literal
 
 import tyro
 
-from turbo.config import Game
+from turbo.envs.make import check_env, find
 
 
 @dataclass
 class SftConfig:
     """Make a warm start from expert traces: the tiny model from scratch, or any other by LoRA."""
 
-    env: tyro.conf.Positional[Game] = "points24"
-    """which environment to learn"""
+    env: tyro.conf.Positional[str] = "points24"
+    """which environment to learn: points24, ezpoints, numberline or blackjack; one of your own as
+    module:Class; or the name of an installed entry point of the group gtr_turbo.envs"""
     out: str = "warm-start"
     """folder for the model, the tokenizer and the record of how they were made"""
     overwrite: bool = False
@@ -98,9 +99,8 @@ SFT_DEFAULTS: dict[str, dict] = {
 
 def sft_defaults(env: str) -> SftConfig:
     """The settings of the warm start of one environment."""
-    if env not in SFT_DEFAULTS:
-        raise ValueError(f"environment {env!r} is unknown: use {', '.join(SFT_DEFAULTS)}")
-    return SftConfig(**{"env": env, **SFT_DEFAULTS[env]})
+    find(env)
+    return SftConfig(**{"env": env, **SFT_DEFAULTS.get(env, {})})
 
 
 def check_sft(c: SftConfig) -> None:
@@ -117,6 +117,7 @@ def check_sft(c: SftConfig) -> None:
         raise ValueError(f"--stray must be a share from 0 to below 1, got {c.stray}")
     if (c.games or c.tasks) and c.env != "alfworld":
         raise ValueError("--games and --tasks are for alfworld alone: leave them out")
+    check_env(c.env, needs_expert=True)
     if not 0 <= c.other_targets <= 1 or (c.other_targets and c.env != "points24"):
         rule = "a share from 0 to 1, and 0 except with points24"
         raise ValueError(f"--other-targets must be {rule}, got {c.other_targets}")

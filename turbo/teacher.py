@@ -20,7 +20,7 @@ from turbo.checkpoint import section
 from turbo.config import TrainConfig
 from turbo.history import History, Snapshot
 from turbo.lora import Lora
-from turbo.merge import StreamingTeacher, merge_matrix, merge_teacher
+from turbo.merging import StreamingTeacher, merge_matrix, merge_teacher
 from turbo.model import VisionLanguageModel, Weights
 from turbo.modules import read_dense
 

@@ -62,6 +62,11 @@ def builtin_path(game: str) -> Path:
     return Path(__file__).parent / "models" / game
 
 
+# For environments of others: words, numbers and signs, each with the space before it. Whole answers
+# would become tokens where there are few of them.
+WORDS = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
+
+
 def corpus(episodes: int = 400, seed: int = 0) -> Iterator[str]:
     """Prompts and expert answers of all games, the text on which the tokenizer is trained."""
     rng = np.random.default_rng(seed)
@@ -89,11 +94,20 @@ def expert_texts(env, rng: np.random.Generator, seed: int, options=None) -> Iter
         done = terminated or truncated
 
 
-def alfworld_tokenizer(env, episodes: int = 300) -> PreTrainedTokenizerFast:
-    """A tokenizer of its own for ALFWorld's words."""
+def tokenizer_of(name: str, env, episodes: int = 300) -> PreTrainedTokenizerFast:
+    """The games share a tokenizer; any other environment has one of its own, of its own words."""
+    if name in GAMES:
+        return train_tokenizer()
     rng = np.random.default_rng(0)
     texts = (text for seed in range(episodes) for text in expert_texts(env, rng, seed))
-    return train_tokenizer(ALFWORLD_VOCABULARY, texts=texts, split=ALFWORLD_SPLIT)
+    if name == "alfworld":
+        return train_tokenizer(ALFWORLD_VOCABULARY, texts=texts, split=ALFWORLD_SPLIT)
+    return train_tokenizer(texts=texts, split=WORDS)
+
+
+def positions_of(name: str) -> int:
+    """The longest prompt and answer of a new model, in tokens."""
+    return ALFWORLD_POSITIONS if name == "alfworld" else POSITIONS
 
 
 def train_tokenizer(

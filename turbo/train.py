@@ -27,8 +27,9 @@ import torch
 import tyro
 
 from turbo import checkpoint, lock
-from turbo.config import GAME_DEFAULTS, PRESETS, TrainConfig, changed, check, defaults, from_saved
+from turbo.config import PRESETS, TrainConfig, changed, check, defaults, from_saved
 from turbo.corrector import check_url
+from turbo.envs.make import find
 from turbo.faults import NumericalFault, diagnosis
 from turbo.guidance import ask_corrector, spread, write_answers
 from turbo.hub import lack_of_memory, model_sha256, own_workers
@@ -269,8 +270,7 @@ def parse(argv: list[str]) -> TrainConfig:
         preset = argv[at + 1] if at + 1 < len(argv) else ""
         argv = argv[:at] + argv[at + 2 :]
     names = [a for a in argv[:1] if not a.startswith("-")]
-    if names and names[0] not in GAME_DEFAULTS:
-        raise ValueError(f"environment {names[0]!r} is unknown: use {', '.join(GAME_DEFAULTS)}")
+    find(names[0] if names else "points24")
     base = defaults(names[0] if names else "points24", preset)
     help_text = f"{TrainConfig.__doc__} Presets: --preset {' | '.join(PRESETS)}."
 
@@ -303,7 +303,8 @@ def run_folder(c: TrainConfig) -> tuple[Path, IO[str]]:
         for problem in problems:
             print(f"warning: {problem}; going on from {folder}", file=sys.stderr)
         return path, held
-    path = Path(c.out or f"runs/{c.env}-{time.strftime('%Y%m%d-%H%M%S')}")
+    name = c.env.rpartition(":")[2]
+    path = Path(c.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     checkpoint.occupied(path, c.overwrite)
     held = lock.acquire(path)
     checkpoint.create_run(path, c, model)

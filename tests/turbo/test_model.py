@@ -205,7 +205,7 @@ def test_specials_and_rows_without_a_token_are_banned(vlm, monkeypatch):
     assert {i for i, b in enumerate(vlm.banned.tolist()) if b} == set(names.values()) - {vlm.end}
     # A vocabulary that is no multiple of 16 leaves rows of the embedding without a token.
     corpus = list(tiny.corpus(3))
-    monkeypatch.setattr(tiny, "corpus", lambda seed=0: corpus)
+    monkeypatch.setattr(tiny, "corpus", lambda seed=0, games=(): corpus)
     small = tiny.train_tokenizer(vocabulary=285)
     module = tiny.new_model("nano", small, 0)
     other = VisionLanguageModel(module, small, vlm.processor, torch.float32, "new")

@@ -369,7 +369,7 @@ def test_a_run_of_another_model_is_refused(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["chess"], "environment 'chess' is unknown: use points24"),
+        (["chess"], "environment 'chess' is unknown: use points24, ezpoints"),
         (["numberline", "--updates", "-1"], "--updates must be .*, got -1"),
         (["numberline", "--envs", "-8"], "--envs must be .*, got -8"),
         (
