@@ -22,8 +22,8 @@ MODULES = {
     """,
     # 1: no model
     1: """
-        attend batch config footprint gae history kl log memory parallel ppo prompts sft_config
-        shapes
+        attend batch config flags footprint gae history kl log memory parallel ppo prompts
+        sft_config shapes terminal
     """,
     # 2: the model and its weights
     2: "card checkpoint families formats fused hub lock lora merge model modules tiny",
@@ -33,7 +33,7 @@ MODULES = {
         scribe teacher update
     """,
     # 4: what is run
-    4: "__main__ eval export replay sft train view",
+    4: "__main__ eval export play replay sft train view",
 }
 LAYERS = {f"turbo.{name}": layer for layer, names in MODULES.items() for name in names.split()}
 LAYERS["turbo"] = 0

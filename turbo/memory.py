@@ -18,8 +18,6 @@ are left to whatever else uses it.
 Left out: several GPUs, full fine-tuning, memory of the host but for what the design keeps there.
 """
 
-import contextlib
-import io
 import math
 import re
 import resource
@@ -35,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from turbo import footprint as size
+from turbo.flags import conclude, read_flags
 from turbo.shapes import TextShape, find_config, text_shape
 
 PHASES = ("decode", "score", "train", "step", "merge")
@@ -363,16 +362,7 @@ def show(p: Plan, console: Console) -> None:
 
 def read(argv: list[str]) -> MemoryConfig:
     """The settings of a command line; ValueError, in one line, where it means nothing."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            c = tyro.cli(MemoryConfig, args=argv, prog="turbo.memory")
-    except SystemExit as ended:
-        if not ended.code:
-            raise
-        lines = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()[1:]]
-        first = lines[: lines.index("")] if "" in lines else lines  # up to the first rule
-        raise ValueError(" ".join(first)) from None
+    c = read_flags(MemoryConfig, argv, "turbo.memory")
     if not (math.isfinite(c.gpu) and c.gpu > 0):
         raise ValueError(f"--gpu must be a number of GB above 0, got {c.gpu}")
     check(c.settings)
@@ -396,4 +386,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(conclude(main))

@@ -1,4 +1,4 @@
-"""Warm start: supervised fine-tuning of the tiny model on expert traces, from scratch, in minutes.
+"""Warm start: supervised fine-tuning on expert traces, of the tiny model from scratch.
 
     loss = - mean over answer tokens of log p(token | picture, prompt, answer so far)
 
@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 from turbo import tiny
@@ -29,6 +28,7 @@ from turbo.checkpoint import versions, write_json
 from turbo.demos import Demonstration, backward_demos, demonstrate
 from turbo.envs.make import make
 from turbo.finetune import fine_tune
+from turbo.flags import conclude, read_flags
 from turbo.hub import own_workers
 from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel, Weights, pick_dtype
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         names = [a for a in argv[:1] if not a.startswith("-")]
         base = sft_defaults(names[0] if names else "points24")
-        c = tyro.cli(SftConfig, default=base, args=argv, prog="turbo.sft")
+        c = read_flags(SftConfig, argv, "turbo.sft", default=base)
         check_sft(c)
         if Path(c.out).exists() and any(Path(c.out).iterdir()) and not c.overwrite:
             raise ValueError(
@@ -248,4 +248,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(conclude(main))
