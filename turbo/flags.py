@@ -18,6 +18,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from itertools import dropwhile, takewhile
 from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
@@ -26,7 +27,7 @@ Settings = TypeVar("Settings")
 POSITIONAL = get_args(tyro.conf.Positional[int])[1]  # how tyro marks such a field
 TYRO = ("-h", "--help", "--tyro-print-completion", "--tyro-write-completion")
 _FLAG = re.compile(r"-[A-Za-z]|--\w")  # and no negative number
-_BOX = re.compile(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]|^[|+]|[|+]$|-{4,}", re.MULTILINE)
+_FRAME = re.compile(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]|-{4,}")
 
 
 def read_flags(
@@ -76,10 +77,10 @@ def unknown_flag(argv: Sequence[str], known: Sequence[str]) -> str:
 
 
 def in_one_line(box: str) -> str:
-    """What stands in a box of tyro's up to its first rule, without the frame and the title."""
-    lines = [line.strip() for line in _BOX.sub("", box).splitlines()[1:]]
-    first = lines[: lines.index("")] if "" in lines else lines
-    return " ".join(" ".join(first).split())
+    """What a box of tyro's says between its title and its next rule, without the frame."""
+    lines = [line.strip() for line in _FRAME.sub("", box).strip().splitlines()[1:]]
+    said = dropwhile(lambda line: not line, lines)  # without UTF-8 a rule is under the title
+    return " ".join(takewhile(bool, said))
 
 
 def conclude(main: Callable[[], int]) -> int:

@@ -68,11 +68,11 @@ class Settings:
     decode_tokens: int = 1
     """tokens a row scored in one pass of decoding: 1, and one for each token that is guessed"""
     prompt_tokens: int = 512
-    """longest prefix of a prompt: picture and rules"""
+    """longest prefix of a prompt in tokens: picture and rules"""
     suffix_tokens: int = 128
-    """longest rest of a prompt: the history"""
+    """longest rest of a prompt in tokens: the history"""
     max_new_tokens: int = 256
-    """longest answer"""
+    """longest answer in tokens"""
     micro_tokens: int = 2048
     """tokens of a micro-batch, prompts and answers, when prompts are read, scored and trained on"""
     steps_per_update: int = 1024

@@ -1,4 +1,4 @@
-"""Training: PPO on a LoRA policy, guided by a teacher merged from the policy's past checkpoints.
+"""Training: PPO on a LoRA policy, guided by a teacher merged from its own past checkpoints.
 
     for each update:
         play        whole episodes with the policy as it is            turbo.rollout
