@@ -236,7 +236,7 @@ def main() -> None:
     defaults = argparse.ArgumentDefaultsHelpFormatter  # shows them
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=defaults)
     parser.add_argument("--env", choices=READ, default="points24", help="the game that is played")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 for a free one")
+    parser.add_argument("--port", type=int, default=8000, help="port (0: a free one)")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds that each answer takes")
     parser.add_argument("--fail", type=float, default=0.0, help="share of 503 and broken replies")
     parser.add_argument("--key", default="", help="the key that is asked for; empty for none")
