@@ -188,7 +188,7 @@ class Policy:
         A character of several bytes is held back until its last one is there.
         """
         texts = [self.vlm.decode(tokens[:n]).rstrip("\ufffd") for n in range(told, len(tokens) + 1)]
-        action = texts[-1].find(ACTION_KEY)
+        action = texts[-1].rfind(ACTION_KEY)
         action = len(texts[-1]) if action < 0 else action
         for before, after in pairwise(texts):
             for start, end, style in ((0, action, THOUGHT), (action, len(after), ACTION)):
