@@ -1,4 +1,4 @@
-.PHONY: help install test test-fast test-gpu test-faults test-fuzz lint format bench bench-kernels bench-gpu results metrics memory wheel ci clean
+.PHONY: help install test test-fast test-gpu test-faults test-fuzz lint format bench bench-kernels bench-gpu results metrics memory tour wheel ci clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ results: ## train and draw what the README shows, into docs/results/; resumes
 
 metrics: ## write docs/metrics.md
 	python -m bench.metrics_page
+
+tour: ## put the lines right that the docs link to
+	python -m bench.tour_links
 
 memory: ## write docs/results/memory.md and its table in README.md, from the planner
 	python -m bench.memory_page

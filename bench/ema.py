@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import tyro
 
+from bench.harness import read_settings
 from bench.race import agreeing, check_close, copy_rate, device_name, product_rate, race
 from turbo.kernels.ema import ema_update_, ema_update_lora_
 from turbo.kernels.reference import ema_reference
@@ -139,7 +139,7 @@ def compare(
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, show and record; returns the exit status."""
-    c = tyro.cli(Config, args=argv, prog="bench.ema")
+    c = read_settings(Config, argv, "bench.ema")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"on {device_name(device)}")
     rate = copy_rate(device)

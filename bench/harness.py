@@ -9,6 +9,7 @@ Left out: what is measured (`bench.train_step`), demonstrations of learning (`be
 import csv
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from statistics import quantiles
 from typing import TypeVar
 
 from turbo.checkpoint import processor, versions
+from turbo.flags import read_flags
 from turbo.parallel import cores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +28,7 @@ WHAT = ["benchmark", "variant", "shape", "metric", "unit", "median", "p20", "p80
 COLUMNS = WHERE + WHAT
 
 Result = TypeVar("Result")
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,15 @@ class Spread:
     p20: float
     p80: float
     repeats: int
+
+
+def read_settings(kind: type[Settings], argv: Sequence[str] | None, prog: str) -> Settings:
+    """The settings on the command line; what is wrong with it is told in one line, status 2."""
+    try:
+        return read_flags(kind, sys.argv[1:] if argv is None else argv, prog)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 
+from bench.harness import read_settings
 from bench.plot import draw
 from bench.records import Recorded, by_label, is_complete, pooled, recorded, write_csv
 from turbo import checkpoint
@@ -183,7 +183,7 @@ def _row(label: str, seed: str, runs: Sequence[Recorded]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Train what is missing, gather, draw; returns the exit status."""
-    c = tyro.cli(LearnConfig, args=argv, prog="bench.learn")
+    c = read_settings(LearnConfig, argv, "bench.learn")
     out, runs = Path(c.out), []
     for label, flags in DEMONSTRATIONS[c.what]:
         for seed in c.seeds:

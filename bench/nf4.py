@@ -13,8 +13,8 @@ import sys
 from dataclasses import dataclass
 
 import torch
-import tyro
 
+from bench.harness import read_settings
 from bench.race import agreeing, check_close, copy_rate, device_name, product_rate, race
 from bench.ties import DENSITY, make
 from turbo.kernels import reference
@@ -115,7 +115,7 @@ def compare(c: Config, device: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, show and record; returns the exit status."""
-    c = tyro.cli(Config, args=argv, prog="bench.nf4")
+    c = read_settings(Config, argv, "bench.nf4")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"on {device_name(device)}")
     compare(c, device)

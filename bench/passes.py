@@ -16,9 +16,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from bench.claims import compare_passes
+from bench.harness import read_settings
 from bench.records import is_complete
 from bench.study import plan
 from bench.study_runs import read_table
@@ -61,7 +60,7 @@ def solvable() -> list[bool]:
 
 def main(argv: list[str] | None = None) -> int:
     """Play what is missing; returns the exit status."""
-    c = tyro.cli(PassesConfig, args=argv, prog="bench.passes")
+    c = read_settings(PassesConfig, argv, "bench.passes")
     path = Path(c.out) / FILE
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     known["solvable"] = solvable()

@@ -13,8 +13,8 @@ import sys
 from dataclasses import dataclass
 
 import torch
-import tyro
 
+from bench.harness import read_settings
 from bench.head_rivals import PRODUCTS, TASKS, Variant
 from bench.race import agreeing, check_close, device_name, product_rate, race
 from turbo.kernels.reference import policy_head_reference
@@ -107,7 +107,7 @@ def compare(c: Config, rows: int, width: int, dtype: torch.dtype, device: str) -
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, show and record; returns the exit status."""
-    c = tyro.cli(Config, args=argv, prog="bench.policy_head")
+    c = read_settings(Config, argv, "bench.policy_head")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"on {device_name(device)}")
     if c.dtype not in ("", "float32", "bfloat16"):

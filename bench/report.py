@@ -9,9 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from bench.harness import RESULTS, ROOT
+from bench.harness import RESULTS, ROOT, read_settings
 
 PAGE = ROOT / "kernels" / "README.md"
 MARK = "## Measured\n"
@@ -74,7 +72,7 @@ def report() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print or write the tables; returns the exit status."""
-    c = tyro.cli(Config, args=argv, prog="bench.report")
+    c = read_settings(Config, argv, "bench.report")
     if not c.write:
         print(report())
         return 0

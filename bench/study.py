@@ -17,9 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import tyro
-
 from bench.endpoint import corrector
+from bench.harness import read_settings
 from bench.learn import command, decisive, digest, settings
 from bench.records import is_complete
 from bench.study_page import write_page
@@ -194,7 +193,7 @@ def chosen(p: Planned, only: str) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Train what is missing, gather, write the page; returns the exit status."""
-    c = tyro.cli(StudyConfig, args=argv, prog="bench.study")
+    c = read_settings(StudyConfig, argv, "bench.study")
     out, runs = Path(c.out), Path(c.runs)
     planned = plan(read_table())
     names = {p.regime for p in planned} | {f"{p.regime}/{p.method}" for p in planned}

@@ -13,8 +13,8 @@ import sys
 from dataclasses import dataclass
 
 import torch
-import tyro
 
+from bench.harness import read_settings
 from bench.race import agreeing, check_close, device_name, product_rate, race
 from turbo.kernels import reference
 from turbo.kernels.ties import linear_merge_lora, ties_merge_lora, trim_threshold
@@ -186,7 +186,7 @@ def whole_model(c: Config) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, show and record; returns the exit status."""
-    c = tyro.cli(Config, args=argv, prog="bench.ties")
+    c = read_settings(Config, argv, "bench.ties")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"on {device_name(device)}")
     compare(c, device)

@@ -29,7 +29,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -42,6 +41,7 @@ from bench.harness import (
     append_rows,
     environment,
     measurement,
+    read_settings,
     results_file,
     slug,
     spread,
@@ -110,7 +110,7 @@ class BenchConfig:
     memory: bool = True
     """measure the peak memory too: two more updates of each variant, in processes of their own"""
     port: int = PORT
-    """where the external corrector of guidance gtr listens, another one if that is taken"""
+    """port where the external corrector of guidance gtr listens, another one if that is taken"""
     profile: bool = False
     """print the operations that take most time in one update on one worker; nothing is recorded"""
     save: bool = True
@@ -364,7 +364,7 @@ def impossible(c: BenchConfig) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, show and record; returns the exit status."""
-    c = tyro.cli(BenchConfig, args=argv, prog="bench.train_step")
+    c = read_settings(BenchConfig, argv, "bench.train_step")
     problem = impossible(c)
     if problem:
         print(f"error: {problem}", file=sys.stderr)

@@ -233,12 +233,13 @@ def serve(
 
 def main() -> None:
     """Serve until interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    defaults = argparse.ArgumentDefaultsHelpFormatter  # shows them
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=defaults)
     parser.add_argument("--env", choices=READ, default="points24", help="the game that is played")
-    parser.add_argument("--port", type=int, default=8000, help="0 for a free one")
+    parser.add_argument("--port", type=int, default=8000, help="port (0: a free one)")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds that each answer takes")
     parser.add_argument("--fail", type=float, default=0.0, help="share of 503 and broken replies")
-    parser.add_argument("--key", default="", help="the key that is asked for; none by default")
+    parser.add_argument("--key", default="", help="the key that is asked for; empty for none")
     options = vars(parser.parse_args())
     with suppress(KeyboardInterrupt), serve(**options) as url:
         print(f"--teacher-url {url}", flush=True)

@@ -25,8 +25,8 @@ MODULES = {
     """,
     # 1: no model
     1: """
-        attend batch config footprint gae history kl log memory parallel ppo prompts sft_config
-        shapes
+        attend batch config flags footprint gae history kl log memory parallel ppo prompts
+        sft_config shapes terminal
     """,
     # 2: the model and its weights
     2: """
@@ -38,7 +38,7 @@ MODULES = {
         scribe teacher update
     """,
     # 4: what is run
-    4: "__main__ eval export merge replay sft train view",
+    4: "__main__ eval export merge play replay sft train view",
 }
 LAYERS = {f"turbo.{name}": layer for layer, names in MODULES.items() for name in names.split()}
 LAYERS["turbo"] = 0

@@ -80,13 +80,13 @@ class TrainConfig:
     baseline: Literal["state", "loo", "mean"] = "state"
     """group baseline: the others' mean from the same state on; of whole episodes; own included"""
     gamma: float = 0.9
-    """discount of gae"""
+    """discount of gae for each environment step, 0 to 1"""
     gae_lambda: float = 0.95
-    """lambda of gae"""
+    """lambda of gae, 0 to 1"""
     thought_coef: float = 0.5
-    """weight of the thought tokens in the log-probability of a step"""
+    """weight of a thought token in the log-probability of a step; that of an action token is 1"""
     clip: float = 0.2
-    """PPO clip range of the step's ratio"""
+    """PPO clip range of the step's ratio: 0.2 lets it count from 0.8 to 1.2"""
     value_coef: float = 0.5
     """weight of the critic's loss (gae)"""
     epochs: int = 2
@@ -94,9 +94,9 @@ class TrainConfig:
     minibatch: int = 256
     """environment steps per optimiser step"""
     target_kl: float = 0.0
-    """end an update's epochs when approximate KL to the rollout policy exceeds this (0: never)"""
+    """end an update's epochs at so many nats of approximate KL to the rollout policy (0: never)"""
     skip_certain: float = 0.02
-    """skip steps whose answer had a negative log-likelihood below this: next to no gradient"""
+    """skip steps whose answer is surer than so many nats (-log p): next to no gradient"""
 
     # Optimiser
     learning_rate: float = 7e-4

@@ -13,7 +13,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -21,9 +21,11 @@ import tyro
 from turbo import checkpoint
 from turbo.config import TrainConfig, defaults, from_saved
 from turbo.envs.make import check_env
+from turbo.flags import conclude, read_flags
 from turbo.hub import is_hub_id, model_sha256, open_model, own_workers
 from turbo.lora import new_lora
 from turbo.measure import evaluate
+from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew, run_crew
 from turbo.run import env_maker, find_alfworld, held_out, prompt_style
 from turbo.teacher import Teacher
@@ -50,7 +52,7 @@ JSON_KEYS = [
 class EvalConfig:
     """Play fresh deals with a policy, its merged teacher or a warm start; report how it does."""
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_MODEL")]
     """run directory, model folder, id of a model on the Hub, or `tiny`"""
     env: str = "points24"
     """which environment to play: a name as in training, or module:Class"""
@@ -112,7 +114,7 @@ def check(c: EvalConfig) -> TrainConfig:
         saved = checkpoint.read_run(path)
         run = from_saved(saved["config"], c.source)
         if run.env != c.env:
-            raise ValueError(f"{c.source} was trained on {run.env}: use --env {run.env}")
+            raise ValueError(f"{c.source} was trained on {run.env}: name that, not {c.env}")
         if saved["model_sha256"] != model_sha256(run):
             raise ValueError(f"{c.source} was trained from another model than {run.model!r} is now")
         checkpoint.load(path)
@@ -132,8 +134,8 @@ def check(c: EvalConfig) -> TrainConfig:
     return replace(run, **own)
 
 
-def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
-    """Load, play, and gather the figures; what every worker runs."""
+def open_source(c: EvalConfig, run: TrainConfig) -> tuple[VisionLanguageModel, Weights]:
+    """The model, and the weights that are to play: a policy's, its merged teacher's, its own."""
     vlm = open_model(run)
     lora = None
     if (Path(c.source) / "checkpoints").is_dir():
@@ -146,6 +148,12 @@ def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
         teacher = Teacher(vlm, lora, run)
         teacher.load_state_dict(checkpoint.section(state, "teacher/"), meta["teacher"])
         weights = teacher.weights
+    return vlm, weights
+
+
+def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
+    """Load, play, and gather the figures; what every worker runs."""
+    vlm, weights = open_source(c, run)
     if c.split == "pool":
         make_env = env_maker(run)
     else:
@@ -170,8 +178,8 @@ def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    c = tyro.cli(EvalConfig, args=argv, prog="turbo.eval")
     try:
+        c = read_flags(EvalConfig, argv, "turbo.eval")
         run = check(c)
         find_alfworld(run)
         workers = own_workers(run, max(1, c.episodes // 16))
@@ -203,4 +211,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(conclude(main))

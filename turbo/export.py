@@ -1,4 +1,6 @@
-"""A result to take away: `python -m turbo.export RUN --what adapter|policy|teacher --out DIR`.
+"""A result to take away, for plain transformers or peft: `python -m turbo.export RUN --out DIR`.
+
+With --what policy, adapter or teacher it is
 
     adapter    LoRA factors that peft's `PeftModel.from_pretrained(base, DIR)` loads
     policy     base + s B A, merged in float32, as a model that plain transformers loads
@@ -31,6 +33,7 @@ from torch import Tensor
 from turbo import checkpoint, families
 from turbo.card import Facts, card
 from turbo.config import TrainConfig, from_saved
+from turbo.flags import conclude, read_flags
 from turbo.formats import (
     generation_config,
     save_adapter,
@@ -317,7 +320,10 @@ def need_packages(c: ExportConfig) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Export; returns the exit status: 0, 1 for a failure, 2 for bad input."""
     argv = sys.argv[1:] if argv is None else argv
-    c = tyro.cli(ExportConfig, args=argv, prog="turbo.export")
+    try:
+        c = read_flags(ExportConfig, argv, "turbo.export")
+    except ValueError as error:
+        return fail(error, 2)
     # SIGTERM ends like Ctrl-C, so that a folder that is half written is removed on the way out
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -357,4 +363,4 @@ def fail(error: Exception, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(conclude(main))

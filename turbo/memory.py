@@ -18,8 +18,6 @@ are left to whatever else uses it.
 Left out: several GPUs, full fine-tuning, memory of the host but for what the design keeps there.
 """
 
-import contextlib
-import io
 import math
 import re
 import resource
@@ -35,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from turbo import footprint as size
+from turbo.flags import conclude, read_flags
 from turbo.shapes import TextShape, find_config, text_shape
 
 PHASES = ("decode", "score", "train", "step", "merge")
@@ -69,11 +68,11 @@ class Settings:
     decode_tokens: int = 1
     """tokens a row scored in one pass of decoding: 1, and one for each token that is guessed"""
     prompt_tokens: int = 512
-    """longest prefix of a prompt: picture and rules"""
+    """longest prefix of a prompt in tokens: picture and rules"""
     suffix_tokens: int = 128
-    """longest rest of a prompt: the history"""
+    """longest rest of a prompt in tokens: the history"""
     max_new_tokens: int = 256
-    """longest answer"""
+    """longest answer in tokens"""
     micro_tokens: int = 2048
     """tokens of a micro-batch, prompts and answers, when prompts are read, scored and trained on"""
     steps_per_update: int = 1024
@@ -363,16 +362,7 @@ def show(p: Plan, console: Console) -> None:
 
 def read(argv: list[str]) -> MemoryConfig:
     """The settings of a command line; ValueError, in one line, where it means nothing."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            c = tyro.cli(MemoryConfig, args=argv, prog="turbo.memory")
-    except SystemExit as ended:
-        if not ended.code:
-            raise
-        lines = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()[1:]]
-        first = lines[: lines.index("")] if "" in lines else lines  # up to the first rule
-        raise ValueError(" ".join(first)) from None
+    c = read_flags(MemoryConfig, argv, "turbo.memory")
     if not (math.isfinite(c.gpu) and c.gpu > 0):
         raise ValueError(f"--gpu must be a number of GB above 0, got {c.gpu}")
     check(c.settings)
@@ -396,4 +386,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(conclude(main))

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from turbo import checkpoint
 from turbo.adapters import TARGETS, Adapter, check_same_base, read_adapter
+from turbo.flags import conclude, read_flags
 from turbo.formats import ADAPTER_CONFIG, save_factors, save_model, saved_dtype, write_folder
 from turbo.hub import is_hub_id, snapshot
 from turbo.kernels.checks import check_weights
@@ -335,8 +336,8 @@ def summary(record: dict, c: MergeConfig) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Merge; returns the exit status: 0, 1 where it cannot be written, 2 for bad input."""
     argv = sys.argv[1:] if argv is None else argv
-    c = tyro.cli(MergeConfig, args=argv, prog="turbo.merge")
     try:
+        c = read_flags(MergeConfig, argv, "turbo.merge")
         check(c)
         print(summary(merge(c), c))
     except (ValueError, OSError, SafetensorError) as error:
@@ -346,4 +347,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(conclude(main))

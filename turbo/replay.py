@@ -8,10 +8,12 @@ Left out: when a minibatch counts as a fault, and what is recorded (`turbo.fault
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from turbo import checkpoint
 from turbo.config import from_saved
 from turbo.envs.base import Answer, Verdict
 from turbo.faults import RAGGED
+from turbo.flags import conclude, read_flags
 from turbo.hub import open_model
 from turbo.lora import new_lora
 from turbo.model import ValueHead
@@ -28,6 +31,14 @@ from turbo.score import TeacherReading
 from turbo.update import Learner, StepData
 
 NONE = Verdict(None, None, None)
+
+
+@dataclass
+class ReplayConfig:
+    """Compute a recorded minibatch again, and name the steps that give no finite gradient."""
+
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN/faults/FILE.json")]
+    """the record of a skipped minibatch, in the run directory that made it"""
 
 
 def replay(path: Path) -> list[tuple[int, str, str]]:
@@ -76,14 +87,15 @@ def _rollout(vlm, tensors: dict[str, Tensor], fixed: str) -> Rollout:
 
 def main(argv: list[str] | None = None) -> int:
     """Replay a recorded fault; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) != 1 or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if argv else 2
     try:
-        found = replay(Path(argv[0]))
+        c = read_flags(ReplayConfig, sys.argv[1:] if argv is None else argv, "turbo.replay")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        found = replay(Path(c.file))
     except (ValueError, OSError, KeyError) as error:
-        print(f"error: {argv[0]} cannot be replayed: {error}", file=sys.stderr)
+        print(f"error: {c.file} cannot be replayed: {error}", file=sys.stderr)
         return 2
     for number, text, what in found:
         print(json.dumps({"step": number, "not finite": what, "answer": text}))
@@ -92,4 +104,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(conclude(main))

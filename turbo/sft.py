@@ -1,4 +1,4 @@
-"""Warm start: supervised fine-tuning of the tiny model on expert traces, from scratch, in minutes.
+"""Warm start: supervised fine-tuning on expert traces, of the tiny model from scratch.
 
     loss = - mean over answer tokens of log p(token | picture, prompt, answer so far)
 
@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 from turbo import tiny
@@ -29,6 +28,7 @@ from turbo.checkpoint import versions, write_json
 from turbo.demos import Demonstration, backward_demos, demonstrate, pictures_of
 from turbo.envs.make import make
 from turbo.finetune import fine_tune
+from turbo.flags import conclude, read_flags
 from turbo.hub import own_workers
 from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel, Weights, pick_dtype
@@ -255,9 +255,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         names = [a for a in argv[:1] if not a.startswith("-")]
         base = sft_defaults(names[0] if names else "points24")
-        c = tyro.cli(SftConfig, default=base, args=argv, prog="turbo.sft")
+        c = read_flags(SftConfig, argv, "turbo.sft", default=base)
         if c.env != base.env:  # the environment was not named first
-            c = tyro.cli(SftConfig, default=sft_defaults(c.env), args=argv, prog="turbo.sft")
+            c = read_flags(SftConfig, argv, "turbo.sft", default=sft_defaults(c.env))
         check_sft(c)
         find_alfworld(c)
         if Path(c.out).exists() and any(Path(c.out).iterdir()) and not c.overwrite:
@@ -276,4 +276,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(conclude(main))

@@ -1,4 +1,4 @@
-"""Training: PPO on a LoRA policy, guided by a teacher merged from the policy's past checkpoints.
+"""Training: PPO on a LoRA policy, guided by a teacher merged from its own past checkpoints.
 
     for each update:
         play        whole episodes with the policy as it is            turbo.rollout
@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import IO
 
 import torch
-import tyro
 
 from turbo import checkpoint, lock
 from turbo.config import PRESETS, TrainConfig, changed, check, defaults, from_saved
 from turbo.corrector import check_url
 from turbo.envs.make import find
 from turbo.faults import NumericalFault, diagnosis
+from turbo.flags import conclude, read_flags
 from turbo.guidance import ask_corrector, spread, write_answers
 from turbo.hub import lack_of_memory, model_sha256, own_workers
 from turbo.kl import auto_coefficient
@@ -265,6 +265,7 @@ class _Clock:
 def parse(argv: list[str]) -> TrainConfig:
     """Settings from the command line, over those of a preset or of the run to resume."""
     preset = "tiny"
+    argv = [x for a in argv for x in (a.split("=", 1) if a.startswith("--preset=") else [a])]
     if "--preset" in argv:
         at = argv.index("--preset")
         preset = argv[at + 1] if at + 1 < len(argv) else ""
@@ -275,8 +276,8 @@ def parse(argv: list[str]) -> TrainConfig:
     help_text = f"{TrainConfig.__doc__} Presets: --preset {' | '.join(PRESETS)}."
 
     def read(base: TrainConfig) -> TrainConfig:
-        options = dict(description=help_text, prog="turbo.train")
-        return tyro.cli(TrainConfig, default=base, args=argv, **options)
+        options = dict(default=base, description=help_text)
+        return read_flags(TrainConfig, argv, "turbo.train", also=["--preset"], **options)
 
     c = read(base)
     if c.resume:
@@ -399,4 +400,4 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(conclude(main))

@@ -132,7 +132,7 @@ def refused(capsys, *argv):
         ("--max-new-tokens 0", "--max-new-tokens must be more than 0, got 0"),
         ("--seed -1", "--seed must be zero or more, got -1"),
         ("--split unseen", "--split unseen is for points24 alone"),
-        ("--env ezpoints", "was trained on numberline: use --env numberline"),
+        ("--env ezpoints", "was trained on numberline: name that, not ezpoints"),
     ],
 )
 def test_bad_numbers_are_refused(runs, capsys, options, message):

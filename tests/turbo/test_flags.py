@@ -1,0 +1,152 @@
+"""turbo/flags.py: mistakes in one line with the nearest flag; exit statuses of real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import tyro
+
+from turbo.flags import flags, read_flags
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Inner:
+    """Flags of a part."""
+
+    lora_rank: int = 8
+    """rank of the factors"""
+
+
+@dataclass
+class Outer:
+    """Flags of a command."""
+
+    inner: tyro.conf.OmitArgPrefixes[Inner]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """what is read"""
+    kind: Literal["one", "two"] = "one"
+    """which"""
+    learning_rate: float = 0.1
+    """a rate"""
+    is_fast: bool = False
+    """a switch"""
+    seed: int | None = None
+    """a seed"""
+
+
+def test_flags_of_a_dataclass():
+    assert flags(Outer) == [
+        "--lora-rank",
+        "--kind",
+        "--learning-rate",
+        "--is-fast",
+        "--no-is-fast",
+        "--seed",
+    ]
+
+
+def test_what_is_right_is_read():
+    argv = ["here", "--lora-rank", "3", "--learning_rate=-1e-3", "--is-fast", "--seed", "-5"]
+    assert read_flags(Outer, argv, "cmd") == Outer(Inner(3), "here", "one", -1e-3, True, -5)
+    again = read_flags(Outer, ["--seed", "7"], "cmd", default=Outer(Inner(), "there", "two"))
+    assert (again.source, again.kind, again.seed) == ("there", "two", 7)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("here --lerning-rate 3", "flag --lerning-rate is unknown: did you mean --learning-rate?"),
+        ("here --learning-rat=3", "flag --learning-rat is unknown: did you mean --learning-rate?"),
+        ("here --lora_rnk 3", "flag --lora-rnk is unknown: did you mean --lora-rank?"),
+        ("here --no-is-fst", "flag --no-is-fst is unknown: did you mean --no-is-fast?"),
+        ("here --prest 3", "flag --prest is unknown: did you mean --preset?"),
+        ("here --xyzzy", "flag --xyzzy is unknown (see"),
+        ("here -x", "flag -x is unknown"),
+        ("--sed 3", "flag --sed is unknown: did you mean --seed?"),  # RUN is missing too
+        ("", "Missing from cmd: RUN what is read (required)"),
+        ("here there", "there"),
+        ("here --kind three", "'three'"),
+        ("here --kind", "--kind"),
+        ("here --learning-rate fast", "--learning-rate: could not convert string to float: 'fast'"),
+        ("here --lora-rank 1.5", "'1.5'"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # tyro draws other frames
+def test_a_mistake_is_told_in_one_line(argv, message, encoding, monkeypatch):
+    with open(os.devnull, "w", encoding=encoding) as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(ValueError) as told:
+            read_flags(Outer, argv.split(), "cmd", also=["--preset"])
+    text = str(told.value)
+    assert message in text and text.endswith(" (see cmd --help)")
+    assert "\n" not in text and not set(text) & set("│╭╮╰╯─\x1b") and "---" not in text
+
+
+def test_help_ends_the_program(capsys):
+    with pytest.raises(SystemExit) as ended:
+        read_flags(Outer, ["--help"], "cmd")
+    assert ended.value.code == 0
+    assert "rank of the factors (default: 8)" in capsys.readouterr().out
+
+
+PROGRAM = """
+import sys, time
+from turbo.flags import conclude
+
+def main():
+    print("ready", flush=True)
+    if sys.argv[1] == "print":
+        for _ in range(100_000):
+            print("line", flush=True)
+    if sys.argv[1] == "sleep":
+        try:
+            time.sleep(60)
+        finally:
+            print("cleaned up", flush=True)
+    return int(sys.argv[1])
+
+sys.exit(conclude(main))
+"""
+
+
+def process(argument, **options):
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, argument],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_the_status_is_what_the_command_returns(status):
+    assert process(str(status)).wait(60) == status
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_command_tidily(number, status):
+    running = process("sleep")
+    assert running.stdout.readline() == "ready\n"
+    running.send_signal(number)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == status
+    assert out == "cleaned up\n" and "Traceback" not in err
+    assert err.strip() == ("interrupted" if status == 130 else "")
+
+
+def test_nobody_reads_any_more():
+    running = process("print")
+    running.stdout.readline()
+    running.stdout.close()
+    assert running.wait(60) == 128 + signal.SIGPIPE
+    assert running.stderr.read() == ""
+    running.stderr.close()

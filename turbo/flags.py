@@ -1,0 +1,107 @@
+"""The command line of every command: flags read, mistakes told in one line, exit statuses.
+
+    0    done                         2      a wrong flag or input, told as `error: ...`
+    1    it could not be done         130    ended by Ctrl-C      143    ended by SIGTERM
+
+The fields of a dataclass are the flags, and the text under a field is its help (tyro). What tyro
+says of a mistake fills a box; here it is one line, and an unknown flag names the nearest one.
+
+Left out: what the flags of a command mean, and whether their values can work together.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from itertools import dropwhile, takewhile
+from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+
+Settings = TypeVar("Settings")
+POSITIONAL = get_args(tyro.conf.Positional[int])[1]  # how tyro marks such a field
+TYRO = ("-h", "--help", "--tyro-print-completion", "--tyro-write-completion")
+_FLAG = re.compile(r"-[A-Za-z]|--\w")  # and no negative number
+_FRAME = re.compile(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]|-{4,}")
+
+
+def read_flags(
+    kind: type[Settings], argv: Sequence[str], prog: str, also: Sequence[str] = (), **options
+) -> Settings:
+    """The settings on a command line; ValueError says in one line what is wrong with it.
+
+    `also` names flags that are read elsewhere, to be suggested too; `options` go to tyro. With
+    --help the help is printed and the program ends.
+    """
+    if told := unknown_flag(argv, [*flags(kind), *also]):
+        raise ValueError(f"{told} (see {prog} --help)")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=list(argv), prog=prog, **options)
+    except BrokenPipeError:  # of the help; no OSError to be told
+        sys.exit(_unread())
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        raise ValueError(f"{in_one_line(said.getvalue())} (see {prog} --help)") from None
+
+
+def flags(kind: type) -> list[str]:
+    """The names of the flags that a dataclass makes, those of dataclasses inside it included."""
+    names = []
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        marks = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+        plain = get_args(hint)[0] if marks else hint
+        if dataclasses.is_dataclass(plain):
+            names += flags(plain)
+        elif POSITIONAL not in marks:
+            flag = name.replace("_", "-")
+            names += [f"--{flag}", f"--no-{flag}"] if plain is bool else [f"--{flag}"]
+    return names
+
+
+def unknown_flag(argv: Sequence[str], known: Sequence[str]) -> str:
+    """What is wrong with the first flag that is not among the `known`; nothing where all are."""
+    for word in argv:
+        name = word.partition("=")[0].replace("_", "-")
+        if _FLAG.match(name) and name not in known and name not in TYRO:
+            near = difflib.get_close_matches(name, known, n=1)
+            return f"flag {name} is unknown" + (f": did you mean {near[0]}?" if near else "")
+    return ""
+
+
+def in_one_line(box: str) -> str:
+    """What a box of tyro's says between its title and its next rule, without the frame."""
+    lines = [line.strip() for line in _FRAME.sub("", box).strip().splitlines()[1:]]
+    said = dropwhile(lambda line: not line, lines)  # without UTF-8 a rule is under the title
+    return " ".join(takewhile(bool, said))
+
+
+def conclude(main: Callable[[], int]) -> int:
+    """The exit status of a command, also of one that is interrupted or cannot write any more."""
+    signal.signal(signal.SIGTERM, _end)  # cleans up on the way out, as after Ctrl-C
+    try:
+        status = main()
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return _unread()
+
+
+def _unread() -> int:
+    """The status where `| head` has read enough; what is still to be written goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
+def _end(number: int, frame: object) -> None:
+    sys.exit(128 + number)
