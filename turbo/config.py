@@ -62,7 +62,7 @@ class TrainConfig:
     tasks: str = ""
     """ALFWorld: task types to play, separated by commas (empty: all six)"""
     history_length: int = 40
-    """ALFWorld: the newest so many commands are shown in the prompt; 40 is all of them"""
+    """ALFWorld: number of commands that the prompt shows, the newest ones; 40 is all of them"""
     backend: Literal["text", "thor"] = "text"
     """ALFWorld: the text engine with drawn frames, or AI2-THOR with its own"""
     early_truncation: bool = True

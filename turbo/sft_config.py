@@ -44,7 +44,7 @@ class SftConfig:
     tasks: str = ""
     """ALFWorld: task types to play, separated by commas (empty: all six)"""
     history_length: int = 40
-    """ALFWorld: the newest so many commands are shown in the prompt; 40 is all of them"""
+    """ALFWorld: number of commands that the prompt shows, the newest ones; 40 is all of them"""
     stray: float = 0.0
     """share of the expert's steps at which a random action is played in place of its own, so that
     it shows how to get out of it"""

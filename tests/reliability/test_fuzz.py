@@ -22,9 +22,10 @@ from turbo import checkpoint
 from turbo.config import TrainConfig, check, from_saved
 from turbo.corrector import read_body
 from turbo.envs.cards import evaluate, tokenize
-from turbo.envs.make import ENVIRONMENTS, make, tiny_kwargs
+from turbo.envs.make import make, tiny_kwargs
 from turbo.log import read_jsonl
 from turbo.prompts import SPECIAL_TOKENS
+from turbo.tiny import GAMES
 
 pytestmark = pytest.mark.fuzz
 SLOW = 2.0  # seconds that no single case may take
@@ -56,7 +57,7 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
     max_leaves=6,
 )
-ENVS = [make(name, **tiny_kwargs(name)) for name in ENVIRONMENTS]
+ENVS = [make(name, **tiny_kwargs(name)) for name in GAMES]
 
 
 @functools.cache

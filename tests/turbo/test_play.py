@@ -21,8 +21,8 @@ import tiny_models
 from rich.console import Console
 
 from turbo import checkpoint, play
-from turbo.config import GAME_DEFAULTS, defaults
-from turbo.envs.base import Answer, Optimum, Prompt, Verdict
+from turbo.config import defaults
+from turbo.envs.base import ACTION_KEY, Answer, Optimum, Prompt, Verdict
 from turbo.envs.make import make
 from turbo.eval import EvalConfig, check, open_source
 from turbo.hub import model_sha256
@@ -31,6 +31,7 @@ from turbo.parallel import Crew
 from turbo.rollout import RolloutOptions, Table
 from turbo.run import Run, env_maker
 from turbo.terminal import HALF, Screen, printable
+from turbo.tiny import GAMES
 
 SMALL = ["--max-new-tokens", "40"]
 
@@ -56,7 +57,7 @@ def expert_actions(game, deal):
     return actions, total
 
 
-@pytest.mark.parametrize("game", GAME_DEFAULTS)
+@pytest.mark.parametrize("game", GAMES)
 def test_a_person_plays_every_game(game, capsys, monkeypatch):
     seed = 1 if game == "points24" else 0  # whose hand can make 24
     actions, total = expert_actions(game, fresh_deals(1, seed)[0])
@@ -184,7 +185,7 @@ def test_a_thought_comes_in_pieces(fitted, monkeypatch):
     c = play.PlayConfig("numberline", seed=0, max_new_tokens=40)
     env, screen, pieces = tiny_models.new_env(), Screen(Console(quiet=True)), []
     monkeypatch.setattr(screen, "stream", lambda piece, style: pieces.append((piece, style)))
-    policy = play.Policy(fitted, fitted.weights(), screen, c, "short")
+    policy = play.Policy(fitted, fitted.weights(), screen, c, defaults("points24", "tiny"))
     picture, _ = env.reset(seed=0)
     policy.begin(env)
     answer = policy.answer(env, picture)
@@ -197,10 +198,11 @@ def test_a_thought_comes_in_pieces(fitted, monkeypatch):
 def test_half_a_character_is_held_back(fitted, monkeypatch):
     shown, screen = [], Screen(Console(quiet=True))
     monkeypatch.setattr(screen, "stream", lambda piece, style: shown.append(piece))
-    policy = play.Policy(fitted, fitted.weights(), screen, play.PlayConfig(seed=0), "short")
+    run = defaults("points24", "tiny")
+    policy = play.Policy(fitted, fitted.weights(), screen, play.PlayConfig(seed=0), run)
     tokens = [t for byte in "é7".encode() for t in [fitted.token_bytes.index(bytes([byte]))]]
     for n in range(len(tokens)):
-        policy._stream(tokens[: n + 1], n)
+        policy._stream(tokens[: n + 1], n, ACTION_KEY)
     assert shown == ["é", "7"]
 
 
