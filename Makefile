@@ -4,7 +4,7 @@ help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 install: ## editable install with the development tools
-	python -m pip install -e '.[dev]'
+	python -m pip install -e '.[dev,alfworld]'
 
 test: ## every test that this machine can run
 	python -m pytest
@@ -29,8 +29,9 @@ format: ## ruff: apply the fixes and the format
 	ruff check --fix .
 	ruff format .
 
-bench: ## the speed of training updates, beside the published recipe's, into bench/results/
+bench: ## the speed of training updates, beside the published recipe's, and of ALFWorld
 	python -m bench.train_step
+	python -m bench.alfworld
 
 bench-kernels: ## the kernels against their rivals, into bench/results/ and kernels/README.md
 	for what in ties ema nf4 policy_head; do python -m bench.$$what; done

@@ -148,7 +148,7 @@ def measure(size: str, count: int, c: AlfworldBenchConfig, folder: Path) -> list
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and append to the results; the exit status."""
-    c = tyro.cli(AlfworldBenchConfig, args=argv, prog="bench.alfworld")
+    c = read_settings(AlfworldBenchConfig, argv, "bench.alfworld")
     where = environment()
     with tempfile.TemporaryDirectory() as folder:
         for size in ("small", "realistic"):
