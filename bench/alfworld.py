@@ -19,9 +19,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from bench.harness import alternate, append_rows, environment, measurement, results_file, spread
+from bench.harness import (
+    alternate,
+    append_rows,
+    environment,
+    measurement,
+    read_settings,
+    results_file,
+    spread,
+)
 from turbo.envs.alfworld import ALFWorld
 from turbo.envs.alfworld_games import generate
 
