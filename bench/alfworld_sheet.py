@@ -1,7 +1,9 @@
 """One won episode of ALFWorld in pictures: `python -m bench.alfworld_sheet`.
 
 The searching expert plays a game that is made for it; the sheet of its frames, each with the
-command that follows, is docs/results/alfworld_episode.png. Left out: who learns from it (`turbo.sft`).
+command that follows, is docs/results/alfworld_episode.png.
+
+Left out: who learns from it (`turbo.sft`).
 """
 
 import sys
