@@ -22,15 +22,15 @@ MODULES = {
     """,
     # 1: no model
     1: """
-        attend batch config footprint gae history kl log memory parallel ppo prompts sft_config
-        shapes
+        advice attend batch config footprint gae history kl log memory parallel phases ppo prompts
+        sft_config shapes
     """,
     # 2: the model and its weights
-    2: "card checkpoint families formats fused hub lock lora merge model modules tiny",
+    2: "card checkpoint families formats fused hub lock lora merge model modules sinks tiny",
     # 3: the model at work
     3: """
-        backprop corrector decode demos faults finetune guidance measure prefixes rollout run score
-        scribe teacher update
+        backprop console corrector decode demos faults finetune guidance measure prefixes rollout
+        run score scribe teacher update
     """,
     # 4: what is run
     4: "__main__ eval export replay sft train view",

@@ -25,6 +25,7 @@ from turbo.lora import Lora, new_lora
 from turbo.measure import evaluate
 from turbo.model import ValueHead, Weights
 from turbo.parallel import Crew
+from turbo.phases import Phases
 from turbo.rollout import RolloutOptions, Table, mix
 from turbo.teacher import Teacher
 from turbo.update import Learner
@@ -50,7 +51,9 @@ class Run:
         self.faults = FaultLog(path / checkpoint.FAULTS, config.max_faults, crew.rank)
         self.examples = Examples(config.sft_max)
         self.corrector = new_corrector(config, crew.size) if config.guidance == "gtr" else None
-        self.table = Table(self.vlm, env_maker(config), rollout_options(config), crew)
+        self.phases = Phases()  # of the update under way
+        options = rollout_options(config)
+        self.table = Table(self.vlm, env_maker(config), options, crew, self.phases)
         self.beta = 1.0 if config.kl_coef == "auto" else float(config.kl_coef)
         self.update, self.env_steps, self.elapsed = 0, 0, 0.0
         # What an interrupted evaluation owes: the record of its update, {} before the first one
@@ -123,7 +126,8 @@ class Run:
                 "the program and the model that made it"
             ) from error
         records = []
-        for name in (checkpoint.EPISODES, checkpoint.METRICS) if self.crew.leads else ():
+        written = (checkpoint.EPISODES, checkpoint.WARNINGS, checkpoint.METRICS)
+        for name in written if self.crew.leads else ():
             file = self.path / name
             if file.exists():
                 records = [r for r in read_jsonl(file) if r["update"] <= self.update]
@@ -165,9 +169,13 @@ class Run:
         The deals are of the environment's own distribution.
         """
         c = self.config
+        self.phases.restart()
+        self.phases.begin("evaluate teacher" if teacher else "evaluate policy")
         with torch.no_grad():
             weights = self.teacher.weights if teacher else self.vlm.weights(self.lora)
-        return self._play(weights, c.eval_episodes, c.seed)
+        figures = self._play(weights, c.eval_episodes, c.seed)
+        self.phases.end()
+        return figures
 
     def score(self) -> float | None:
         """The policy's success on the fixed deals that weigh checkpoints; None where none are."""
@@ -194,6 +202,7 @@ class Run:
             crew=self.crew,
             envs=c.envs,
             patient=patient,
+            phases=self.phases,
         )
 
 
