@@ -21,12 +21,13 @@ WINDOW = 3  # updates
 FALLEN = 2 / 3  # of its best level: right thoughts that are decaying
 LOST = 0.1  # least fall of a share that is no noise
 ALIKE = 1 / 3  # of their best level: thoughts that no longer differ
-CERTAIN = 0.1  # of its highest level: entropy that is about to vanish
+CERTAIN = 0.2  # of its highest level: entropy that is about to vanish
 SOLVED = 0.9  # success of a policy that may be certain
 OLD = 5  # checkpoints that a teacher may miss
 LARGE_CLIP, LARGE_KL = 0.3, 0.3  # share of the steps; nats of a step
 DIVERGED = 5.0  # times its lowest level: the critic's loss
-IDLE = 1e-4  # nats of guidance: next to advantages of spread 1
+IDLE = 1e-4  # nats of guidance: nothing beside advantages of spread 1
+STILL = 1e-3  # nats a step: a policy that hardly moves leaves its teacher nothing to do
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def template(records: Records, c: TrainConfig) -> Advice | None:
 
 def certainty(records: Records, c: TrainConfig) -> Advice | None:
     """Thoughts without entropy, before the game is solved: nothing new is tried any more."""
-    entropy, success = levels(records, "thought_entropy"), levels(records, "success_rate")
+    entropy, success = levels(records, "thought_entropy"), levels(records, "success_solvable")
     known = entropy and success
     if not known or entropy[-1] >= CERTAIN * max(entropy) or success[-1] >= SOLVED:
         return None
@@ -173,13 +174,16 @@ def old_teacher(records: Records, c: TrainConfig) -> Advice | None:
 def idle(records: Records, c: TrainConfig) -> Advice | None:
     """A KL coefficient under which the guidance is too weak to be felt."""
     kl, beta = levels(records, "teacher_kl"), levels(records, "teacher_kl_coef")
-    recent = [r.get("teacher_kl_coef") or 0.0 for r in records[-WINDOW:]]
-    if c.guidance != "kl" or not kl or not beta or min(recent) <= 0 or kl[-1] * beta[-1] >= IDLE:
+    moved = levels(records, "approx_kl")
+    if c.guidance != "kl" or not (kl and beta and moved):
+        return None
+    recent = [r["teacher_kl_coef"] for r in records[-WINDOW:]]
+    if min(recent) <= 0 or moved[-1] < STILL or kl[-1] * beta[-1] >= IDLE:
         return None
     return Advice(
         "guidance without effect",
-        f"coefficient times KL is {kl[-1] * beta[-1]:.1g} (the KL is {kl[-1]:.2g} nats), nothing "
-        "beside the advantages: this is plain PPO at the price of a teacher",
+        f"the policy moves, and coefficient times KL is {kl[-1] * beta[-1]:.1g} (the KL is "
+        f"{kl[-1]:.2g} nats): this is plain PPO at the price of a teacher",
         f"raise --kl-coef (it is {c.kl_coef}), or let it be steered: --kl-coef auto",
     )
 

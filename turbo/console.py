@@ -124,7 +124,7 @@ class Display:
         told = [(f"warning: {a.name}: {a.meaning}", "yellow") for a in self.advice]
         told += [(self.notice, "bold red")] if self.notice else []
         parts += [Text(text, style=style, no_wrap=False, overflow="fold") for text, style in told]
-        return Panel(Group(*parts), title=f"{c.env}  {self.place}", width=wide + 4)
+        return Panel(Group(*parts), title=Text(f"{c.env}  {self.place}"), width=wide + 4)
 
     def _under_way(self) -> RenderableType:
         name, total = self.phases.name, self.phases.total

@@ -97,9 +97,11 @@ class Scribe:
         self.display.tell(metrics, self.watch.active.values())
         for advice in begun:
             self.display.teach(advice)
-        events = [dataclasses.asdict(a) | {"update": run.update, "on": True} for a in begun]
-        events += [{"update": run.update, "name": a.name, "on": False} for a in ended]
-        self._append(checkpoint.WARNINGS, events)
+        at = {"update": run.update}
+        events = [at | {"on": True} | dataclasses.asdict(advice) for advice in begun]
+        events += [at | {"on": False, "name": advice.name} for advice in ended]
+        if events:
+            self._append(checkpoint.WARNINGS, events)
         failed = int(metrics.get("teacher_failed", 0))
         if failed > self.unanswered:
             more, self.unanswered = failed - self.unanswered, failed
