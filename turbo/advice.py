@@ -74,7 +74,7 @@ def collapse(records: Records, c: TrainConfig) -> Advice | None:
         remedy = "lower --learning-rate, or raise --kl-coef (--sft-coef with imitation)"
     return Advice(
         "collapse suspected",
-        f"right thoughts fell from {best:.1%} to {now:.1%} of the steps; success follows them down",
+        f"right thoughts fell from {best:.1%} to {now:.1%} of the steps, and success follows",
         remedy,
     )
 

@@ -92,9 +92,7 @@ METRICS: dict[str, Metric] = {
     # The guidance
     "teacher_kl": Metric("mean KL estimate between policy and teacher at thought tokens", "nats"),
     "teacher_kl_coef": Metric("coefficient beta with which the teacher's KL was applied", "1"),
-    "teacher_age": Metric(
-        "checkpoints that the merged teacher had not seen when it guided the update", "checkpoints"
-    ),
+    "teacher_age": Metric("checkpoints taken since the teacher was merged", "checkpoints"),
     **{
         f"teacher_{name}": Metric(f"{meaning}, in the answers that the teacher wrote", unit)
         for name, meaning, unit in (

@@ -10,11 +10,11 @@ class Phases:
     """The phases of an update, one after the other; `restart` forgets them for the next update."""
 
     def __init__(self):
-        self.restart()
+        self.restart("")
 
-    def restart(self) -> None:
-        """An update begins."""
-        self.name = ""  # of the phase under way
+    def restart(self, name: str) -> None:
+        """An update begins, with this phase."""
+        self.name = name  # of the phase under way; nothing between two updates
         self.done, self.total = 0, 0  # steps, episodes or minibatches; 0 of 0 where not counted
         self.seconds: dict[str, float] = {}
         self._start = self._last = time.perf_counter()

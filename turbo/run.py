@@ -169,8 +169,7 @@ class Run:
         The deals are of the environment's own distribution.
         """
         c = self.config
-        self.phases.restart()
-        self.phases.begin("evaluate teacher" if teacher else "evaluate policy")
+        self.phases.restart("evaluate teacher" if teacher else "evaluate policy")
         with torch.no_grad():
             weights = self.teacher.weights if teacher else self.vlm.weights(self.lora)
         figures = self._play(weights, c.eval_episodes, c.seed)

@@ -36,7 +36,7 @@ from turbo.kl import auto_coefficient
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
 from turbo.memory import GB, peak_bytes
 from turbo.parallel import Crew, run_crew
-from turbo.rollout import Abandoned, Episode, Rollout, mix
+from turbo.rollout import Abandoned, Episode, Rollout, Step, mix
 from turbo.run import Run, due
 from turbo.score import TeacherReading, read_answers, teacher_kl
 from turbo.scribe import Scribe
@@ -47,10 +47,9 @@ from turbo.update import Imitated, StepData, prepare
 def train_update(run: Run) -> tuple[dict, list[Episode]]:
     """One update, start to end; the metrics, and the episodes of all workers."""
     c, update, phases = run.config, run.update, run.phases
-    phases.restart()
 
     # play: sampled from the policy as it is, temperature and all
-    phases.begin("rollout")
+    phases.restart("rollout")
     with torch.no_grad():
         weights = run.vlm.weights(run.lora)
     rollout = run.table.collect(run.vlm.merged(weights), (c.seed, update), c.steps_per_update)
@@ -89,8 +88,6 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
 
     # remember: this checkpoint becomes part of the teacher
     phases.begin("merge")
-    if run.teacher.age is not None:
-        figures["teacher_age"] = run.teacher.age  # of the one that guided this update
     if teaches(c) and c.checkpoint_each == "update":
         run.teacher.push(update, run.lora, run.score())
     phases.end()
@@ -115,19 +112,27 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
         **figures,
         **written,
         "teacher_kl_coef": run.beta if guided else 0.0,
+        "teacher_age": run.teacher.age,
         "explained_variance": data.explained_variance,
         "trained_rows": trained,
         "dropped_rows": steps - trained,
         "faulty_steps": faulty,
-        "steps_per_second": steps / phases.elapsed,
-        "tokens_per_second": sum(len(s.tokens) for e in episodes for s in e.steps)
-        / phases.seconds["rollout"],
+        **speed(run, [s for e in episodes for s in e.steps]),
+    }
+    steer(run, metrics, data, guided)
+    return metrics, episodes
+
+
+def speed(run: Run, steps: list[Step]) -> dict[str, float]:
+    """What an update of so many steps took: throughput, seconds of its phases, memory."""
+    phases = run.phases
+    return {
+        "steps_per_second": len(steps) / phases.elapsed,
+        "tokens_per_second": sum(len(s.tokens) for s in steps) / phases.seconds["rollout"],
         **{f"seconds_{name}": value for name, value in phases.seconds.items()},
         "seconds_other": phases.elapsed - sum(phases.seconds.values()),
         "peak_memory_gb": peak_bytes(run.vlm.device) / GB,
     }
-    steer(run, metrics, data, guided)
-    return metrics, episodes
 
 
 def teaches(c: TrainConfig) -> bool:

@@ -23,7 +23,8 @@ def test_phases_follow_each_other():
     assert phases.name == "" and list(phases.seconds) == ["rollout", "train"]
     assert all(value >= 0.02 for value in phases.seconds.values())
     assert phases.elapsed >= sum(phases.seconds.values()) - 1e-6
-    phases.restart()
+    phases.restart("rollout")
+    assert phases.name == "rollout"
     assert phases.seconds == {} and phases.elapsed < 1
 
 
