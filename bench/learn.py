@@ -52,7 +52,8 @@ TITLES = {
     "collapse": "Points24 under a harsh learning rate",
 }
 NOT_SETTINGS = {
-    *("out", "resume", "overwrite", "workers", "save_every", "keep", "max_faults", "tensorboard"),
+    *("out", "resume", "overwrite", "workers", "save_every", "keep", "max_faults"),
+    *("quiet", "json", "tensorboard", "wandb", "trackio"),
     *("teacher_url", "teacher_key_env", "teacher_price_in", "teacher_price_out"),
     *("teacher_concurrency", "teacher_timeout"),
 }

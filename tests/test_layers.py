@@ -25,17 +25,18 @@ MODULES = {
     """,
     # 1: no model
     1: """
-        attend batch config flags footprint gae history kl log memory parallel ppo prompts
-        sft_config shapes terminal
+        advice attend batch config flags footprint gae history kl log memory parallel phases ppo
+        prompts sft_config shapes terminal
     """,
     # 2: the model and its weights
     2: """
-        adapters card checkpoint families formats fused hub lock lora merging model modules tiny
+        adapters card checkpoint families formats fused hub lock lora merging model modules sinks
+        tiny
     """,
     # 3: the model at work
     3: """
-        backprop corrector decode demos faults finetune guidance measure prefixes rollout run score
-        scribe teacher update
+        backprop console corrector decode demos faults finetune guidance measure prefixes rollout
+        run score scribe teacher update
     """,
     # 4: what is run
     4: "__main__ eval export merge play replay sft train view",

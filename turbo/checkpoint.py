@@ -3,7 +3,9 @@
     RUN/config.json               all settings, versions, commit
     RUN/metrics.jsonl             one line an update
     RUN/episodes.jsonl            a sample of episodes: thoughts and verdicts
+    RUN/warnings.jsonl            what the metrics gave cause to warn of (`turbo.advice`)
     RUN/checkpoints/00000010/     adapter.safetensors, state.safetensors, meta.json, manifest.json
+    RUN/logger.json               what the run is called in other logs (`turbo.sinks`)
     RUN/lock                      held by the process that writes (`turbo.lock`)
     RUN/faults/                   minibatches that gave no finite gradient (`turbo.faults`)
 
@@ -32,10 +34,12 @@ from torch import Tensor
 
 from turbo.config import TrainConfig
 
-CONFIG, METRICS, EPISODES, CHECKPOINTS, FAULTS, LOCK = (
+CONFIG, METRICS, EPISODES, WARNINGS, LOGGER, CHECKPOINTS, FAULTS, LOCK = (
     "config.json",
     "metrics.jsonl",
     "episodes.jsonl",
+    "warnings.jsonl",
+    "logger.json",
     "checkpoints",
     "faults",
     "lock",

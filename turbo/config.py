@@ -8,6 +8,7 @@ Left out: reading the command line (`turbo.train`).
 """
 
 import math
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -209,8 +210,17 @@ class TrainConfig:
     """checkpoints kept in the run directory"""
     max_faults: int = 5
     """stop after so many minibatches in a row without a finite gradient; single ones are skipped"""
+    quiet: bool = False
+    """print nothing but errors"""
+    json: bool = False
+    """print the lines of metrics.jsonl and nothing else; problems go to standard error"""
     tensorboard: bool = False
     """also write TensorBoard files into the run directory"""
+    wandb: str = ""
+    """also log to this project of Weights & Biases, in the run directory; with WANDB_MODE=online in
+    the environment it is sent (empty: no log)"""
+    trackio: str = ""
+    """also log to this project of trackio, on this machine (empty: no log)"""
 
 
 # Card games smaller than Points24 learn within a few updates.
@@ -324,6 +334,10 @@ def check(c: TrainConfig) -> None:
         need(bool(c.teacher_url), "teacher_url", "the address of an endpoint with --guidance gtr")
         need(bool(c.teacher_model), "teacher_model", "a model's name with --guidance gtr")
         need(c.teacher_concurrency >= 1, "teacher_concurrency", "at least 1")
+    for flag in ("wandb", "trackio"):
+        name = getattr(c, flag)
+        need(bool(re.fullmatch(r"[\w.-]*", name)), flag, "a project's name: letters, digits, _ . -")
+    need(not (c.quiet and c.json), "json", "left out with --quiet, or --quiet left out")
     if c.kl_coef != "auto":
         try:
             coefficient = float(c.kl_coef)
@@ -358,6 +372,6 @@ def from_saved(saved: object, source: str) -> TrainConfig:
 def changed(old: dict, new: TrainConfig) -> list[str]:
     """Names of the settings in which a resumed run would differ from the saved one."""
     free = {"resume", "out", "overwrite", "updates", "minutes", "keep", "save_every"}
-    free |= {"max_faults", "tensorboard"}
+    free |= {"max_faults", "quiet", "json", "tensorboard", "wandb", "trackio"}
     now = asdict(new)
     return [k for k in now if k not in free and k in old and old[k] != now[k]]

@@ -2,16 +2,16 @@
 
 Every number that the program logs is defined in METRICS, once, with its meaning and its unit. A
 name that is not there is refused, so a plot of last year still means what it says. The file of JSON
-lines is the record of a run; TensorBoard, trackio and Weights & Biases are optional copies of it.
+lines is the record of a run; what else takes a copy is a sink (`turbo.sinks`).
 
-Left out: the console table (train.py) and reading a run back into figures (view.py).
+Left out: what the user sees (`turbo.console`) and reading a run back into figures (view.py).
 """
 
 import difflib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,6 +97,7 @@ METRICS: dict[str, Metric] = {
     # The guidance
     "teacher_kl": Metric("mean KL estimate between policy and teacher at thought tokens", "nats"),
     "teacher_kl_coef": Metric("coefficient beta with which the teacher's KL was applied", "1"),
+    "teacher_age": Metric("checkpoints taken since the teacher was merged", "checkpoints"),
     **{
         f"teacher_{name}": Metric(f"{meaning}, in the answers that the teacher wrote", unit)
         for name, meaning, unit in (
@@ -135,6 +136,8 @@ METRICS: dict[str, Metric] = {
 class Sink(Protocol):
     """Somewhere else to copy a record to."""
 
+    name: str
+
     def write(self, update: int, record: Mapping[str, int | float]) -> None:
         """Copy the numbers of one update."""
 
@@ -147,27 +150,46 @@ class JsonlLogger:
 
     Opening an existing file goes on at its end; a last line that a crash left unfinished is
     removed. Records that cannot be written, on a full disk, wait for the next attempt; `problem`
-    says why.
+    says why. A sink that fails is told of by `warn`, once until it works again, and stops nothing.
     """
 
-    def __init__(self, path: str | Path, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        sinks: Sequence[Sink] = (),
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.path = Path(path)
-        self.sinks = tuple(sinks)
+        self.sinks, self._warn = tuple(sinks), warn
+        self._failing: set[str] = set()  # sinks by name
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_unfinished_line(self.path)
         self._file = self.path.open("ab", buffering=0)
         self._waiting: list[str] = []
         self.problem = ""
 
-    def write(self, metrics: Mapping[str, Any]) -> None:
-        """Record one update: numbers, or tensors of one element; NaN and inf become null."""
+    def write(self, metrics: Mapping[str, Any]) -> dict[str, int | float | None]:
+        """Record one update: numbers, or tensors of one element; NaN and inf become null.
+
+        Returns the record as it is written.
+        """
         check_names(metrics)
         record = {name: _plain_number(name, value) for name, value in metrics.items()}
         self._waiting.append(json.dumps(record, allow_nan=False) + "\n")
         self._write_waiting()
         numbers = {name: value for name, value in record.items() if value is not None}
         for sink in self.sinks:
-            sink.write(int(numbers.get("update", 0)), numbers)
+            self._attempt(sink, lambda s=sink: s.write(int(numbers.get("update", 0)), numbers))
+        return record
+
+    def _attempt(self, sink: Sink, action: Callable[[], None]) -> None:
+        try:
+            action()
+            self._failing.discard(sink.name)
+        except Exception as error:  # of a foreign package, which may raise anything
+            if sink.name not in self._failing:
+                self._warn(f"{sink.name} misses records that {self.path} has: {error}")
+            self._failing.add(sink.name)
 
     def _write_waiting(self) -> None:
         """Append the lines that wait, all of them or none."""
@@ -186,7 +208,7 @@ class JsonlLogger:
             self._write_waiting()
         self._file.close()
         for sink in self.sinks:
-            sink.close()
+            self._attempt(sink, sink.close)
 
     def __enter__(self) -> "JsonlLogger":
         return self
@@ -220,69 +242,6 @@ def check_names(metrics: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(name, METRICS, n=1)
             hint = f"did you mean {close[0]!r}? Otherwise " if close else ""
             raise ValueError(f"unknown metric {name!r}: {hint}define it in METRICS (turbo/log.py)")
-
-
-class TensorboardSink:
-    """Event files for `tensorboard --logdir`."""
-
-    def __init__(self, folder: str | Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(_install_hint("tensorboard")) from error
-        self._writer = SummaryWriter(log_dir=str(folder))
-
-    def write(self, update: int, record: Mapping[str, int | float]) -> None:
-        """Add one scalar for each metric."""
-        for name, value in record.items():
-            self._writer.add_scalar(name, value, update)
-
-    def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
-
-
-class WandbSink:
-    """A run in Weights & Biases."""
-
-    def __init__(self, project: str, name: str | None = None, config: dict | None = None) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError(_install_hint("wandb")) from error
-        self._run = wandb.init(project=project, name=name, config=config)
-
-    def write(self, update: int, record: Mapping[str, int | float]) -> None:
-        """Log one step of the run."""
-        self._run.log(dict(record), step=update)
-
-    def close(self) -> None:
-        """End the run."""
-        self._run.finish()
-
-
-class TrackioSink:
-    """A run in trackio, the local dashboard of Hugging Face."""
-
-    def __init__(self, project: str, name: str | None = None, config: dict | None = None) -> None:
-        try:
-            import trackio
-        except ImportError as error:
-            raise ImportError(_install_hint("trackio")) from error
-        self._trackio = trackio
-        trackio.init(project=project, name=name, config=config)
-
-    def write(self, update: int, record: Mapping[str, int | float]) -> None:
-        """Log one step of the run."""
-        self._trackio.log(dict(record), step=update)
-
-    def close(self) -> None:
-        """End the run."""
-        self._trackio.finish()
-
-
-def _install_hint(package: str) -> str:
-    return f"the {package} log needs {package}: pip install {package}, or 'gtr-turbo[loggers]'"
 
 
 def _plain_number(name: str, value: Any) -> int | float | None:

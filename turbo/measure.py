@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew
+from turbo.phases import Phases
 from turbo.rollout import Episode, RolloutOptions, Step, Table
 
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -163,17 +164,18 @@ def evaluate(
     envs: int = 256,
     samples: int = 1,
     patient: bool = False,
+    phases: Phases | None = None,
 ) -> dict:
     """Play `episodes` fresh deals, `samples` times each; figures, success's 95 % interval.
 
     `solved` lists how many samples of each deal succeeded, `pass_at_k` is the share of the deals
     with at least one. Evaluation seeds start at 2**31, above every seed that training draws. Unless
-    it is `patient`, it is abandoned when a worker is asked to stop.
+    it is `patient`, it is abandoned when a worker is asked to stop. `phases` hears how far it is.
     """
     envs = max(crew.size * samples, min(envs, episodes * samples))
     options = RolloutOptions(envs, samples, temperature, max_new_tokens, prompt_style)
     deals = fresh_deals(episodes, seed)
-    table = Table(vlm, make_env, options, crew)
+    table = Table(vlm, make_env, options, crew, phases)
     rollout = table.collect(vlm.merged(weights), (seed, 2**31), deals=deals, patient=patient)
     played = all_episodes(rollout.episodes, crew)
     steps = [s for e in played for s in e.steps]

@@ -25,6 +25,7 @@ from turbo.decode import Decoder, Request, Sample
 from turbo.envs.base import Answer, SlowEnv, Verdict, VisualEnv, action_key
 from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew
+from turbo.phases import Phases
 from turbo.prefixes import Prefixes
 
 PICTURE = 256  # tokens that a picture counts for where a large model sees several together
@@ -108,7 +109,12 @@ class Table:
     """One worker's environments, made once; every worker of the crew plays its own deals."""
 
     def __init__(
-        self, vlm: VisionLanguageModel, make_env: Callable, options: RolloutOptions, crew: Crew
+        self,
+        vlm: VisionLanguageModel,
+        make_env: Callable,
+        options: RolloutOptions,
+        crew: Crew,
+        phases: Phases | None = None,  # hears how far this worker's share of a rollout is
     ):
         own = options.envs // crew.size // options.group * options.group
         if own == 0:
@@ -117,6 +123,7 @@ class Table:
                 f"{options.group}: use at least {crew.size * options.group}, or fewer workers"
             )
         self.vlm, self.options, self.crew = vlm, options, crew
+        self.phases = phases or Phases()
         self.envs = [make_env() for _ in range(own)]
         self.scout = make_env()  # draws pictures ahead
 
@@ -134,7 +141,7 @@ class Table:
         stop, unless they are `patient`.
         """
         crew, rank, size = self.crew, self.crew.rank, self.crew.size
-        player = _Player(self.vlm, weights, self.envs, self.scout, self.options, (*seed, rank))
+        player = _Player(self, weights, (*seed, rank))
         deals = None if deals is None else deals[rank::size]
         rollout = player.play(-(-steps // size), deals, lambda: crew.is_asked and not patient)
         if any(crew.share(rollout is None)):  # all workers abandon it, or none
@@ -198,9 +205,9 @@ class _Sent:
 class _Player:
     """One worker's rollout."""
 
-    def __init__(self, vlm, weights, envs, scout, options: RolloutOptions, seed: tuple[int, ...]):
-        self.vlm, self.weights, self.options = vlm, weights, options
-        self.envs, self.scout = envs, scout
+    def __init__(self, table: Table, weights: Weights, seed: tuple[int, ...]):
+        self.vlm, self.weights, self.options = table.vlm, weights, table.options
+        self.envs, self.scout, self.phases = table.envs, table.scout, table.phases
         self.seeds = torch.Generator().manual_seed(mix(*seed, 0))
         self.dealt: list[dict] = []
         self.sampling = torch.Generator().manual_seed(mix(*seed, 1))
@@ -217,6 +224,7 @@ class _Player:
         """
         o, self.taken, self.done = self.options, 0, 0
         self.deals, self.steps = deals, steps
+        self.phases.expect(steps if deals is None else len(deals) * o.group)
         self.scout.reset(seed=0)  # an environment says what it asks once it is reset
         fixed = self.scout.prompt(o.prompt_style).fixed
         gallery = self.gallery = _Gallery(self.vlm, self.weights, fixed)
@@ -262,6 +270,7 @@ class _Player:
                     pictures[s.slot] = picture
             for slot in ended:
                 self._begin(slot, playing, pictures, out)
+            self.phases.done = self.done if deals is None else self.phases.done + len(ended)
         if gallery.prefixes.features:  # none where there was nothing to play
             out.features, out.grid = torch.stack(gallery.prefixes.features), gallery.prefixes.grid
         out.guessed, out.accepted, out.passes = decoder.guessed, decoder.accepted, decoder.passes

@@ -26,6 +26,7 @@ from turbo.lora import Lora, new_lora
 from turbo.measure import evaluate
 from turbo.model import ValueHead, VisionLanguageModel, Weights
 from turbo.parallel import Crew
+from turbo.phases import Phases
 from turbo.rollout import RolloutOptions, Table, mix
 from turbo.sft_config import SftConfig
 from turbo.teacher import Teacher
@@ -52,10 +53,11 @@ class Run:
         self.faults = FaultLog(path / checkpoint.FAULTS, config.max_faults, crew.rank)
         self.examples = Examples(config.sft_max)
         self.corrector = new_corrector(config, crew.size) if config.guidance == "gtr" else None
-        make_env = env_maker(config)
+        self.phases = Phases()  # of the update under way
+        make_env, options = env_maker(config), rollout_options(config)
         if config.env == "alfworld":
             check_prompts(self.vlm, make_env(), config)
-        self.table = Table(self.vlm, make_env, rollout_options(config), crew)
+        self.table = Table(self.vlm, make_env, options, crew, self.phases)
         self.beta = 1.0 if config.kl_coef == "auto" else float(config.kl_coef)
         self.update, self.env_steps, self.elapsed = 0, 0, 0.0
         # What an interrupted evaluation owes: the record of its update, {} before the first one
@@ -128,7 +130,8 @@ class Run:
                 "the program and the model that made it"
             ) from error
         records = []
-        for name in (checkpoint.EPISODES, checkpoint.METRICS) if self.crew.leads else ():
+        written = (checkpoint.EPISODES, checkpoint.WARNINGS, checkpoint.METRICS)
+        for name in written if self.crew.leads else ():
             file = self.path / name
             if file.exists():
                 records = [r for r in read_jsonl(file) if r["update"] <= self.update]
@@ -170,9 +173,12 @@ class Run:
         The deals are of the environment's own distribution.
         """
         c = self.config
+        self.phases.restart("evaluate teacher" if teacher else "evaluate policy")
         with torch.no_grad():
             weights = self.teacher.weights if teacher else self.vlm.weights(self.lora)
-        return self._play(weights, c.eval_episodes, c.seed)
+        figures = self._play(weights, c.eval_episodes, c.seed)
+        self.phases.end()
+        return figures
 
     def score(self) -> float | None:
         """The policy's success on the fixed deals that weigh checkpoints; None where none are."""
@@ -199,6 +205,7 @@ class Run:
             crew=self.crew,
             envs=c.envs,
             patient=patient,
+            phases=self.phases,
         )
 
 

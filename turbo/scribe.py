@@ -1,23 +1,24 @@
-"""What a run tells: console, progress bar, metrics.jsonl, episodes.jsonl, evaluations; interrupts.
+"""What a run tells, and to whom: console, logs, episodes.jsonl, warnings.jsonl, evaluations;
+interrupts.
 
-Left out: what the metrics mean (`turbo.log`), how figures are measured (`turbo.measure`).
+Left out: what the metrics mean (`turbo.log`), how figures are measured (`turbo.measure`) and shown
+(`turbo.console`), when to warn (`turbo.advice`).
 """
 
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from turbo import checkpoint
-from turbo.log import JsonlLogger, TensorboardSink
-from turbo.measure import interval, thought
+from turbo.advice import Watch
+from turbo.console import Display
+from turbo.log import JsonlLogger, read_jsonl
+from turbo.measure import thought
 from turbo.rollout import Abandoned, Episode
 from turbo.run import Run, space
+from turbo.sinks import open_sinks
 
 EVAL_KEYS = (
     "success_rate",
@@ -31,49 +32,52 @@ SAVE_PAUSES = (1.0, 5.0)  # seconds between the attempts to save
 
 
 class Scribe:
-    """Console, progress bar and log files; silent on all workers but the first."""
+    """Console, logs and files of a run; silent on all workers but the first."""
 
     def __init__(self, run: Run):
         self.run, self.leads = run, run.crew.leads
-        plain = dict(highlight=False, markup=False, soft_wrap=True)  # a path may hold [brackets]
-        self.console = Console(quiet=not self.leads, **plain)
-        self.interrupt = Interrupt(run.crew.ask_to_stop) if self.leads else None
+        self.display = Display(run.config, str(run.path), run.phases, self.leads)
+        ask, tell = run.crew.ask_to_stop, self.display.notify
+        self.interrupt = Interrupt(ask, tell) if self.leads else None
         self.interrupted = 0  # the signal that ended the run
         self.unsaved = False  # whether the last attempt to save failed
         self.unanswered = 0  # questions that an external teacher left, as far as told
 
     def __enter__(self) -> "Scribe":
         run, c = self.run, self.run.config
-        if self.leads:
-            sinks = [TensorboardSink(run.path / "tensorboard")] if c.tensorboard else []
-            self.logger = JsonlLogger(run.path / checkpoint.METRICS, sinks)
-        columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(
-            *columns,
-            TextColumn("{task.fields[text]}"),
-            console=self.console,
-            disable=not (self.leads and self.console.is_terminal),
-        )
-        self.task = self.bar.add_task("", total=c.updates, completed=run.update, text="")
-        self.bar.start()
+        if not self.leads:
+            return self
+        metrics = run.path / checkpoint.METRICS
+        before = read_jsonl(metrics) if metrics.exists() else []
+        self.watch = Watch(c, [r for r in before if "success_rate" in r])
+        sinks = open_sinks(c, run.path, run.update, self.display.warn)
+        self.logger = JsonlLogger(metrics, sinks, self.display.warn)
+        self.display.open(run.update)
         self.say(f"{c.env}: {c.updates} updates on {run.crew.size} workers, into {run.path}")
+        for advice in self.watch.active.values():
+            self.display.teach(advice)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.bar.stop()
+        self.display.close()
         if self.leads:
             self.logger.close()
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self.console.print(text)
+        self.display.say(text)
+
+    def end(self, text: str) -> None:
+        """Print a line below all else."""
+        self.display.close()
+        self.say(text)
 
     def write(self, metrics: dict) -> None:
         """Append a record to the log."""
         if self.leads:
-            self.logger.write(metrics)
+            self.display.record(self.logger.write(metrics))
             if self.logger.problem:
-                self.say(f"{self.logger.path}: {self.logger.problem}")
+                self.display.warn(f"{self.logger.path}: {self.logger.problem}")
 
     def must_stop(self) -> bool:
         """Whether the user or the time limit ends the run; the same answer on every worker."""
@@ -85,25 +89,36 @@ class Scribe:
         return asked > 0 or late > 0
 
     def tell(self, metrics: dict, episodes: list[Episode]) -> None:
-        """Show an update, and append a few of its episodes to episodes.jsonl."""
+        """Show an update, warn where it gives cause to, keep a few of its episodes."""
         if not self.leads:
             return
-        run = self.run
-        self.bar.update(self.task, completed=run.update, text=summary(metrics))
-        if not self.console.is_terminal:
-            self.say(f"{run.update}/{run.config.updates} {summary(metrics)}")
+        run, step = self.run, max(1, len(episodes) // 4)
+        begun, ended = self.watch.note(metrics)
+        self.display.tell(metrics, self.watch.active.values())
+        for advice in begun:
+            self.display.teach(advice)
+        at = {"update": run.update}
+        events = [at | {"on": True} | dataclasses.asdict(advice) for advice in begun]
+        events += [at | {"on": False, "name": advice.name} for advice in ended]
+        if events:
+            self._append(checkpoint.WARNINGS, events)
         failed = int(metrics.get("teacher_failed", 0))
         if failed > self.unanswered:
             more, self.unanswered = failed - self.unanswered, failed
-            self.say(f"{more} questions to the teacher went unanswered: {run.corrector.problem}")
-        step = max(1, len(episodes) // 4)
+            self.display.warn(
+                f"{more} questions to the teacher went unanswered: {run.corrector.problem}"
+            )
         numbers = range(0, len(episodes), step)[:4]
         records = [episode_record(run.update, episodes[n], n) for n in numbers]
+        self._append(checkpoint.EPISODES, records)
+
+    def _append(self, name: str, records: list[dict]) -> None:
+        """Add records to a file of the run; a failure is told, and stops nothing."""
         try:
-            with (run.path / checkpoint.EPISODES).open("a", encoding="utf-8") as file:
+            with (self.run.path / name).open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(r) + "\n" for r in records))
         except OSError as error:
-            self.say(f"the sample of episodes could not be written: {error}")
+            self.display.warn(f"{name} misses records of update {self.run.update}: {error}")
 
     def report(self, metrics: dict | None = None) -> None:
         """Evaluate policy and teacher, print it, and log it with the `metrics` of the update.
@@ -148,7 +163,7 @@ class Scribe:
                 return
             except OSError as error:
                 self.unsaved = True
-                self.say(
+                self.display.warn(
                     f"update {self.run.update} could not be saved: {error} "
                     f"({space(self.run)}); the checkpoint before it is still there"
                 )
@@ -162,18 +177,18 @@ class Interrupt:
     Ending at once corrupts nothing: a checkpoint counts when it is whole, and not before.
     """
 
-    def __init__(self, ask: Callable[[], None] = lambda: None):
-        self.asked, self.ask = 0, ask
+    def __init__(self, ask: Callable[[], None], tell: Callable[[str], None]):
+        self.asked, self.ask, self.tell = 0, ask, tell
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame) -> None:
         if self.asked:
-            print("\nstopped at once, without saving", file=sys.stderr, flush=True)
+            os.write(2, b"\nstopped at once, without saving\n")
             os._exit(128 + number)
         self.asked = number
         self.ask()
-        print("\nstopping: saving what is done (once more to stop at once)", file=sys.stderr)
+        self.tell("stopping: saving what is done (once more to stop at once)")
 
 
 def episode_record(update: int, episode, number: int) -> dict:
@@ -196,14 +211,3 @@ def episode_record(update: int, episode, number: int) -> dict:
             for s in episode.steps
         ],
     }
-
-
-def summary(m: dict) -> str:
-    """The figures that matter, in one line."""
-    wins = round(m["success_rate"] * m["episodes"])
-    low, high = interval(wins, m["episodes"])
-    return (
-        f"success {m['success_rate']:.1%} [{low:.0%}-{high:.0%}] return {m['episode_return']:.2f} "
-        f"thoughts right {m['reasoning_score']:.1%} KL {m.get('teacher_kl', 0.0):.4f} "
-        f"{m['steps_per_second']:.0f} steps/s"
-    )

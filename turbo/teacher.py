@@ -77,6 +77,12 @@ class Teacher:
                 out[name] = out[name] + read_dense(module.coded)
         return out
 
+    @property
+    def age(self) -> int | None:
+        """Checkpoints that came in since it was merged; None before the first one."""
+        every = self.config.merge_every
+        return self.count - max(1, self.count // every * every) if self.count else None
+
     def rate(self, score: float) -> None:
         """Set the success rate of the newest checkpoint, where weights depend on it."""
         if self.history.entries:

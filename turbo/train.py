@@ -37,25 +37,27 @@ from turbo.kl import auto_coefficient
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
 from turbo.memory import GB, peak_bytes
 from turbo.parallel import Crew, run_crew
-from turbo.rollout import Abandoned, Episode, Rollout, mix
+from turbo.rollout import Abandoned, Episode, Rollout, Step, mix
 from turbo.run import Run, due, find_alfworld
 from turbo.score import TeacherReading, read_answers, teacher_kl
 from turbo.scribe import Scribe
+from turbo.sinks import check_packages
 from turbo.update import Imitated, StepData, prepare
 
 
 def train_update(run: Run) -> tuple[dict, list[Episode]]:
     """One update, start to end; the metrics, and the episodes of all workers."""
-    c, update, clock = run.config, run.update, _Clock()
+    c, update, phases = run.config, run.update, run.phases
 
     # play: sampled from the policy as it is, temperature and all
+    phases.restart("rollout")
     with torch.no_grad():
         weights = run.vlm.weights(run.lora)
     rollout = run.table.collect(run.vlm.merged(weights), (c.seed, update), c.steps_per_update)
-    seconds = {"rollout": clock.lap()}
 
     # score and weigh: KL of every thought to the teacher where the reward or the advantage needs
     # it; for a loss the teacher reads the answers that are trained on
+    phases.begin("score")
     guided = c.guidance == "kl" and run.teacher.weights is not None and run.beta > 0
     kl = teacher = None
     if guided and c.kl_placement != "loss":
@@ -71,25 +73,25 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
     data = prepare(run.vlm, weights, rollout, kl, run.beta, run.value_head, run.crew, c)
     if guided and c.kl_placement == "loss":
         teacher = read_answers(run.vlm, run.teacher.weights, rollout, data.rows)
-    seconds["score"] = clock.lap()
 
     # write: thoughts of the teacher's own, to be imitated (sft, gtr) or only to be measured
+    phases.begin("write")
     written = teacher_thoughts(run, rollout)
-    seconds["write"] = clock.lap()
 
     # learn
+    phases.begin("train")
     episodes = all_episodes(rollout.episodes, run.crew)
     if not c.score_episodes:  # the rollout was the newest checkpoint's
         run.teacher.rate(sum(e.success for e in episodes) / len(episodes))
     figures = learn(run, rollout, data, teacher)
     if kl is not None:
         figures["teacher_kl"] = kl.mean().item()
-    seconds["train"] = clock.lap()
 
     # remember: this checkpoint becomes part of the teacher
+    phases.begin("merge")
     if teaches(c) and c.checkpoint_each == "update":
         run.teacher.push(update, run.lora, run.score())
-    seconds["merge"] = clock.lap()
+    phases.end()
 
     steps = sum(len(e.steps) for e in episodes)
     trained, guesses, accepted, faulty = run.crew.total(
@@ -100,7 +102,7 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
         raise NumericalFault(f"no answer has a finite log-probability: {told}")
     run.update += 1
     run.env_steps += steps
-    run.elapsed += clock.total()
+    run.elapsed += phases.elapsed
     metrics = {
         "update": run.update,
         "env_steps": run.env_steps,
@@ -111,19 +113,27 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
         **figures,
         **written,
         "teacher_kl_coef": run.beta if guided else 0.0,
+        "teacher_age": run.teacher.age,
         "explained_variance": data.explained_variance,
         "trained_rows": trained,
         "dropped_rows": steps - trained,
         "faulty_steps": faulty,
-        "steps_per_second": steps / clock.total(),
-        "tokens_per_second": sum(len(s.tokens) for e in episodes for s in e.steps)
-        / seconds["rollout"],
-        **{f"seconds_{name}": value for name, value in seconds.items()},
-        "seconds_other": clock.total() - sum(seconds.values()),
-        "peak_memory_gb": peak_bytes(run.vlm.device) / GB,
+        **speed(run, [s for e in episodes for s in e.steps]),
     }
     steer(run, metrics, data, guided)
     return metrics, episodes
+
+
+def speed(run: Run, steps: list[Step]) -> dict[str, float]:
+    """What an update of so many steps took: throughput, seconds of its phases, memory."""
+    phases = run.phases
+    return {
+        "steps_per_second": len(steps) / phases.elapsed,
+        "tokens_per_second": sum(len(s.tokens) for s in steps) / phases.seconds["rollout"],
+        **{f"seconds_{name}": value for name, value in phases.seconds.items()},
+        "seconds_other": phases.elapsed - sum(phases.seconds.values()),
+        "peak_memory_gb": peak_bytes(run.vlm.device) / GB,
+    }
 
 
 def teaches(c: TrainConfig) -> bool:
@@ -189,8 +199,9 @@ def learn(
     count = max(1, min(max(sizes), round(sum(sizes) / c.minibatch)))  # minibatches of an epoch
     totals: dict[str, float] = {}
     batches, faults, before = 0, run.faults, run.faults.total
-    for epoch_batch in range(c.epochs * count if sum(sizes) else 0):
-        b = epoch_batch % count
+    run.phases.expect(c.epochs * count if sum(sizes) else 0)
+    for epoch_batch in range(run.phases.total):
+        b, run.phases.done = epoch_batch % count, epoch_batch
         if b == 0:
             rows = [data.rows[i] for i in torch.randperm(len(data.rows), generator=order)]
         size = sum(len(range(b, n, count)) for n in sizes)
@@ -245,21 +256,6 @@ def steer(run: Run, metrics: dict, data: StepData, guided: bool) -> None:
     # In the reward the KL stands beside returns; elsewhere beside advantages of spread 1.
     spread = data.returns_std if c.kl_placement == "reward" else 1.0
     run.beta = auto_coefficient(metrics.get("teacher_kl", 0.0), spread, c.kl_share, run.beta)
-
-
-class _Clock:
-    """Seconds since the last lap, and in all."""
-
-    def __init__(self):
-        self.start = self.last = time.perf_counter()
-
-    def lap(self) -> float:
-        now, before = time.perf_counter(), self.last
-        self.last = now
-        return now - before
-
-    def total(self) -> float:
-        return time.perf_counter() - self.start
 
 
 def parse(argv: list[str]) -> TrainConfig:
@@ -324,6 +320,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         if c.guidance == "gtr":
             check_url(c.teacher_url)
+        check_packages(c)
         if refusal := lack_of_memory(c):
             raise ValueError(refusal)
         find_alfworld(c)
@@ -337,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def already_over(run: Run) -> int:
     """Say that there is nothing left to do."""
-    if run.crew.leads:
+    if run.crew.leads and not (run.config.quiet or run.config.json):
         print(f"{run.path} is complete: {run.update} updates; add some with --updates N")
     return 0
 
@@ -391,11 +388,11 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
             return fail(crew, f"{error}; the last checkpoint can be resumed", 1)
         if scribe.interrupted:
             scribe.save()
-            scribe.say(f"continue with: python -m turbo.train {c.env} --resume {path}")
+            scribe.end(f"continue with: python -m turbo.train {c.env} --resume {path}")
             return 128 + scribe.interrupted
         if scribe.unsaved:
             return 1
-        scribe.say(f"evaluate it with: python -m turbo.eval {path} --env {c.env}")
+        scribe.end(f"evaluate it with: python -m turbo.eval {path} --env {c.env}")
     return 0
 
 

@@ -103,6 +103,9 @@ def test_negative_counts_are_refused(name, value):
         dict(kl_coef="nan"),
         dict(kl_coef="inf"),
         dict(hands=5, env="ezpoints"),
+        dict(wandb="two words"),
+        dict(trackio="a/b"),
+        dict(json=True, quiet=True),
     ],
     ids=lambda c: next(iter(c)),
 )
@@ -134,10 +137,11 @@ def test_settings_at_the_edge_are_allowed(changes):
 def test_what_a_resumed_run_may_change():
     old = dataclasses.asdict(TrainConfig())
     free = dict(resume="r", out="o", updates=7, minutes=1.0, keep=9, save_every=3, tensorboard=True)
-    free["max_faults"] = 2
+    free |= dict(max_faults=2, json=True, wandb="p", trackio="p")
     assert changed(old, TrainConfig(**free, overwrite=True)) == []
+    assert changed(old, TrainConfig(quiet=True)) == []
     for f in FIELDS:
-        if f.name in free or f.name == "overwrite":
+        if f.name in free or f.name in ("overwrite", "quiet"):
             continue
         other = {"env": "ezpoints", "kl_coef": "0.25"}.get(f.name)
         if other is None:

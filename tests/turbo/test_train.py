@@ -95,7 +95,7 @@ ALWAYS = """
     steps_per_second tokens_per_second seconds_rollout seconds_score seconds_train seconds_merge
     seconds_other peak_memory_gb seconds_write sft_loss teacher_legal_rate teacher_card_rate
     teacher_reasoning_score teacher_aim_rate teacher_follow_rate teacher_thought_length
-    teacher_thought_entropy teacher_distinct_thoughts teacher_self_bleu
+    teacher_thought_entropy teacher_distinct_thoughts teacher_self_bleu teacher_age
 """
 EVALUATED = ("success_rate", "success_low", "success_high", "episode_return", "reasoning_score")
 
@@ -286,12 +286,13 @@ def test_an_interrupted_run_saves_and_goes_on(run, tmp_path, monkeypatch, capsys
 
 
 def test_the_second_signal_ends_at_once(monkeypatch):
-    asked, ended = [], []
+    asked, told, ended = [], [], []
     monkeypatch.setattr("turbo.scribe.os._exit", ended.append)
-    interrupt = Interrupt(lambda: asked.append(True))
+    interrupt = Interrupt(lambda: asked.append(True), told.append)
     assert not interrupt.asked
     signal.raise_signal(signal.SIGTERM)
     assert interrupt.asked == signal.SIGTERM and asked == [True] and not ended
+    assert len(told) == 1 and "once more to stop at once" in told[0]
     signal.raise_signal(signal.SIGINT)
     assert ended == [130]
 

@@ -1,0 +1,47 @@
+"""turbo/scribe.py: warnings of a real run, printed once, kept in warnings.jsonl, and resumed."""
+
+import json
+import shutil
+import signal
+
+import pytest
+import tiny_models
+
+from turbo import train
+
+FLAGS = """
+    --workers 1 --dtype float32 --envs 8 --group-size 4 --steps-per-update 16 --max-new-tokens 40
+    --minibatch 16 --lora-rank 4 --save-every 1 --keep 9 --eval-episodes 0 --teacher-sample 0
+    --temperature 0.8 --learning-rate 0.005 --kl-coef 1e-7 --updates 5
+"""
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A run takes over Ctrl-C; the tests give it back."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(n) for n in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_a_warning_is_printed_once_recorded_and_known_after_a_resume(tmp_path, capsys):
+    run, model = tmp_path / "run", str(tiny_models.fitted_folder())
+    argv = ["numberline", "--model", model, "--out", str(run), *FLAGS.split()]
+    assert train.main(argv) == 0
+    out = capsys.readouterr().out
+    assert out.count("warning: guidance without effect: the policy moves") == 1
+    assert "try this: raise --kl-coef (it is 1e-7)" in out
+    events = [json.loads(line) for line in (run / "warnings.jsonl").read_text().splitlines()]
+    (idle,) = [e for e in events if e["name"] == "guidance without effect"]
+    assert idle["update"] == 3 and idle["on"] and idle["meaning"] in out and idle["remedy"] in out
+    for update, printed in ((2, 1), (4, 1)):  # before it began; and it is still on
+        copied = shutil.copytree(run, tmp_path / str(update))
+        for folder in (copied / "checkpoints").iterdir():
+            if int(folder.name) > update:
+                shutil.rmtree(folder)
+        assert train.main(["--resume", str(copied)]) == 0
+        assert capsys.readouterr().out.count("guidance without effect") == printed
+        resumed = (copied / "warnings.jsonl").read_text()
+        assert resumed == (run / "warnings.jsonl").read_text()
