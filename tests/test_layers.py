@@ -30,7 +30,7 @@ MODULES = {
     # 3: the model at work
     3: """
         backprop corrector decode demos faults finetune guidance measure prefixes rollout run score
-        scribe teacher update
+        scribe teacher trajectory update
     """,
     # 4: what is run
     4: "__main__ eval export replay sft train view",

@@ -3,7 +3,6 @@
 Left out: what the metrics mean (`turbo.log`), how figures are measured (`turbo.measure`).
 """
 
-import dataclasses
 import json
 import os
 import signal
@@ -16,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from turbo import checkpoint
 from turbo.log import JsonlLogger, TensorboardSink
-from turbo.measure import interval, thought
-from turbo.rollout import Abandoned, Episode
+from turbo.measure import interval
+from turbo.rollout import Abandoned
 from turbo.run import Run, space
 
 EVAL_KEYS = (
@@ -84,8 +83,8 @@ class Scribe:
         self.interrupted = int(asked)
         return asked > 0 or late > 0
 
-    def tell(self, metrics: dict, episodes: list[Episode]) -> None:
-        """Show an update, and append a few of its episodes to episodes.jsonl."""
+    def tell(self, metrics: dict, sample: list[dict]) -> None:
+        """Show an update, and append the sample of its episodes to episodes.jsonl."""
         if not self.leads:
             return
         run = self.run
@@ -96,12 +95,9 @@ class Scribe:
         if failed > self.unanswered:
             more, self.unanswered = failed - self.unanswered, failed
             self.say(f"{more} questions to the teacher went unanswered: {run.corrector.problem}")
-        step = max(1, len(episodes) // 4)
-        numbers = range(0, len(episodes), step)[:4]
-        records = [episode_record(run.update, episodes[n], n) for n in numbers]
+        lines = "".join(json.dumps(record) + "\n" for record in sample)
         try:
-            with (run.path / checkpoint.EPISODES).open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(r) + "\n" for r in records))
+            checkpoint.append_text(run.path / checkpoint.EPISODES, lines)
         except OSError as error:
             self.say(f"the sample of episodes could not be written: {error}")
 
@@ -174,29 +170,6 @@ class Interrupt:
         self.asked = number
         self.ask()
         print("\nstopping: saving what is done (once more to stop at once)", file=sys.stderr)
-
-
-def episode_record(update: int, episode, number: int) -> dict:
-    """One sampled episode for episodes.jsonl."""
-    verdict = dataclasses.asdict
-    return {
-        "update": update,
-        "episode": number,
-        "deal": [str(v) for v in episode.deal],
-        "success": episode.success,
-        "return": episode.episode_return,
-        "steps": [
-            {
-                "answer": s.answer.text,
-                "thought": thought(s),
-                "action": s.answer.action,
-                "error": s.answer.error,
-                "reward": s.reward,
-                "verdict": verdict(s.verdict),
-            }
-            for s in episode.steps
-        ],
-    }
 
 
 def summary(m: dict) -> str:

@@ -9,7 +9,8 @@
         learn       minibatches: PPO loss + guidance, AdamW            turbo.update
         remember    the new checkpoint enters the history,             turbo.teacher
                     the teacher is merged anew
-        record      metrics, a sample of episodes, a checkpoint        turbo.log, turbo.checkpoint
+        record      metrics, a sample of episodes, a checkpoint        turbo.log, turbo.trajectory,
+                                                                       turbo.checkpoint
 
 Run as `python -m turbo.train points24`; `--help` explains every setting. Left out: the warm start
 (`turbo.sft`).
@@ -36,15 +37,16 @@ from turbo.kl import auto_coefficient
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
 from turbo.memory import GB, peak_bytes
 from turbo.parallel import Crew, run_crew
-from turbo.rollout import Abandoned, Episode, Rollout, mix
+from turbo.rollout import Abandoned, Rollout, mix
 from turbo.run import Run, due
 from turbo.score import TeacherReading, read_answers, teacher_kl
 from turbo.scribe import Scribe
+from turbo.trajectory import sample_episodes
 from turbo.update import Imitated, StepData, prepare
 
 
-def train_update(run: Run) -> tuple[dict, list[Episode]]:
-    """One update, start to end; the metrics, and the episodes of all workers."""
+def train_update(run: Run) -> tuple[dict, list[dict]]:
+    """One update, start to end; the metrics, and on worker 0 a sample of its episodes."""
     c, update, clock = run.config, run.update, _Clock()
 
     # play: sampled from the policy as it is, temperature and all
@@ -75,6 +77,9 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
     # write: thoughts of the teacher's own, to be imitated (sft, gtr) or only to be measured
     written = teacher_thoughts(run, rollout)
     seconds["write"] = clock.lap()
+
+    sample = sample_episodes(run, weights, rollout)
+    clock.lap()
 
     # learn
     episodes = all_episodes(rollout.episodes, run.crew)
@@ -122,7 +127,7 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
         "peak_memory_gb": peak_bytes(run.vlm.device) / GB,
     }
     steer(run, metrics, data, guided)
-    return metrics, episodes
+    return metrics, sample
 
 
 def teaches(c: TrainConfig) -> bool:
@@ -371,8 +376,8 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
             if run.owed is not None:
                 scribe.report(run.owed)
             while run.update < c.updates and not scribe.must_stop():
-                metrics, episodes = train_update(run)
-                scribe.tell(metrics, episodes)
+                metrics, sample = train_update(run)
+                scribe.tell(metrics, sample)
                 if due(c, run.update):
                     scribe.report(metrics)
                 else:
