@@ -1,4 +1,4 @@
-.PHONY: help install test test-fast test-gpu test-faults test-fuzz lint format bench bench-kernels bench-gpu results metrics memory wheel ci clean
+.PHONY: help install test test-fast test-gpu test-faults test-fuzz test-browser lint format bench bench-kernels bench-gpu results metrics memory wheel ci clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,9 @@ test-faults: ## a run is killed 40 times; 200 updates are watched: minutes
 
 test-fuzz: ## 40,000 hostile inputs
 	python -m pytest -m fuzz --hypothesis-profile fuzz
+
+test-browser: ## the page of turbo.view in Chromium (apt-get install chromium chromium-driver)
+	python -m pytest -n 0 -rs -s tests/turbo/test_view_browser.py
 
 lint: ## ruff: rules and format, changing nothing
 	ruff check .

@@ -33,7 +33,7 @@ MODULES = {
         scribe teacher trajectory update
     """,
     # 4: what is run
-    4: "__main__ eval export replay sft train view",
+    4: "__main__ eval export replay sft train view view_data",
 }
 LAYERS = {f"turbo.{name}": layer for layer, names in MODULES.items() for name in names.split()}
 LAYERS["turbo"] = 0

@@ -3,6 +3,7 @@
     RUN/config.json               all settings, versions, commit
     RUN/metrics.jsonl             one line an update
     RUN/episodes.jsonl            a sample of episodes (`turbo.trajectory`)
+    RUN/view.html                 the page of `turbo.view`, where it was made
     RUN/checkpoints/00000010/     adapter.safetensors, state.safetensors, meta.json, manifest.json
     RUN/lock                      held by the process that writes (`turbo.lock`)
     RUN/faults/                   minibatches that gave no finite gradient (`turbo.faults`)

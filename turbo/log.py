@@ -4,7 +4,7 @@ Every number that the program logs is defined in METRICS, once, with its meaning
 name that is not there is refused, so a plot of last year still means what it says. The file of JSON
 lines is the record of a run; TensorBoard, trackio and Weights & Biases are optional copies of it.
 
-Left out: the console table (train.py) and reading a run back into figures (view.py).
+Left out: the console (scribe.py) and showing a run (view_data.py).
 """
 
 import difflib

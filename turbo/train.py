@@ -72,14 +72,12 @@ def train_update(run: Run) -> tuple[dict, list[dict]]:
     data = prepare(run.vlm, weights, rollout, kl, run.beta, run.value_head, run.crew, c)
     if guided and c.kl_placement == "loss":
         teacher = read_answers(run.vlm, run.teacher.weights, rollout, data.rows)
+    sample = sample_episodes(run, weights, rollout)  # to be recorded
     seconds["score"] = clock.lap()
 
     # write: thoughts of the teacher's own, to be imitated (sft, gtr) or only to be measured
     written = teacher_thoughts(run, rollout)
     seconds["write"] = clock.lap()
-
-    sample = sample_episodes(run, weights, rollout)
-    clock.lap()
 
     # learn
     episodes = all_episodes(rollout.episodes, run.crew)

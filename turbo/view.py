@@ -120,7 +120,7 @@ def fingerprint(text: str) -> str:
 
 
 class Server:
-    """The page of some runs on 127.0.0.1: `/` is the page, `/data.json` is its data as it is now."""
+    """The page of some runs on 127.0.0.1: `/` is the page, `/data.json` its data as it is now."""
 
     def __init__(self, runs: list[Path], most: int, port: int):
         self.runs, self.most = runs, most

@@ -17,11 +17,9 @@ Left out: the page (`turbo.view`).
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 
 from turbo import checkpoint
-from turbo.config import TrainConfig
 from turbo.envs.make import ENVIRONMENTS, make
 from turbo.guidance import spread
 from turbo.log import METRICS, read_jsonl
@@ -108,10 +106,8 @@ def ceilings(settings: dict) -> list[dict]:
 
     Only the built-in environments are asked: to look at a run must not run code that it names.
     """
-    known = {f.name for f in fields(TrainConfig)}
-    c = {k: v for k, v in settings.items() if k in known}
-    name, hands, seed = c.get("env"), c.get("hands", 0), c.get("seed", 0)
-    if name not in ENVIRONMENTS:
+    name, hands, seed = (settings.get(k) for k in ("env", "hands", "seed"))
+    if not isinstance(name, str) or name not in ENVIRONMENTS:
         return []
     asked = [("", {})]
     if name == "points24" and type(hands) is int and type(seed) is int and 0 < hands <= 715:

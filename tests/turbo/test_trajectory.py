@@ -120,7 +120,7 @@ def test_every_game(vlm, game, fresh):
 
 
 def test_what_is_recorded_is_bounded_in_steps(fitted, played, monkeypatch):
-    rollout, _, _, whole = played
+    rollout = played[0]
     monkeypatch.setattr(trajectory, "STEPS", 5)
     records = records_of(fitted, rollout)
     assert sum(len(r["steps"]) for r in records) == 5

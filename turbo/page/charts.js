@@ -75,6 +75,8 @@ const CHARTS = [
 const PHASES = ["rollout", "score", "write", "train", "merge", "other"];
 const BOX = { width: 400, height: 190, left: 44, right: 12, top: 8, bottom: 26 };
 
+let meanings = {}; // what every metric is, from turbo/log.py
+
 const someKnown = (values) => Boolean(values) && values.some(known);
 
 // What a chart has of a run: its lines and its points that hold any number.
@@ -172,11 +174,13 @@ function card(chart, picture, keys, tip) {
   return box;
 }
 
-function key(label, style, kind) {
+function key(label, style, kind, name) {
   const sample = g("svg", { width: 22, height: 10, "aria-hidden": "true" }, kind === "point"
     ? g("circle", { cx: 11, cy: 5, r: 3.5, class: `point ${style}` })
     : g("line", { x1: 1, x2: 21, y1: 5, y2: 5, class: `line ${style}` }));
-  return h("span", { class: "key" }, sample, label);
+  const m = meanings[name];
+  const title = m ? `${name}: ${m.meaning}; ${m.unit}` : null;
+  return h("span", { class: "key", title }, sample, label);
 }
 
 function drawChart(chart, runs, choose) {
@@ -234,7 +238,7 @@ function drawRun(picture, keys, axes, run, r, count, part) {
       picture.append(g("path", { d: area(xs, low, high, axes), class: `band ${style}` }));
     }
     picture.append(g("path", { d: path(xs, run.curves[s.name], axes), class: `line ${style}` }));
-    keys.push(key(name + s.label, style));
+    keys.push(key(name + s.label, style, "line", s.name));
   });
   part.points.forEach((s, place) => {
     const style = count > 1 ? `c${r}` : `c${place + part.lines.length}`;
@@ -250,7 +254,7 @@ function drawRun(picture, keys, axes, run, r, count, part) {
       }
       picture.append(g("circle", { cx: x, cy: y, r: 3.5, class: `point ${style} ${shape}` }));
     });
-    keys.push(key(name + s.label, `${style} ${shape}`, "point"));
+    keys.push(key(name + s.label, `${style} ${shape}`, "point", s.name));
   });
 }
 
@@ -317,13 +321,14 @@ function drawPhases(runs) {
     t.phases.forEach((p, i) => {
       const shape = area(t.run.curves.update, t.sums[i], t.sums[i + 1], axes);
       picture.append(g("path", { d: shape, class: `phase c${i}` }));
-      keys.push(key(p, `c${i} thick`));
+      keys.push(key(p, `c${i} thick`, "line", `seconds_${p}`));
     });
     return card(chart, picture, keys, null);
   });
 }
 
-function drawCharts(root, runs, choose) {
+function drawCharts(root, runs, metrics, choose) {
+  meanings = metrics;
   const cards = CHARTS.map((chart) => drawChart(chart, runs, choose)).filter(Boolean);
   const all = [...cards, ...drawPhases(runs)];
   refill(root, all.length ? all : h("p", { class: "quiet" }, "No update is recorded yet."));

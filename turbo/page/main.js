@@ -71,7 +71,8 @@ function prefixed(prefix, values) {
 
 function draw(data, live) {
   drawHead(data, live);
-  drawCharts(document.getElementById("charts"), data.runs, (update) => window.browser.only(update));
+  const charts = document.getElementById("charts");
+  drawCharts(charts, data.runs, data.metrics, (update) => window.browser.only(update));
   drawSettings(data.runs);
 }
 
