@@ -9,8 +9,7 @@
         learn       minibatches: PPO loss + guidance, AdamW            turbo.update
         remember    the new checkpoint enters the history,             turbo.teacher
                     the teacher is merged anew
-        record      metrics, a sample of episodes, a checkpoint        turbo.log, turbo.trajectory,
-                                                                       turbo.checkpoint
+        record      metrics, a sample of episodes, a checkpoint        turbo.log, turbo.scribe
 
 Run as `python -m turbo.train points24`; `--help` explains every setting. Left out: the warm start
 (`turbo.sft`).
@@ -94,9 +93,8 @@ def train_update(run: Run) -> tuple[dict, list[dict]]:
     seconds["merge"] = clock.lap()
 
     steps = sum(len(e.steps) for e in episodes)
-    trained, guesses, accepted, faulty = run.crew.total(
-        len(data.rows), rollout.guessed, rollout.accepted, data.faulty
-    )
+    counts = len(data.rows), rollout.guessed, rollout.accepted, data.faulty
+    trained, guesses, accepted, faulty = run.crew.total(*counts)
     if faulty == steps:
         told = diagnosis(run.lora, {"the log-probabilities": math.nan})
         raise NumericalFault(f"no answer has a finite log-probability: {told}")

@@ -27,8 +27,8 @@ from turbo.measure import interval
 from turbo.run import pool
 
 FLAGS = ("success", "solvable")
-TOLD = ("frame", "state", "tokens", "thought_tokens", "kl", "answer", "thought", "action", "error")
-TOLD += ("reward", "format_reward", "verdict")
+TEXTS = ("frame", "state", "answer", "thought", "action", "error")  # of a step
+NUMBERS = ("thought_tokens", "reward", "format_reward")
 
 
 def read_run(path: Path, most: int) -> dict:
@@ -127,11 +127,8 @@ def steps_of(record: dict) -> list[dict]:
 
 
 def episode(record: dict) -> dict:
-    """An episode as the page shows it; an answer is told by its tokens where they are there."""
-    steps = [{k: s[k] for k in TOLD if s.get(k) is not None} for s in steps_of(record)]
-    for s in steps:
-        if s.get("tokens"):
-            s.pop("answer", None)
+    """An episode as the page shows it; what is not of its kind is left out."""
+    steps = [step(s) for s in steps_of(record)]
     deal = record.get("deal")
     return {
         "update": record["update"],
@@ -144,6 +141,21 @@ def episode(record: dict) -> dict:
         "illegal": any(s.get("action") is None for s in steps),
         "steps": steps,
     }
+
+
+def step(record: dict) -> dict:
+    """A step as the page shows it; its tokens tell the answer where they are there."""
+    out = {k: record[k] for k in TEXTS if isinstance(record.get(k), str)}
+    out |= {k: record[k] for k in NUMBERS if number(record.get(k))}
+    tokens, kl, verdict = (record.get(k) for k in ("tokens", "kl", "verdict"))
+    if isinstance(verdict, dict):
+        out["verdict"] = {k: v for k, v in verdict.items() if isinstance(v, bool)}
+    if isinstance(tokens, list) and tokens:
+        out["tokens"] = [str(token) for token in tokens]
+        out.pop("answer", None)
+    if isinstance(kl, list):
+        out["kl"] = [x if number(x) else None for x in kl]
+    return out
 
 
 def frames(records: Iterable[dict], shown: list[dict]) -> dict[str, str]:

@@ -129,6 +129,8 @@ def test_a_damaged_line_is_named(run, tmp_path, name, line):
         {"steps": None, "frames": [], "deal": "x", "success": "yes", "return": "much"},
         {"steps": [None, 3, {}], "frames": {"a": 1}, "return": float("nan")},
         {"steps": [{"tokens": [], "verdict": "good", "thought": 3, "action": None}]},
+        {"steps": [{"tokens": [3], "kl": [float("nan")], "verdict": {"aim": 1}, "frame": [1]}]},
+        {"steps": [{"tokens": "x", "kl": 1, "thought_tokens": "y", "reward": float("inf")}]},
     ],
 )
 def test_odd_records_become_episodes_that_can_be_shown(run, tmp_path, record):

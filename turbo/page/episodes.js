@@ -247,7 +247,7 @@ class Browser {
       h("input", { type: "checkbox", name, onchange: changed }), label);
     const whole = (name, label) => h("label", {}, label,
       h("input", { type: "number", name, min: 0, step: 1, oninput: changed }));
-    refill(this.form, 
+    refill(this.form,
       h("select", { name: "outcome", "aria-label": "Outcome", onchange: changed },
         OUTCOMES.map(([value, label]) => h("option", { value }, label))),
       check("collapsed", "collapsed", "A wrong thought of it was said, word for word, in another state"),
