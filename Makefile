@@ -1,4 +1,4 @@
-.PHONY: help install test test-fast test-gpu test-faults test-fuzz lint format bench bench-kernels bench-gpu results metrics memory tour wheel ci clean
+.PHONY: help install test test-fast test-gpu test-faults test-fuzz test-browser lint format bench bench-kernels bench-gpu results screenshot metrics memory tour wheel ci clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,9 @@ test-faults: ## a run is killed 40 times; 200 updates are watched: minutes
 
 test-fuzz: ## 40,000 hostile inputs
 	python -m pytest -m fuzz --hypothesis-profile fuzz
+
+test-browser: ## the page of turbo.view in Chromium (apt-get install chromium chromium-driver)
+	python -m pytest -n 0 -rs -s tests/turbo/test_view_browser.py
 
 lint: ## ruff: rules and format, changing nothing
 	ruff check .
@@ -46,6 +49,18 @@ bench-gpu: ## all that needs a GPU, within 25 minutes; a part that fails stops n
 
 results: ## train and draw what the README shows, into docs/results/; resumes
 	@set -e; for what in points24 ezpoints collapse; do python -m bench.learn --what $$what; done
+
+# Four times the usual learning rate, held to the end: without a teacher the policy is ruined
+HARSH = --learning-rate 0.0028 --final-learning-rate 0.0028 --steps-per-update 2048 --updates 20
+HARSH += --eval-episodes 200 --eval-every 5
+
+screenshot: ## docs/view.png, of two runs that are trained for it where they are not there; Chromium
+	test -d runs/with-teacher || python -m turbo.train points24 --out runs/with-teacher $(HARSH)
+	test -d runs/without-teacher || \
+	    python -m turbo.train points24 --out runs/without-teacher --guidance none $(HARSH)
+	python -m turbo.view runs/with-teacher runs/without-teacher --out runs/both.html
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1440,1720 \
+	    --virtual-time-budget=3000 --screenshot=docs/view.png "file://$(CURDIR)/runs/both.html#$(SHOW)"
 
 metrics: ## write docs/metrics.md
 	python -m bench.metrics_page

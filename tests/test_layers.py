@@ -36,10 +36,10 @@ MODULES = {
     # 3: the model at work
     3: """
         backprop console corrector decode demos faults finetune guidance measure prefixes rollout
-        run score scribe teacher update
+        run score scribe teacher trajectory update
     """,
     # 4: what is run
-    4: "__main__ eval export merge play replay sft train view",
+    4: "__main__ eval export merge play replay sft train view view_data",
 }
 LAYERS = {f"turbo.{name}": layer for layer, names in MODULES.items() for name in names.split()}
 LAYERS["turbo"] = 0

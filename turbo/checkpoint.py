@@ -2,8 +2,9 @@
 
     RUN/config.json               all settings, versions, commit
     RUN/metrics.jsonl             one line an update
-    RUN/episodes.jsonl            a sample of episodes: thoughts and verdicts
+    RUN/episodes.jsonl            a sample of episodes (`turbo.trajectory`)
     RUN/warnings.jsonl            what the metrics gave cause to warn of (`turbo.advice`)
+    RUN/view.html                 the page of `turbo.view`, where it was made
     RUN/checkpoints/00000010/     adapter.safetensors, state.safetensors, meta.json, manifest.json
     RUN/logger.json               what the run is called in other logs (`turbo.sinks`)
     RUN/lock                      held by the process that writes (`turbo.lock`)
@@ -281,6 +282,19 @@ def write_text(path: Path, text: str) -> None:
     partial.write_text(text, encoding="utf-8")
     _sync(partial)
     os.replace(partial, path)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Write behind what a file holds, all of it or nothing."""
+    data = text.encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(size)  # no half line is left
+            raise
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

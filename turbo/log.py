@@ -4,7 +4,7 @@ Every number that the program logs is defined in METRICS, once, with its meaning
 name that is not there is refused, so a plot of last year still means what it says. The file of JSON
 lines is the record of a run; what else takes a copy is a sink (`turbo.sinks`).
 
-Left out: what the user sees (`turbo.console`) and reading a run back into figures (view.py).
+Left out: what the user sees (`turbo.console`) and showing a run (`turbo.view_data`).
 """
 
 import difflib

@@ -78,6 +78,7 @@ class Rollout:
     features: Tensor  # [U, n, D] vision features, one row a picture
     grid: Tensor  # [1, 3]
     fixed: str  # the fixed part of the prompt
+    pictures: list[np.ndarray] = field(default_factory=list)  # [H, W, 3] uint8, U of them
     guessed: int = 0
     accepted: int = 0
     passes: int = 0
@@ -155,6 +156,7 @@ class _Gallery:
     def __init__(self, vlm: VisionLanguageModel, weights: Weights, fixed: str):
         self.vlm, self.prefixes = vlm, Prefixes(vlm, weights, fixed)
         self.number: dict[bytes, int] = {}
+        self.pictures: list[np.ndarray] = []  # by number
         # environment -> its last picture and that picture's number
         self.last: dict[int, tuple] = {}
 
@@ -174,6 +176,7 @@ class _Gallery:
             self.prefixes.add(*self.vlm.see([new[i] for i in rows]))
 
         run_batches([PICTURE] * len(new), self.vlm.batches, "decode", see)
+        self.pictures += new
         return [self.last[env][1] for env in pictures]
 
 
@@ -273,6 +276,7 @@ class _Player:
             self.phases.done = self.done if deals is None else self.phases.done + len(ended)
         if gallery.prefixes.features:  # none where there was nothing to play
             out.features, out.grid = torch.stack(gallery.prefixes.features), gallery.prefixes.grid
+        out.pictures = gallery.pictures
         out.guessed, out.accepted, out.passes = decoder.guessed, decoder.accepted, decoder.passes
         return out
 

@@ -132,28 +132,63 @@ def teacher_kl(
 
     def work(rows: list[int]) -> None:
         mine = [steps[i] for i in rows]
-        pictures, owner = local_pictures(mine)
-        features = rollout.features[pictures]
-        batch = rows_of(vlm, [s.suffix for s in mine], [s.tokens for s in mine])
-        shared = dict(temperature=temperature, banned=vlm.banned)
-        prefix = vlm.prefix(teacher, features, rollout.fixed, rollout.grid)
-        hidden = answer_hidden(vlm, teacher, prefix, owner, batch)
-        if estimator in ("full", "forward"):
-            want = {"full": "reverse_kl", "forward": "forward_kl"}[estimator]
-            prefix = vlm.prefix(policy, features, rollout.fixed, rollout.grid)
-            own = answer_hidden(vlm, policy, prefix, owner, batch)
-            pair = dict(teacher_hidden=hidden, teacher_weight=teacher.head)
-            out = score_answers(own, policy.head, batch, want=(want,), **pair, **shared)
-            tokens = getattr(out, want)
-        else:
-            out = score_answers(hidden, teacher.head, batch, want=("logprob",), **shared)
-            sampled = torch.tensor([p for s in mine for p in s.logprobs], device=vlm.device)
-            tokens = kl_estimate(sampled, out.logprob, estimator)
+        tokens, row = answer_kl(vlm, policy, teacher, rollout, mine, estimator, temperature)
         mask = guided_tokens(mine, token_range).to(vlm.device)
-        kl[torch.tensor(rows)] = mean_over(tokens, mask, batch.row, len(mine)).cpu()
+        kl[torch.tensor(rows)] = mean_over(tokens, mask, row, len(mine)).cpu()
 
     in_batches(vlm, rollout, steps, work)
     return kl
+
+
+@torch.no_grad()
+def token_kl(
+    vlm: VisionLanguageModel,
+    policy: Weights,
+    teacher: Weights,
+    rollout: Rollout,
+    rows: list[int],
+    *,
+    temperature: float,
+) -> dict[int, list[float]]:
+    """The exact KL(policy || teacher) in nats at every answer token of the steps `rows`."""
+    steps, kl = [rollout.steps[i] for i in rows], {}
+
+    def work(group: list[int]) -> None:
+        mine = [steps[i] for i in group]
+        tokens, _ = answer_kl(vlm, policy, teacher, rollout, mine, "full", temperature)
+        parts = tokens.split([len(s.tokens) for s in mine])
+        kl.update(zip([rows[i] for i in group], [p.tolist() for p in parts], strict=True))
+
+    in_batches(vlm, rollout, steps, work)
+    return kl
+
+
+def answer_kl(
+    vlm: VisionLanguageModel,
+    policy: Weights,
+    teacher: Weights,
+    rollout: Rollout,
+    mine: list[Step],
+    estimator: str,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """[N] KL at the answer tokens of the steps `mine`, end to end, and the step of each. [N]"""
+    pictures, owner = local_pictures(mine)
+    features = rollout.features[pictures]
+    batch = rows_of(vlm, [s.suffix for s in mine], [s.tokens for s in mine])
+    shared = dict(temperature=temperature, banned=vlm.banned)
+    prefix = vlm.prefix(teacher, features, rollout.fixed, rollout.grid)
+    hidden = answer_hidden(vlm, teacher, prefix, owner, batch)
+    if estimator in ("full", "forward"):
+        want = {"full": "reverse_kl", "forward": "forward_kl"}[estimator]
+        prefix = vlm.prefix(policy, features, rollout.fixed, rollout.grid)
+        own = answer_hidden(vlm, policy, prefix, owner, batch)
+        pair = dict(teacher_hidden=hidden, teacher_weight=teacher.head)
+        out = score_answers(own, policy.head, batch, want=(want,), **pair, **shared)
+        return getattr(out, want), batch.row
+    out = score_answers(hidden, teacher.head, batch, want=("logprob",), **shared)
+    sampled = torch.tensor([p for s in mine for p in s.logprobs], device=vlm.device)
+    return kl_estimate(sampled, out.logprob, estimator), batch.row
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Left out: what the metrics mean (`turbo.log`), how figures are measured (`turbo.
 (`turbo.console`), when to warn (`turbo.advice`).
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,8 +16,7 @@ from turbo import checkpoint
 from turbo.advice import Watch
 from turbo.console import Display
 from turbo.log import JsonlLogger, read_jsonl
-from turbo.measure import thought
-from turbo.rollout import Abandoned, Episode
+from turbo.rollout import Abandoned
 from turbo.run import Run, space
 from turbo.sinks import open_sinks
 
@@ -27,7 +27,6 @@ EVAL_KEYS = (
     "episode_return",
     "reasoning_score",
 )
-PARTS = ("perception", "aim", "follows")  # of a verdict
 SAVE_PAUSES = (1.0, 5.0)  # seconds between the attempts to save
 
 
@@ -88,11 +87,11 @@ class Scribe:
         self.interrupted = int(asked)
         return asked > 0 or late > 0
 
-    def tell(self, metrics: dict, episodes: list[Episode]) -> None:
-        """Show an update, warn where it gives cause to, keep a few of its episodes."""
+    def tell(self, metrics: dict, sample: list[dict]) -> None:
+        """Show an update, warn where it gives cause to, keep the sample of its episodes."""
         if not self.leads:
             return
-        run, step = self.run, max(1, len(episodes) // 4)
+        run = self.run
         begun, ended = self.watch.note(metrics)
         self.display.tell(metrics, self.watch.active.values())
         for advice in begun:
@@ -108,15 +107,13 @@ class Scribe:
             self.display.warn(
                 f"{more} questions to the teacher went unanswered: {run.corrector.problem}"
             )
-        numbers = range(0, len(episodes), step)[:4]
-        records = [episode_record(run.update, episodes[n], n) for n in numbers]
-        self._append(checkpoint.EPISODES, records)
+        self._append(checkpoint.EPISODES, sample)
 
     def _append(self, name: str, records: list[dict]) -> None:
         """Add records to a file of the run; a failure is told, and stops nothing."""
         try:
-            with (self.run.path / name).open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(r) + "\n" for r in records))
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            checkpoint.append_text(self.run.path / name, lines)
         except OSError as error:
             self.display.warn(f"{name} misses records of update {self.run.update}: {error}")
 
@@ -189,25 +186,3 @@ class Interrupt:
         self.asked = number
         self.ask()
         self.tell("stopping: saving what is done (once more to stop at once)")
-
-
-def episode_record(update: int, episode, number: int) -> dict:
-    """One sampled episode for episodes.jsonl."""
-    return {
-        "update": update,
-        "episode": number,
-        "deal": [str(v) for v in episode.deal],
-        "success": episode.success,
-        "return": episode.episode_return,
-        "steps": [
-            {
-                "answer": s.answer.text,
-                "thought": thought(s),
-                "action": s.answer.action,
-                "error": s.answer.error,
-                "reward": s.reward,
-                "verdict": {part: getattr(s.verdict, part) for part in PARTS},
-            }
-            for s in episode.steps
-        ],
-    }

@@ -9,7 +9,7 @@
         learn       minibatches: PPO loss + guidance, AdamW            turbo.update
         remember    the new checkpoint enters the history,             turbo.teacher
                     the teacher is merged anew
-        record      metrics, a sample of episodes, a checkpoint        turbo.log, turbo.checkpoint
+        record      metrics, a sample of episodes, a checkpoint        turbo.log, turbo.scribe
 
 Run as `python -m turbo.train points24`; `--help` explains every setting. Left out: the warm start
 (`turbo.sft`).
@@ -37,16 +37,17 @@ from turbo.kl import auto_coefficient
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
 from turbo.memory import GB, peak_bytes
 from turbo.parallel import Crew, run_crew
-from turbo.rollout import Abandoned, Episode, Rollout, Step, mix
+from turbo.rollout import Abandoned, Rollout, Step, mix
 from turbo.run import Run, due, find_alfworld
 from turbo.score import TeacherReading, read_answers, teacher_kl
 from turbo.scribe import Scribe
 from turbo.sinks import check_packages
+from turbo.trajectory import sample_episodes
 from turbo.update import Imitated, StepData, prepare
 
 
-def train_update(run: Run) -> tuple[dict, list[Episode]]:
-    """One update, start to end; the metrics, and the episodes of all workers."""
+def train_update(run: Run) -> tuple[dict, list[dict]]:
+    """One update, start to end; the metrics, and on worker 0 a sample of its episodes."""
     c, update, phases = run.config, run.update, run.phases
 
     # play: sampled from the policy as it is, temperature and all
@@ -73,6 +74,7 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
     data = prepare(run.vlm, weights, rollout, kl, run.beta, run.value_head, run.crew, c)
     if guided and c.kl_placement == "loss":
         teacher = read_answers(run.vlm, run.teacher.weights, rollout, data.rows)
+    sample = sample_episodes(run, weights, rollout)  # to be recorded
 
     # write: thoughts of the teacher's own, to be imitated (sft, gtr) or only to be measured
     phases.begin("write")
@@ -94,9 +96,8 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
     phases.end()
 
     steps = sum(len(e.steps) for e in episodes)
-    trained, guesses, accepted, faulty = run.crew.total(
-        len(data.rows), rollout.guessed, rollout.accepted, data.faulty
-    )
+    counts = len(data.rows), rollout.guessed, rollout.accepted, data.faulty
+    trained, guesses, accepted, faulty = run.crew.total(*counts)
     if faulty == steps:
         told = diagnosis(run.lora, {"the log-probabilities": math.nan})
         raise NumericalFault(f"no answer has a finite log-probability: {told}")
@@ -121,7 +122,7 @@ def train_update(run: Run) -> tuple[dict, list[Episode]]:
         **speed(run, [s for e in episodes for s in e.steps]),
     }
     steer(run, metrics, data, guided)
-    return metrics, episodes
+    return metrics, sample
 
 
 def speed(run: Run, steps: list[Step]) -> dict[str, float]:
@@ -371,8 +372,8 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
             if run.owed is not None:
                 scribe.report(run.owed)
             while run.update < c.updates and not scribe.must_stop():
-                metrics, episodes = train_update(run)
-                scribe.tell(metrics, episodes)
+                metrics, sample = train_update(run)
+                scribe.tell(metrics, sample)
                 if due(c, run.update):
                     scribe.report(metrics)
                 else:

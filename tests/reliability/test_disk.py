@@ -110,3 +110,25 @@ def test_records_wait_for_room(tmp_path):
     finally:
         time.sleep(0)
         os._exit(status)
+
+
+def test_a_sample_of_episodes_is_written_whole_or_not_at_all(tmp_path):
+    """In a child with a limit on files: what did not fit leaves no half line."""
+    file = tmp_path / "episodes.jsonl"
+    if pid := os.fork():
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert file.read_text() == "one\n" + "two\n" * 300
+        return
+    status = 1
+    try:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        checkpoint.append_text(file, "one\n")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+        with pytest.raises(OSError, match="too large"):
+            checkpoint.append_text(file, "two\n" * 300)
+        assert file.read_text() == "one\n"
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        checkpoint.append_text(file, "two\n" * 300)
+        status = 0
+    finally:
+        os._exit(status)

@@ -136,12 +136,14 @@ def test_config_json(run):
 
 def test_episodes_jsonl(run):
     records = [json.loads(line) for line in (run / "episodes.jsonl").read_text().splitlines()]
-    assert [r["update"] for r in records] == [u for u in (1, 2, 3, 4) for _ in range(4)]
+    assert [r["update"] for r in records] == [u for u in (1, 2, 3, 4) for _ in range(8)]
     for r in records:
-        assert set(r) == {"update", "episode", "deal", "success", "return", "steps"}
-        assert r["return"] == sum(s["reward"] for s in r["steps"])
+        about = {"update", "episode", "deal", "success", "solvable", "return", "prompt"}
+        assert set(r) == about | {"frames", "left_out", "steps"}
+        assert r["left_out"] or r["return"] == sum(s["reward"] for s in r["steps"])
         for s in r["steps"]:
-            assert set(s) == {"answer", "thought", "action", "error", "reward", "verdict"}
+            judged = {"thought", "action", "error", "reward", "format_reward", "verdict"}
+            assert set(s) == judged | {"answer", "frame", "state", "tokens", "thought_tokens", "kl"}
             assert (s["action"] is None) == (s["error"] is not None)
             assert set(s["verdict"]) == {"perception", "aim", "follows"}
     assert any(s["action"] for r in records for s in r["steps"])

@@ -1,0 +1,29 @@
+"""A run of the nano model for tests of what reads run directories; made once a process."""
+
+import functools
+import signal
+from pathlib import Path
+
+import tiny_models
+
+from turbo import train
+
+FLAGS = """
+    --dtype float32 --envs 8 --group-size 4 --steps-per-update 16 --max-new-tokens 40
+    --minibatch 16 --lora-rank 4 --lora-alpha 8 --eval-episodes 8 --temperature 0.8 --epochs 1
+    --learning-rate 0.02 --skip-certain 0
+"""
+
+
+@functools.cache
+def trained(name: str, *more: str) -> Path:
+    """The directory of a real run on numberline, with these flags; tests leave it as it is."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(n) for n in numbers]
+    out = tiny_models.new_folder(f"runs/{name}")
+    model = str(tiny_models.fitted_folder())
+    flags = ["--out", str(out), "--model", model, *FLAGS.split(), *more]
+    assert train.main(["numberline", *flags]) == 0
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    return out
