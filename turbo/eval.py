@@ -13,7 +13,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -52,7 +52,7 @@ class EvalConfig:
 
     source: tyro.conf.Positional[str]
     """run directory, model folder, id of a model on the Hub, or `tiny`"""
-    env: str = "points24"
+    env: Annotated[str, tyro.conf.arg(metavar="ENV")] = "points24"
     """which environment to play: a name as in training, or module:Class"""
     episodes: int = 500
     """deals, each of its own seed"""
