@@ -17,7 +17,7 @@ class Maze(gym.Env):
     """Walk from the red dot to the green square; black squares are walls."""
 
     actions = tuple(MOVES)
-    guess_answer, judge, snapshot = base.no_guess, base.no_verdict, base.copied
+    guess_answer, judge, snapshot = base.guess_expert, base.no_verdict, base.copied
     optimum, deal_key = base.unknown_optimum, base.no_deal_key
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
@@ -32,11 +32,11 @@ class Maze(gym.Env):
         return self.render(), {"success": False}
 
     def step(self, action: int) -> tuple:
-        place = _beside(self.me, self.actions[action])
-        self.me = place if place in self.far else self.me
-        return self.step_illegal(1.0 if self.me == self.goal else -0.1)
+        before, place = self.me, _beside(self.me, self.actions[action])
+        self.me = place if place in self.far else before
+        return self.step_illegal(float(self.far[before] - self.far[self.me]))  # steps closer
 
-    def step_illegal(self, reward: float = -0.2) -> tuple:
+    def step_illegal(self, reward: float = -1.0) -> tuple:
         self.steps, won = self.steps + 1, self.me == self.goal
         return self.render(), reward, won, self.steps == 12 and not won, {"success": won}
 

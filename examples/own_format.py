@@ -6,8 +6,7 @@
     python -m turbo.train examples.own_format:TaggedNumberLine --model tagged
 
 The game keeps its pictures, rules and solver; only what is asked and how answers are written and
-read is new. Left out: guesses, which would make sampling faster, and `--guidance gtr`, whose
-correctors write JSON.
+read is new. Left out: `--guidance gtr`, whose correctors write JSON.
 """
 
 import json
@@ -30,7 +29,7 @@ class TaggedNumberLine:
 
     TINY = {"canvas": (112, 56)}  # noqa: RUF012
     action_key = "<do>"  # all before it is thought
-    guess_answer, snapshot = base.no_guess, base.copied
+    guess_answer, snapshot = base.guess_expert, base.copied
 
     def __init__(self, **options):
         self.game = game = NumberLine(**options)

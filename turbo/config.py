@@ -10,7 +10,7 @@ Left out: reading the command line (`turbo.train`).
 import math
 import re
 from dataclasses import asdict, dataclass, fields
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -21,7 +21,7 @@ from turbo.envs.make import check_env, is_name
 class TrainConfig:
     """Train a policy with PPO, guided by a teacher merged from its own past checkpoints."""
 
-    env: tyro.conf.Positional[str] = "points24"
+    env: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ENV")] = "points24"
     """which environment to play: points24, ezpoints, numberline or blackjack; one of your own as
     module:Class; or the name of an installed entry point of the group gtr_turbo.envs"""
     model: str = "tiny"

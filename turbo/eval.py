@@ -54,7 +54,7 @@ class EvalConfig:
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_MODEL")]
     """run directory, model folder, id of a model on the Hub, or `tiny`"""
-    env: str = "points24"
+    env: Annotated[str, tyro.conf.arg(metavar="ENV")] = "points24"
     """which environment to play: a name as in training, or module:Class"""
     episodes: int = 500
     """deals, each of its own seed"""

@@ -30,6 +30,8 @@ from turbo.parallel import Crew
 from turbo.run import env_maker, held_out, prompt_style
 from turbo.sft_config import SftConfig
 
+PICTURES = 16  # that the vision tower sees together
+
 
 def settings(c: SftConfig) -> TrainConfig:
     """The settings that opening a model and making its games need."""
@@ -99,7 +101,9 @@ def train_factors(
         for p in lora.parameters():
             p.grad = torch.zeros_like(p)
         with torch.no_grad():
-            features, grid = vlm.see(pictures_of(demos))
+            shown = pictures_of(demos)
+            pieces = [vlm.see(shown[i : i + PICTURES]) for i in range(0, len(shown), PICTURES)]
+        features, grid = torch.cat([f for f, _ in pieces]), pieces[0][1]
         whole = vlm.weights(lora)
         weights = whole.cut()
         tokens = sum(len(a) for d in demos for a in d.answers)

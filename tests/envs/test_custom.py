@@ -145,8 +145,21 @@ def in_place(self):
     return self.kept
 
 
-def deal_in_rules(self, style):
-    return base.Prompt(f"seed {self.np_random.integers(9**9)}", "")
+def seen(self, **options):
+    """A reset and an end, for a class that shows no more than they return."""
+    self.bright, self.count = False, 0
+    return np.zeros((28, 28, 3), np.uint8), {}
+
+
+def ends(self, right):
+    self.count += 1
+    return np.zeros((28, 28, 3), np.uint8), 0.0, self.count > 2, False, {"success": right}
+
+
+def growing(self, right):
+    self.count += 1
+    self.size = 28 + self.count
+    return self.render(), 0.0, self.count > 2, False, {"success": right}
 
 
 FAULTS = {
@@ -176,11 +189,13 @@ FAULTS = {
         "guess_answer must return what is",
     ),
     "in place": (dict(render=in_place), "wrote to the picture that it gave before"),
+    "render": (dict(render=lambda s: None, reset=seen, end=ends), "render() must give the picture"),
     "four": (dict(step=lambda s, a: s.end(True)[:4]), "step must return (picture, reward, termin"),
     "success": (
         dict(step_illegal=lambda s: (*s.end(False)[:4], {})),
         "info['success'] is no bool after step_illegal",
     ),
+    "growing": (dict(end=growing), "its pictures have several sizes, (56, 56, 3) and (29"),
     "endless": (
         dict(step_illegal=lambda s: (s.render(), 0.0, False, False, {"success": False})),
         "an episode had not ended after 1000 times step_illegal: count the attempts",
@@ -230,6 +245,17 @@ def test_experts_that_teach_nothing(coin):
     env.expert_answer = lambda rng: base.no_expert(env, rng)
     with pytest.raises(ValueError, match="has no expert"):
         custom.check_expert("c:Coin", env)
+
+
+def test_guesses_follow_the_expert_as_far_as_it_is_followed(coin):
+    env = coin[1]()
+    env.reset(seed=0)
+    answer = env.expert_answer(np.random.default_rng(0))
+    assert base.guess_expert(env, answer[:9], None) == base.guess_expert(env, "", None) == answer
+    for other in ("{'", answer + " "):
+        assert base.guess_expert(env, other, answer) == base.no_guess(env, other, answer) == other
+    env.expert_answer = lambda rng: None
+    assert base.guess_expert(env, "", None) == ""
 
 
 def test_answers_in_a_form_of_their_own(coin):
