@@ -27,6 +27,7 @@ from bench.plot import draw
 from bench.records import Recorded, by_label, is_complete, pooled, recorded, write_csv
 from turbo import checkpoint
 from turbo.config import TrainConfig
+from turbo.envs.alfworld_scene import TASKS
 from turbo.hub import model_sha256
 from turbo.train import parse
 
@@ -40,6 +41,7 @@ DEMONSTRATIONS: dict[str, list[tuple[str, str]]] = {
     "points24": [("GTR-Turbo", "points24"), ("plain PPO", "points24 --guidance none")],
     "hour": [("GTR-Turbo", "points24 --updates 600")],
     "ezpoints": [("GTR-Turbo", "ezpoints")],
+    "alfworld": [("GTR-Turbo", "alfworld"), ("plain PPO", "alfworld --guidance none")],
     "collapse": [
         ("plain PPO", f"points24 {HARSH} --guidance none"),
         ("GTR-Turbo", f"points24 {HARSH} --guidance kl --kl-coef 80"),
@@ -49,6 +51,7 @@ TITLES = {
     "points24": "Points24",
     "hour": "Points24, a longer run",
     "ezpoints": "EZPoints",
+    "alfworld": "ALFWorld, small rooms",
     "collapse": "Points24 under a harsh learning rate",
 }
 NOT_SETTINGS = {
@@ -63,7 +66,7 @@ NOT_SETTINGS = {
 class LearnConfig:
     """Train what a demonstration needs, gather what the runs recorded, and draw it."""
 
-    what: Literal["points24", "hour", "ezpoints", "collapse"]
+    what: Literal["points24", "hour", "ezpoints", "alfworld", "collapse"]
     """which demonstration"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """one run per variant and seed"""
@@ -153,6 +156,7 @@ def summary(what: str, runs: Sequence[Recorded]) -> str:
         lines += [_row(label, str(run.config.seed), [run]) for run in group]
         if len(group) > 1:
             lines.append(_row(label, "all", group))
+    lines += task_table(runs)
     made = {
         f"{r.versions.get('processor')}, Python {r.versions.get('python')}, torch "
         f"{r.versions.get('torch')}, transformers {r.versions.get('transformers')}, "
@@ -160,6 +164,35 @@ def summary(what: str, runs: Sequence[Recorded]) -> str:
         for r in runs
     }
     return "\n".join([*lines, "", "Made on " + "; ".join(sorted(made)) + ".", ""])
+
+
+def task_table(runs: Sequence[Recorded]) -> list[str]:
+    """Success and goal conditions by type of task, before and after, over all seeds; as the paper's
+    Table 3 has them. Empty for games that have but one."""
+
+    def mean(group: list[Recorded], when: str, kind: str, task: str) -> str:
+        ends = [getattr(run, when) for run in group]
+        counts = [e.get(f"eval_episodes_{task}", 0) for e in ends]
+        values = [e.get(f"eval_{kind}_{task}", 0.0) for e in ends]
+        return f"{np.average(values, weights=counts):.1%}" if any(counts) else ""
+
+    if "eval_goal_rate" not in runs[0].after:
+        return []
+    lines = [
+        "",
+        "By type of task: success, and the share of the goal's conditions that are met.",
+        "",
+    ]
+    lines += ["| variant | task | episodes | success before | after | conditions before | after |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for label, group in by_label(runs).items():
+        for task in TASKS:
+            count = sum(run.after.get(f"eval_episodes_{task}", 0) for run in group)
+            cells = [label, task, str(count)]
+            for kind in ("success", "goal_rate"):
+                cells += [mean(group, when, kind, task) for when in ("before", "after")]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _row(label: str, seed: str, runs: Sequence[Recorded]) -> str:

@@ -10,16 +10,23 @@ from pathlib import Path
 
 from turbo import checkpoint
 from turbo.config import TrainConfig
+from turbo.envs.alfworld_scene import TASKS
 from turbo.log import read_jsonl
 from turbo.measure import interval
 from turbo.scribe import EVAL_KEYS
 
+TASK_FIGURES = ("episodes", "success", "goal_rate")
 CURVE = [
     *("update", "env_steps", "elapsed", "episodes"),
     *("success_rate", "success_solvable", "episode_return", "reasoning_score"),
     *("thought_entropy", "distinct_thoughts", "teacher_kl", "steps_per_second"),
 ]
 EVALUATION = [f"eval_{who}{name}" for who in ("", "teacher_") for name in EVAL_KEYS]
+TASK_COLUMNS = [  # of games with several kinds of tasks
+    f"eval_{who}{name}"
+    for who in ("", "teacher_")
+    for name in ("goal_rate", *(f"{k}_{t}" for t in TASKS for k in TASK_FIGURES))
+]
 COLUMNS = ["label", "seed", "commit", "eval_episodes", "eval_temperature", *CURVE, *EVALUATION]
 
 
@@ -76,13 +83,17 @@ def write_csv(path: Path, runs: Sequence[Recorded]) -> None:
 
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        several = any(
+            name in record for run in runs for record in run.records for name in TASK_COLUMNS
+        )
+        columns = [*COLUMNS, *(TASK_COLUMNS if several else [])]
+        writer.writerow(columns)
         for run in runs:
             c = run.config
             commit = run.versions.get("commit", "")[:12]
             first = [run.label, c.seed, commit, c.eval_episodes, c.eval_temperature]
             for record in run.records:
-                writer.writerow([*first, *(text(record.get(k)) for k in COLUMNS[5:])])
+                writer.writerow([*first, *(text(record.get(k)) for k in columns[5:])])
 
 
 def pooled(runs: Sequence[Recorded], when: str, who: str = "") -> tuple[float, float, float] | None:

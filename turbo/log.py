@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from turbo.envs.alfworld_scene import TASKS
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -92,6 +94,10 @@ METRICS: dict[str, Metric] = {
             ("success_high", "upper end of the success rate's 95 % interval", "0..1"),
             ("episode_return", "mean return", "reward"),
             ("reasoning_score", "share of thoughts that are right", "0..1"),
+            ("goal_rate", "mean share of the goal's conditions that hold at the end", "0..1"),
+            *((f"episodes_{task}", f"episodes of {task}", "episodes") for task in TASKS),
+            *((f"success_{task}", f"success rate in {task}", "0..1") for task in TASKS),
+            *((f"goal_rate_{task}", f"conditions that hold in {task}", "0..1") for task in TASKS),
         )
     },
     # The guidance

@@ -138,6 +138,19 @@ def by_task(episodes: Sequence[Episode]) -> dict[str, dict[str, float]]:
     return found
 
 
+def task_figures(tasks: dict[str, dict[str, float]]) -> dict[str, float]:
+    """What `by_task` found, by the names in `turbo.log.METRICS`, and the mean goal rate."""
+    if not tasks:
+        return {}
+    found: dict[str, float] = {}
+    for task, t in tasks.items():
+        found |= {f"episodes_{task}": t["episodes"], f"success_{task}": t["success_rate"]}
+        found[f"goal_rate_{task}"] = t["goal_rate"]
+    total = sum(t["episodes"] for t in tasks.values())
+    goal_rate = sum(t["goal_rate"] * t["episodes"] for t in tasks.values()) / total
+    return found | {"goal_rate": goal_rate}
+
+
 def certainty(steps: Sequence[Step]) -> dict[str, float]:
     """Mean surprise -log p of the sampled tokens: unbiased for the policy's entropy per token."""
     thoughts = [-p for s in steps for p in s.logprobs[: s.thought]]

@@ -16,6 +16,7 @@ from turbo import checkpoint
 from turbo.advice import Watch
 from turbo.console import Display
 from turbo.log import JsonlLogger, read_jsonl
+from turbo.measure import task_figures
 from turbo.rollout import Abandoned
 from turbo.run import Run, space
 from turbo.sinks import open_sinks
@@ -148,7 +149,8 @@ class Scribe:
                 f"({e['episodes']} fresh episodes at T {run.config.eval_temperature})"
             )
             prefix = "eval_" if who == "policy" else "eval_teacher_"
-            record |= {prefix + k: e[k] for k in EVAL_KEYS}
+            own = {k: e[k] for k in EVAL_KEYS} | task_figures(e["tasks"])
+            record |= {prefix + name: value for name, value in own.items()}
         return record
 
     def save(self) -> None:

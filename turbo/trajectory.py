@@ -22,7 +22,6 @@ Left out: writing the file (`turbo.scribe`), pages (`turbo.view`).
 
 import base64
 import codecs
-import dataclasses
 import hashlib
 import io
 import json
@@ -38,6 +37,7 @@ from turbo.rollout import Episode, Rollout, Step
 from turbo.run import Run, prompt_style
 from turbo.score import token_kl
 
+PARTS = ("perception", "aim", "follows")  # of a verdict
 EPISODES = 8  # of an update
 STEPS = 64  # of them, in all
 BYTES = 1_000_000  # of an update's records
@@ -144,7 +144,7 @@ def step_record(
         "error": step.answer.error,
         "reward": step.reward,
         "format_reward": step.format_reward,
-        "verdict": dataclasses.asdict(step.verdict),
+        "verdict": {part: getattr(step.verdict, part) for part in PARTS},
     }
 
 
