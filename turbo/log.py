@@ -42,8 +42,8 @@ METRICS: dict[str, Metric] = {
     "success_rate": Metric("share of the episodes that reached the goal", "0..1"),
     "success_solvable": Metric("success rate among the episodes that can be solved at all", "0..1"),
     "goal_rate": Metric(
-        "mean share of the goal's conditions that hold at the end of an episode (ALFWorld; equal "
-        "to success elsewhere)",
+        "mean share of the goal's conditions that hold at the end of an episode, in games whose "
+        "tasks are of several kinds",
         "0..1",
     ),
     "legal_rate": Metric("share of the steps whose answer parsed into a legal action", "0..1"),

@@ -111,13 +111,14 @@ def outcomes(episodes: Sequence[Episode]) -> dict[str, float]:
     """The figures of a set of episodes, by their names in `turbo.log.METRICS`."""
     steps = [s for e in episodes for s in e.steps]
     solvable = [e for e in episodes if e.solvable]
+    tasks = {e.task for e in episodes if e.task}
     return {
         "episodes": len(episodes),
         "success_rate": mean([e.success for e in episodes]),
         "success_solvable": mean([e.success for e in solvable]),
-        "goal_rate": mean([e.goal_rate for e in episodes]),
         "episode_return": mean([e.episode_return for e in episodes]),
         "episode_length": len(steps) / max(1, len(episodes)),
+        **({"goal_rate": mean([e.goal_rate for e in episodes])} if tasks else {}),
         **thoughts(episodes),
     }
 

@@ -129,9 +129,9 @@ def refused(capsys, *argv):
         ("--temperature nan", "--temperature must be more than 0, got nan"),
         ("--episodes 0", "--episodes must be more than 0, got 0"),
         ("--episodes -5", "--episodes must be more than 0, got -5"),
-        ("--max-new-tokens 0", "--max-new-tokens must be more than 0, got 0"),
+        ("--max-new-tokens -1", "--max-new-tokens must be zero or more, got -1"),
         ("--seed -1", "--seed must be zero or more, got -1"),
-        ("--split unseen", "--split unseen is for points24 alone"),
+        ("--split unseen", "--split unseen is for points24 and alfworld"),
         ("--env ezpoints", "was trained on numberline: name that, not ezpoints"),
     ],
 )

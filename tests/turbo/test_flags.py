@@ -101,15 +101,16 @@ import sys, time
 from turbo.flags import conclude
 
 def main():
+    if sys.argv[1] == "sleep":
+        try:
+            print("ready", flush=True)  # a signal may come right behind it
+            time.sleep(60)
+        finally:
+            print("cleaned up", flush=True)
     print("ready", flush=True)
     if sys.argv[1] == "print":
         for _ in range(100_000):
             print("line", flush=True)
-    if sys.argv[1] == "sleep":
-        try:
-            time.sleep(60)
-        finally:
-            print("cleaned up", flush=True)
     return int(sys.argv[1])
 
 sys.exit(conclude(main))
