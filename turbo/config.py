@@ -21,7 +21,7 @@ from turbo.envs.make import check_env, is_name
 class TrainConfig:
     """Train a policy with PPO, guided by a teacher merged from its own past checkpoints."""
 
-    env: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ENV")] = "points24"
+    env: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[ENV]")] = "points24"
     """which environment to play: points24, ezpoints, numberline or blackjack; one of your own as
     module:Class; or the name of an installed entry point of the group gtr_turbo.envs"""
     model: str = "tiny"
