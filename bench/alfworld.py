@@ -41,11 +41,11 @@ class AlfworldBenchConfig:
     games: int = 4
     """games of each size"""
     repeats: int = 5
-    """measurements of each variant, in turn"""
+    """number of measurements of each variant, in turn"""
     steps: int = 64
     """environment steps of a measurement of 1 environment; 16 play as many each"""
     stock_steps: int = 8
-    """those of TextWorld's own environment, which takes its time"""
+    """environment steps of a measurement of TextWorld's own environment, which takes its time"""
     save: bool = True
     """append the rows to bench/results/"""
 

@@ -24,6 +24,7 @@ from typing import Annotated
 import tyro
 
 from turbo import checkpoint
+from turbo.flags import conclude, read_flags
 from turbo.log import METRICS
 from turbo.view_data import read_run, state_of
 
@@ -177,8 +178,8 @@ class _Request(BaseHTTPRequestHandler):
 def main(argv: list[str] | None = None) -> int:
     """Write or serve the page; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    c = tyro.cli(ViewConfig, args=argv, prog="turbo.view")
     try:
+        c = read_flags(ViewConfig, argv, "turbo.view")
         runs = check(c)
         if c.serve is not None:
             return serve(Server(runs, c.episodes, c.serve), c.open)
@@ -208,4 +209,4 @@ def serve(server: Server, show: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(conclude(main))
