@@ -238,7 +238,12 @@ GAME_DEFAULTS: dict[str, dict] = {
     "numberline": dict(updates=20, steps_per_update=1024),
     "blackjack": dict(updates=30, steps_per_update=1024, group_size=16),
     "alfworld": dict(
-        envs=64, steps_per_update=2048, updates=30, max_new_tokens=128, thought_coef=0.2
+        envs=64,
+        steps_per_update=2048,
+        updates=24,
+        max_new_tokens=128,
+        thought_coef=0.2,
+        eval_episodes=240,
     ),
 }
 
