@@ -103,3 +103,12 @@ def test_flags_of_alfworld_are_refused_elsewhere(alfworld_games, capsys):
     assert "task 'dance' is unknown" in capsys.readouterr().err
     assert train.main(["alfworld", "--games", "/nowhere"]) == 2
     assert "holds no ALFWorld game in train" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_built_in_model_plays_rooms_it_never_saw(alfworld_games, capsys):
+    flags = ["--env", "alfworld", "--games", alfworld_games, "--episodes", "16", "--json"]
+    assert evaluation.main(["tiny", *flags, "--workers", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["success_rate"] > 0.1 and found["legal_rate"] > 0.6
+    assert found["goal_rate"] > found["success_rate"]
