@@ -131,12 +131,13 @@ def warm_start(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> 
                 envs=64 if c.env == "alfworld" else 256,
                 **episodes,
             )
-            figures[f"{split}, temperature {temperature}"] = e
+            told = {name: value for name, value in e.items() if name != "solved"}
+            figures[f"{split}, temperature {temperature}"] = told
             if crew.leads:
-                told = [f"{what} {e[key]:.1%}" for what, key in TOLD.items() if e[key] == e[key]]
+                parts = [f"{what} {e[key]:.1%}" for what, key in TOLD.items() if e[key] == e[key]]
                 say(
                     f"{split} deals, T {temperature}: success {e['success_rate']:.1%} "
-                    f"[{e['success_low']:.1%}, {e['success_high']:.1%}], {', '.join(told)}"
+                    f"[{e['success_low']:.1%}, {e['success_high']:.1%}], {', '.join(parts)}"
                 )
     if crew.leads:
         save(vlm, c, figures)
