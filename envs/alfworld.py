@@ -16,6 +16,7 @@ drawing (`alfworld_draw`), the expert (`alfworld_expert`).
 import base64
 import json
 import os
+import re
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ KEYS = ("thoughts", "action")
 MAX_ACTIONS = 256  # commands that are admissible at once; official games have at most about 90
 TELLING = ("help", "inventory", "look")  # these, and `examine`, change nothing in the world
 SPLITS = ("train", "valid_seen", "valid_unseen")
+_UNSOLVABLE = re.compile(rb'"solvable":\s*false')
 
 
 @dataclass(frozen=True)
@@ -347,7 +349,8 @@ def find_games(folder: str, split: str, tasks: tuple[str, ...] = ()) -> tuple[Ga
     """The games of a split, in the order of their paths; ValueError where there are none.
 
     A folder as ALFWorld has it: json_2.1.1/<split>/<task>/<trial>/{game.tw-pddl, traj_data.json}.
-    Without `folder` it is $ALFWORLD_DATA, or else small games that are made once and kept.
+    Without `folder` it is $ALFWORLD_DATA, or else small games that are made once and kept. Games
+    with sliced objects, and those that ALFWorld marks as not solvable, are left out as by itself.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown: use {', '.join(SPLITS)}")
@@ -358,8 +361,11 @@ def find_games(folder: str, split: str, tasks: tuple[str, ...] = ()) -> tuple[Ga
     files = sorted(root.glob(f"json_*/{split}/*/*/game.tw-pddl"))
     found = []
     for file in files:
-        kind = file.parent.parent.name.split("-")[0]
-        if kind in TASKS and (not tasks or kind in tasks):
+        name = file.parent.parent.name
+        kind = name.split("-")[0]
+        if kind not in TASKS or "Sliced" in name or (tasks and kind not in tasks):
+            continue
+        if _UNSOLVABLE.search(file.read_bytes()) is None:
             found.append(str(file))
     if not found:
         of = f" of {', '.join(tasks)}" if tasks else ""

@@ -1,8 +1,10 @@
 """ALFWorld as an environment: rewards, both truncations, goal rates, prompts, answers, seeds."""
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -187,6 +189,25 @@ def test_a_process_of_its_own_plays_the_same_game(env, alfworld_games):
         a, b = do(env, command), do(apart, command)
         assert np.array_equal(a[0], b[0]) and a[1:4] == b[1:4]
     apart.close()
+
+
+def test_games_that_alfworld_leaves_out_are_left_out(tmp_path, alfworld_games):
+    """Sliced objects, games without a way to the goal, tasks that are not played."""
+    source = Path(read_game(find_games(alfworld_games, "train")[0].path).path).parent
+    task = source.parent.name.split("-")[0]
+    names = [
+        f"{task}-Book-None-Desk-1",
+        f"{task}-AppleSliced-None-Desk-2",
+        f"{task}-Mug-None-Bed-3",
+    ]
+    for number, name in enumerate([*names, "pick_and_place_with_movable_recep-Pen-Cup-Bed-4"]):
+        trial = tmp_path / "json_2.1.1" / "train" / name / "trial_T1"
+        shutil.copytree(source, trial)
+        if number == 2:
+            content = json.loads((trial / "game.tw-pddl").read_text())
+            (trial / "game.tw-pddl").write_text(json.dumps(content | {"solvable": False}))
+    (game,) = find_games(str(tmp_path), "train")
+    assert Path(game.path).parent.parent.name == names[0]
 
 
 def test_what_is_no_game_is_refused(tmp_path, alfworld_games):
