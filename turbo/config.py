@@ -240,9 +240,9 @@ GAME_DEFAULTS: dict[str, dict] = {
     "alfworld": dict(
         envs=64,
         steps_per_update=2048,
-        updates=24,
+        updates=20,
         max_new_tokens=128,
-        thought_coef=0.2,
+        learning_rate=1e-3,
         eval_episodes=240,
     ),
 }
