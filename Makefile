@@ -59,8 +59,8 @@ screenshot: ## docs/view.png, of two runs that are trained for it where they are
 	test -d runs/without-teacher || \
 	    python -m turbo.train points24 --out runs/without-teacher --guidance none $(HARSH)
 	python -m turbo.view runs/with-teacher runs/without-teacher --out runs/both.html
-	chromium --headless --no-sandbox --hide-scrollbars --window-size=1440,1720 \
-	    --virtual-time-budget=3000 --screenshot=docs/view.png "file://$(CURDIR)/runs/both.html#$(SHOW)"
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1660,2020 \
+	    --virtual-time-budget=3000 --screenshot=docs/view.png "file://$(CURDIR)/runs/both.html#19/54/1"
 
 metrics: ## write docs/metrics.md
 	python -m bench.metrics_page

@@ -86,8 +86,12 @@ def columns(records: list[dict]) -> dict[str, list]:
 
 
 def curves(metrics: list[dict]) -> dict[str, list]:
-    """What every update recorded, and the 95 % interval of its success (Wilson)."""
+    """What every update recorded, and the 95 % interval of its success (Wilson).
+
+    Where no teacher guided by its KL, none was measured: the 0 that is recorded is no distance.
+    """
     records = [r for r in metrics if number(r.get("success_rate"))]
+    records = [r if r.get("teacher_kl_coef") else {**r, "teacher_kl": None} for r in records]
     out = columns(records)
     bands = [band(r["success_rate"], r.get("episodes")) for r in records]
     out["success_low"], out["success_high"] = [low for low, _ in bands], [high for _, high in bands]

@@ -314,6 +314,8 @@ def test_two_runs_side_by_side(driver, run, tmp_path):
     heads = text(driver, ".detail h4")
     assert heads[0].split(":")[0] == heads[1].split(":")[0]  # the same update and episode
     assert len(find(driver, ".pane")[1].find_elements("css selector", ".kl")) == 0  # no teacher
+    press(driver, "l")
+    assert len(find(driver, ".step.chosen")) == 2
     press(driver, "x", "k")
     assert "active" in find(driver, ".pane")[1].get_attribute("class")
     assert text(driver, ".detail h4")[1] != heads[1]

@@ -43,6 +43,19 @@ def test_curves(run):
     json.dumps(data, allow_nan=False)
 
 
+def test_a_kl_that_was_not_measured_is_not_zero(run, tmp_path):
+    def without_teacher(text):
+        records = [json.loads(line) for line in text.splitlines()]
+        for r in records:
+            if "teacher_kl" in r:
+                r |= {"teacher_kl": 0.0, "teacher_kl_coef": 0.0}
+        return "".join(json.dumps(r) + "\n" for r in records)
+
+    other = changed(run, tmp_path, "metrics.jsonl", without_teacher)
+    assert "teacher_kl" in read_run(run, 1)["curves"]
+    assert "teacher_kl" not in read_run(other, 1)["curves"]
+
+
 def test_episodes(run):
     data, records = read_run(run, 100), read_jsonl(run / "episodes.jsonl")
     assert data["recorded"] == len(records) == len(data["episodes"])

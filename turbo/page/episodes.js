@@ -34,7 +34,7 @@ class Pane {
   constructor(run, number, several, browser) {
     Object.assign(this, { run, number, browser, at: 0, step: 0, shown: [] });
     this.count = h("p", { class: "count", role: "status" });
-    this.space = h("div", { class: "space" });
+    this.space = h("div", { class: "space", role: "presentation" });
     this.list = h("div", {
       class: "list", role: "listbox", tabindex: 0, onscroll: () => this.drawRows(),
       "aria-label": `Episodes of ${run.name}`,
@@ -255,7 +255,7 @@ class Browser {
       whole("from", "updates from"), whole("to", "to"),
       h("input", { type: "search", name: "text", placeholder: "text  ( / )",
         "aria-label": "Text in answers, actions and deals", oninput: changed }),
-      several ? h("label", { title: "Show the same update and episode of both runs" },
+      several ? h("label", { title: "Show the same update, episode and step of both runs" },
         h("input", { type: "checkbox", name: "linked", checked: true }), "linked") : null,
       h("button", { type: "button", onclick: () => this.clear() }, "clear"),
       h("button", { type: "button", onclick: () => showHelp() }, "keys ( ? )"));
@@ -305,17 +305,24 @@ class Browser {
 
   goto(pane, step) {
     if (!pane.episode) return;
-    pane.step = Math.max(0, Math.min(step, pane.episode.steps.length - 1));
-    pane.drawDetail();
+    const all = this.linked ? this.panes.filter((p) => p.episode) : [pane];
+    for (const p of all) {
+      p.step = Math.max(0, Math.min(step, p.episode.steps.length - 1));
+      p.drawDetail();
+    }
     this.activate(pane.number);
     this.remember();
   }
 
+  get linked() {
+    const box = this.form.elements.linked;
+    return Boolean(box && box.checked);
+  }
+
   // Bring the other pane to the same episode of the same update, or to the nearest.
   link() {
-    const linked = this.form.elements.linked;
     const own = this.panes[this.active], e = own.episode;
-    if (!linked || !linked.checked || !e) return;
+    if (!this.linked || !e) return;
     const far = (o) => Math.abs(o.update - e.update) * 1e6 + Math.abs(o.number - e.number);
     for (const pane of this.panes.filter((p) => p !== own && p.shown.length)) {
       let best = 0;
