@@ -16,6 +16,7 @@ Left out: pictures, rewards, what a person or a model sees (`alfworld`).
 
 import base64
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import zlib
 from pathlib import Path
+from typing import ClassVar
 
 VERSION = 1  # of the translation
 HINT = "ALFWorld's engine is not installed: pip install 'gtr-turbo[alfworld]'"
@@ -33,6 +35,12 @@ TOLD = {  # facts that say what is where and how it is
     *("ishot", "iscool", "isclean", "istoggled", "issliced"),
 }
 _FIELD = re.compile(r"\{(\w+)\}")
+
+
+def check_engine() -> None:
+    """ValueError, with what to install, where the engine is not there."""
+    if not all(map(importlib.util.find_spec, ("alfworld", "textworld", "fast_downward"))):
+        raise ValueError(HINT)
 
 
 def cache_folder() -> Path:
@@ -71,7 +79,9 @@ def translate_apart(game: Path) -> dict:
     root = str(Path(sys.modules["turbo"].__file__).resolve().parent.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     own = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, env=own)
+    # in a session of its own: Ctrl-C is for this process to deal with
+    options = dict(capture_output=True, text=True, env=own, start_new_session=True)
+    done = subprocess.run(command, **options)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
         raise ValueError(f"{game} could not be translated: {last[0]}")
@@ -84,14 +94,18 @@ def translate(game: dict) -> dict:
     Raises ValueError where the goal cannot be reached at all (the planner's translator then leaves
     it out), ImportError without the engine.
     """
-    data = tempfile.gettempdir()
-    os.environ.setdefault("ALFWORLD_DATA", data)  # alfworld makes a folder in the home without it
+    own = os.environ.get("ALFWORLD_DATA")
+    if own is None:  # alfworld makes a folder in the home without it
+        os.environ["ALFWORLD_DATA"] = tempfile.gettempdir()
     try:
         import textworld
         from alfworld.agents.utils.misc import Demangler
         from textworld.envs import PddlEnv
     except ImportError as error:
         raise ImportError(HINT) from error
+    finally:
+        if own is None:
+            del os.environ["ALFWORLD_DATA"]
     stock = PddlEnv(textworld.EnvInfos())
     try:
         stock.load(game)
@@ -166,13 +180,19 @@ def _unpack(text: str) -> bytes:
 class TextGame:
     """One room that is played: `reset`, then `step`. Of one process at most one thread."""
 
+    free: ClassVar[list] = []  # libraries of games that are over; each is a copy of 33 MB, mapped
+
     def __init__(self):
         try:
             import fast_downward
         except ImportError as error:
             raise ImportError(HINT) from error
-        self.planner, self.library = fast_downward, fast_downward.load_lib()
-        self.loaded = ""
+        self.planner, self.loaded = fast_downward, ""
+        self.library = self.free.pop() if self.free else fast_downward.load_lib()
+
+    def __del__(self):
+        if hasattr(self, "library"):
+            self.free.append(self.library)
 
     def reset(self, game: str) -> dict:
         """Begin the game of a file `game.tw-pddl`; what can be told of it, see `_tell`."""

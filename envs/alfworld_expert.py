@@ -11,6 +11,7 @@ these alone, so a policy without a memory of earlier pictures can learn it.
 Left out: the planner (`alfworld_engine`), rewards (`alfworld`).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from turbo.envs.alfworld_scene import TREATMENTS, Goal, Place, Scene, kind_of
 
 SO = "; so "
 HOLD, WANT = "; hold ", "; want "
+_AND = re.compile(r",? and |, ")
 OPEN, TAKE, GO, PUT = "open ", "take ", "go to ", "move "
 
 
@@ -100,7 +102,7 @@ def _is_placed(now: Situation, thing) -> bool:
 def _search(now: Situation) -> list[str]:
     """Places not visited yet that may hold the object, in the list's order; else all again."""
     goal = now.goal
-    visited = {command.removeprefix(GO) for command in now.history if command.startswith(GO)}
+    visited = {name for command in now.history for name in goes_to(command)}
     here = set(now.scene.at)
     places = [p.name for p in now.scene.places if p.name not in here and _may_hold(now, p.name)]
     if goal.task not in TREATMENTS:  # what is there already need not be brought
@@ -109,7 +111,7 @@ def _search(now: Situation) -> list[str]:
     if new:
         return _possible(now, [GO + name for name in new])
     # all were visited: again, the one longest ago first
-    last = {command.removeprefix(GO): i for i, command in enumerate(now.history)}
+    last = {name: i for i, command in enumerate(now.history) for name in goes_to(command)}
     places.sort(key=lambda name: last.get(name, -1))
     return _possible(now, [GO + name for name in places])[:1]
 
@@ -157,7 +159,7 @@ def _look_for_lamp(now: Situation) -> list[str]:
     """Places not seen since the object was taken; a lamp stands on what has no door."""
     taken = [i for i, c in enumerate(now.history) if c.startswith(TAKE)]
     since = now.history[taken[-1] :] if taken else now.history
-    seen = {c.removeprefix(GO) for c in since if c.startswith(GO)} | set(now.scene.at)
+    seen = {name for command in since for name in goes_to(command)} | set(now.scene.at)
     places = [p.name for p in now.scene.places if not p.openable and p.name not in seen]
     return _possible(now, [GO + name for name in places])
 
@@ -174,8 +176,15 @@ def _put_down(now: Situation) -> list[str]:
     return here[:1] or _possible(now, [GO + name for name in places])
 
 
+def goes_to(command: str) -> list[str]:
+    """The places that a command goes to: "go to bed 1 and desk 2" names those side by side."""
+    return _AND.split(command.removeprefix(GO)) if command.startswith(GO) else []
+
+
 def _possible(now: Situation, commands: list[str]) -> list[str]:
-    return [command for command in commands if command in now.actions]
+    ways = {name: action for action in now.actions for name in goes_to(action)}
+    found = [ways.get(c.removeprefix(GO)) if c.startswith(GO) else c for c in commands]
+    return [command for command in dict.fromkeys(found) if command in now.actions]
 
 
 def thought(now: Situation, action: str) -> str:

@@ -8,6 +8,7 @@ The walkthrough is TextWorld's plan. What stands where is drawn in `alfworld_roo
 engine in `alfworld_pddl`. Left out: playing (`alfworld`), pictures.
 """
 
+import fcntl
 import json
 import os
 import random
@@ -219,10 +220,15 @@ DEFAULT_GAMES, DEFAULT_HELD_OUT = 600, 120  # of those that are made where a use
 def default_games() -> Path:
     """A folder of small games in the user's cache, made when it is first asked for."""
     out = cache_folder() / "alfworld-small"
-    if not (out / READY).exists():
-        print(f"making {DEFAULT_GAMES} small games of ALFWorld in {out}, once", file=sys.stderr)
-        print(run(GamesConfig(str(out), DEFAULT_GAMES, DEFAULT_HELD_OUT)), file=sys.stderr)
-        (out / READY).touch()
+    if (out / READY).exists():
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # of several processes the first one makes them
+        if not (out / READY).exists():
+            print(f"making {DEFAULT_GAMES} small games of ALFWorld in {out}, once", file=sys.stderr)
+            print(run(GamesConfig(str(out), DEFAULT_GAMES, DEFAULT_HELD_OUT)), file=sys.stderr)
+            (out / READY).touch()
     return out
 
 

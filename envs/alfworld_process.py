@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,8 @@ class GameProcess:
             stdout=subprocess.PIPE,
             stderr=self.words,
             env={**os.environ, "PYTHONPATH": path},
+            # Ctrl-C is for this process to deal with; and what a simulator starts ends with it
+            start_new_session=True,
         )
         self.begun, self.rest = False, b""
 
@@ -87,8 +90,8 @@ class GameProcess:
         until, out = time.monotonic() + seconds, self.child.stdout.fileno()
         while b"\n" not in self.rest:
             left = until - time.monotonic()
-            if left <= 0 or not select.select([out], [], [], left)[0]:
-                self.child.kill()
+            if left <= 0 or not _is_readable(out, left):
+                self._kill()
                 raise RuntimeError(self._end(f"gave no answer for {seconds:.0f} seconds"))
             part = os.read(out, 1 << 20)
             if not part:
@@ -104,10 +107,14 @@ class GameProcess:
         told = "; its last words: " + " | ".join(last) if last else ""
         return f"the process of an ALFWorld game {what} (status {self.child.returncode}){told}"
 
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.child.pid, signal.SIGKILL)
+
     def close(self) -> None:
         """End the process. Closing again does nothing."""
         if self.child.poll() is None:
-            self.child.kill()
+            self._kill()
         self.child.wait()
         for stream in (self.child.stdin, self.child.stdout, self.words):
             with contextlib.suppress(OSError):  # what was to be sent to a process that is gone
@@ -116,3 +123,10 @@ class GameProcess:
     def __del__(self):
         if hasattr(self, "child"):
             self.close()
+
+
+def _is_readable(file: int, seconds: float) -> bool:
+    """Whether there is something to read, or the end, in time; file numbers may pass 1,024."""
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(max(1, seconds * 1000)))

@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         c = read_flags(EvalConfig, argv, "turbo.eval")
         run = check(c)
-        find_alfworld(run)
+        find_alfworld(run, c.split or held_out(c.env))
         workers = own_workers(run, max(1, c.episodes // 16))
         figures = run_crew(workers, play, c, run)
     except (ValueError, OSError) as error:

@@ -289,13 +289,13 @@ def open_game(c: PlayConfig, screen: Screen) -> tuple[VisualEnv, Player]:
         run = check_source(asked)
         torch.set_num_threads(1)  # as in a crew: at small products threads wait for one another
         vlm, weights = open_source(asked, run)
-        find_alfworld(run)
+        find_alfworld(run, held_out(c.env))
         env = env_maker(replace(run, hands=0), held_out(c.env))()
         return env, Policy(vlm, weights, screen, c, run)
     # the small pictures have the larger letters: they can be read in a terminal
     observation = "small" if screen.shows_pictures and not c.png else "full"
     run = replace(defaults(c.env, "tiny"), observation=observation, games=c.games)
-    find_alfworld(run)
+    find_alfworld(run, "all")
     return env_maker(run)(), Person(screen, c.seed)
 
 

@@ -17,6 +17,7 @@ from turbo import checkpoint
 from turbo.config import TrainConfig
 from turbo.corrector import Corrector
 from turbo.envs.alfworld import ALFWorld, find_games
+from turbo.envs.alfworld_engine import check_engine
 from turbo.envs.make import make, takes, tiny_kwargs
 from turbo.faults import FaultLog, NumericalFault, diagnosis
 from turbo.guidance import Examples
@@ -176,7 +177,7 @@ class Run:
         self.phases.restart("evaluate teacher" if teacher else "evaluate policy")
         with torch.no_grad():
             weights = self.teacher.weights if teacher else self.vlm.weights(self.lora)
-        figures = self._play(weights, c.eval_episodes, c.seed)
+        figures = self._play(weights, c.eval_episodes, c.seed, held_out(c.env))
         self.phases.end()
         return figures
 
@@ -188,15 +189,18 @@ class Run:
         with torch.no_grad():
             weights = self.vlm.weights(self.lora)
         # An update that has begun to learn is finished: this is part of it.
-        figures = self._play(weights, c.score_episodes, c.seed + SCORE_SEED, patient=True)
+        # What weighs the teacher is not what it is evaluated on.
+        figures = self._play(weights, c.score_episodes, c.seed + SCORE_SEED, "all", patient=True)
         return figures["success_rate"]
 
-    def _play(self, weights: Weights, episodes: int, seed: int, patient: bool = False) -> dict:
+    def _play(
+        self, weights: Weights, episodes: int, seed: int, split: str, patient: bool = False
+    ) -> dict:
         c = self.config
         return evaluate(
             self.vlm,
             weights,
-            env_maker(dataclasses.replace(c, hands=0), held_out(c.env)),
+            env_maker(dataclasses.replace(c, hands=0), split),
             episodes=episodes,
             seed=seed,
             temperature=c.eval_temperature,
@@ -282,14 +286,19 @@ def alfworld_options(c: TrainConfig | SftConfig, split: str) -> dict:
     }
 
 
-def find_alfworld(c: TrainConfig | SftConfig) -> None:
+def find_alfworld(c: TrainConfig | SftConfig, *splits: str) -> None:
     """Find the games that the settings ask for, or make those that all settings have.
 
-    Before workers start: one process makes them. ValueError where there are none.
+    Before workers start: one process makes them. ValueError where a split ("all", "seen",
+    "unseen"; none named: those of training and of its evaluations) has none, and without the
+    engine.
     """
-    if c.env == "alfworld":
-        options = alfworld_options(c, "train")
-        find_games(options["games"], "train", options["tasks"])
+    if c.env != "alfworld":
+        return
+    check_engine()
+    for split in splits or (("all", held_out(c.env)) if c.eval_episodes else ("all",)):
+        options = alfworld_options(c, SPLITS[split])
+        find_games(options["games"], options["split"], options["tasks"])
 
 
 def check_prompts(vlm: VisionLanguageModel, env: ALFWorld, c: TrainConfig) -> None:

@@ -110,9 +110,10 @@ def check_sft(c: SftConfig) -> None:
         if not getattr(c, flag) > 0:
             name = "--" + flag.replace("_", "-")
             raise ValueError(f"{name} must be more than 0, got {getattr(c, flag)}")
-    for flag in ("seed", "states", "workers"):
+    for flag in ("seed", "states", "workers", "history_length"):
         if getattr(c, flag) < 0:
-            raise ValueError(f"--{flag} must be zero or more, got {getattr(c, flag)}")
+            name = "--" + flag.replace("_", "-")
+            raise ValueError(f"{name} must be zero or more, got {getattr(c, flag)}")
     if not 0 <= c.stray < 1:
         raise ValueError(f"--stray must be a share from 0 to below 1, got {c.stray}")
     if (c.games or c.tasks) and c.env != "alfworld":

@@ -12,7 +12,8 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from turbo.envs.alfworld import MAX_ACTIONS, ALFWorld, find_games, read_game
-from turbo.envs.alfworld_scene import TASKS
+from turbo.envs.alfworld_expert import Situation, goes_to, next_actions
+from turbo.envs.alfworld_scene import TASKS, Goal, Place, Scene, Thing
 from turbo.envs.base import LabelledEnv, SlowEnv
 from turbo.envs.make import register_envs, tiny_kwargs
 
@@ -95,6 +96,20 @@ def test_the_expert_knows_no_more_than_the_player(env):
     blind = env.snapshot()
     blind.scene = replace(env.scene, places=places)
     assert blind.expert_answer(np.random.default_rng(0)) == before
+
+
+def test_the_expert_goes_to_places_that_stand_side_by_side():
+    """Official rooms have some; one command goes to all of a location."""
+    names = ("bed 1", "desk 1", "shelf 1")
+    both, one = "go to bed 1 and desk 1", "go to shelf 1"
+    assert goes_to("go to bed 1, desk 1, and shelf 1") == list(names)
+    assert goes_to(both) == list(names[:2]) and goes_to("open bed 1") == []
+    scene = Scene(tuple(Place(name) for name in names))
+    goal = Goal("pick_and_place_simple", "pen", "shelf")
+    now = Situation(goal, scene, (), (both, one, "look"), {})
+    assert next_actions(now) == [both]  # once; and not to the goal, which has no pen to fetch
+    held = replace(now, scene=replace(scene, held=Thing("pen 1")), goal=replace(goal, place="desk"))
+    assert next_actions(held) == [both]
 
 
 def test_an_illegal_answer_leaves_the_world_as_it_is(env):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,28 @@ def test_a_process_and_a_game_of_ones_own_say_the_same(game_files):
         assert apart.receive() == own.receive()
     apart.close()
     apart.close()
+
+
+def test_a_game_that_is_over_leaves_its_library_to_the_next(game_files):
+    """A new one is a copy of 33 MB on disk and in memory, which nothing frees."""
+    first = engine.TextGame()
+    library = first.library
+    wanted = first.reset(game_files[0])
+    first.step(first.plan()["plan"][0])
+    del first
+    second = engine.TextGame()
+    assert second.library is library and second.reset(game_files[0]) == wanted
+    assert engine.TextGame().library is not library
+
+
+def test_a_translation_leaves_the_surroundings_as_they_are(game_files, monkeypatch):
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    engine.translate(json.loads(Path(game_files[0]).read_text()))
+    assert "ALFWORLD_DATA" not in engine.os.environ
+
+
+def test_without_the_engine_it_says_what_to_install(monkeypatch):
+    engine.check_engine()
+    monkeypatch.setitem(sys.modules, "textworld", None)
+    with pytest.raises(ValueError, match=r"not installed: pip install 'gtr-turbo\[alfworld\]'"):
+        engine.check_engine()

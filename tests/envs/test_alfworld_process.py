@@ -1,7 +1,9 @@
 """A game in a process of its own: it fails, dies, hangs, and talks."""
 
+import os
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +51,22 @@ def test_a_process_that_hangs_is_given_up():
         process.receive()
     assert time.monotonic() - started < 20
     assert process.child.poll() is not None
+
+
+def test_the_process_is_in_a_session_of_its_own_and_what_it_started_ends_with_it():
+    """Ctrl-C reaches the trainer alone, which ends its games when it is done with them."""
+    code = (
+        "import json, subprocess; c = subprocess.Popen(['sleep', '600']);"
+        "print(json.dumps({'pid': c.pid}), flush=True); input()"
+    )
+    process = process_that(code)
+    other = process.receive()["pid"]
+    assert os.getsid(process.child.pid) == os.getsid(other) != os.getsid(0)
+    process.close()
+    for _ in range(200):  # an orphan is gone, or waits for somebody to read its status
+        status = Path(f"/proc/{other}/stat")
+        if not status.exists() or status.read_text().split()[2] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("it lives on")

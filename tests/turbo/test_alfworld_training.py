@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -103,6 +105,25 @@ def test_flags_of_alfworld_are_refused_elsewhere(alfworld_games, capsys):
     assert "task 'dance' is unknown" in capsys.readouterr().err
     assert train.main(["alfworld", "--games", "/nowhere"]) == 2
     assert "holds no ALFWorld game in train" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_said_before_anything_begins(
+    alfworld_games, tmp_path, monkeypatch, capsys
+):
+    some = tmp_path / "games" / "json_2.1.1"
+    some.mkdir(parents=True)
+    (some / "train").symlink_to(next(Path(alfworld_games).glob("json_*")) / "train")
+    flags = ["--games", str(some.parent), "--out", str(tmp_path / "run")]
+    for command in (train, sft):  # the evaluation's games are asked for at the end
+        assert command.main(["alfworld", *flags]) == 2
+        assert "holds no ALFWorld game in valid_unseen" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "fast_downward", None)
+    monkeypatch.setenv("GTR_TURBO_CACHE", str(tmp_path / "cache"))
+    for more in (flags, flags[2:]):
+        assert train.main(["alfworld", *more]) == 2
+        told = capsys.readouterr().err
+        assert "pip install 'gtr-turbo[alfworld]'" in told and told.count("\n") == 1
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
 @pytest.mark.slow
