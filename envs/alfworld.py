@@ -6,8 +6,8 @@ admissible ones, and no words about the scene. The reward of a step is
 
     success_reward * won + goal conditions met (a share) - 1 if the answer is illegal
 
-An episode is truncated, at `truncation_reward`, when the history reaches `max_history` or the last
-`repeat_limit` commands are the same.
+An episode is truncated, at `truncation_reward`, when there were more than `max_history` answers, or
+when the last `repeat_limit` were the same command, or all of them illegal.
 
 Left out: the engine (`alfworld_engine`, `alfworld_thor`), the making of games (`alfworld_games`),
 drawing (`alfworld_draw`), the expert (`alfworld_expert`).
@@ -155,7 +155,7 @@ class ALFWorld(gym.Env):
         reward += 0.0 if command is not None else self.illegal_penalty
         last = self.tried[-self.repeat_limit :]
         stuck = len(last) == self.repeat_limit and len(set(last)) == 1
-        truncated = not won and (stuck or len(self.tried) >= self.max_history)
+        truncated = not won and (stuck or len(self.tried) > self.max_history)
         reward = self.truncation_reward if truncated else reward
         return self._observe(), float(reward), won, truncated, self._info()
 
@@ -247,7 +247,8 @@ class ALFWorld(gym.Env):
         places = [p.name for p in self.scene.places]
         if not things:
             return []
-        return [f"take {max(things, key=len)} from {max(places, key=len)}"]
+        thing, place = max(things, key=len), max(places, key=len)
+        return [f"take {thing} from {place}", f"clean {thing} with {place}"]
 
     def read_answer(self, text: str) -> Answer:
         """Exact match with an admissible command, after case and spaces are made equal."""
@@ -330,8 +331,11 @@ class ALFWorld(gym.Env):
         return (self.game.goal.task, self.game.path)
 
 
-def _default_games() -> Path:
-    """$ALFWORLD_DATA where it holds games; else small ones, made now if they were not before."""
+def games_folder(folder: str) -> Path:
+    """`folder`; without one $ALFWORLD_DATA where it holds games, else small ones, made now if they
+    were not before."""
+    if folder:
+        return Path(folder)
     own = os.environ.get("ALFWORLD_DATA")
     if own and any(Path(own).glob("json_*")):
         return Path(own)
@@ -357,7 +361,7 @@ def find_games(folder: str, split: str, tasks: tuple[str, ...] = ()) -> tuple[Ga
     for task in tasks:
         if task not in TASKS:
             raise ValueError(f"task {task!r} is unknown: use {', '.join(TASKS)}")
-    root = Path(folder) if folder else _default_games()
+    root = games_folder(folder)
     files = sorted(root.glob(f"json_*/{split}/*/*/game.tw-pddl"))
     found = []
     for file in files:

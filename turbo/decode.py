@@ -102,7 +102,16 @@ class Decoder:
         self.cache.put_prefix(slot, prefix, number)
 
     def ask(self, slot: int, request: Request) -> None:
-        """Begin an answer in a slot that has none under way."""
+        """Begin an answer in a slot that has none under way.
+
+        ValueError where prompt and answer have no place in the model: nothing is cut off.
+        """
+        tokens, limit = self.cache.past + len(request.suffix), self.vlm.positions
+        if limit is not None and tokens + self.max_new > limit:
+            raise ValueError(
+                f"a prompt has {tokens:,} tokens and its answer may have {self.max_new}: more than "
+                f"the {limit:,} positions of the model; shorten the prompt, or --max-new-tokens"
+            )
         self.rows[slot] = _Row(slot, request, list(request.suffix))
 
     @torch.no_grad()

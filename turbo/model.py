@@ -128,6 +128,11 @@ class VisionLanguageModel:
         """Where the model runs."""
         return self.text.device
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens of a prompt and its answer that the model has positions for; None: not told."""
+        return getattr(self.module.config.get_text_config(), "max_position_embeddings", None)
+
     def prefix(self, w: Weights, features: Tensor, fixed: str, grid: Tensor) -> PrefixKV:
         """Keys and values of U prompts up to the fixed text's end; features [U, tokens, D']."""
         count, n, _ = features.shape

@@ -16,7 +16,7 @@ from torch import Tensor
 from turbo import checkpoint
 from turbo.config import TrainConfig
 from turbo.corrector import Corrector
-from turbo.envs.alfworld import ALFWorld, find_games
+from turbo.envs.alfworld import ALFWorld, find_games, games_folder
 from turbo.envs.alfworld_engine import check_engine
 from turbo.envs.make import make, takes, tiny_kwargs
 from turbo.faults import FaultLog, NumericalFault, diagnosis
@@ -272,6 +272,7 @@ def env_maker(c: TrainConfig, split: str = "all"):
     return lambda: make(c.env, **options)
 
 
+LARGEST = 8  # games whose longest prompts are tried before training
 SPLITS = {"all": "train", "seen": "valid_seen", "unseen": "valid_unseen"}  # ALFWorld's names
 
 
@@ -296,30 +297,36 @@ def find_alfworld(c: TrainConfig | SftConfig, *splits: str) -> None:
     if c.env != "alfworld":
         return
     check_engine()
+    if isinstance(c, TrainConfig):  # a run that is resumed plays the same ones
+        c.games = str(games_folder(c.games).resolve())
     for split in splits or (("all", held_out(c.env)) if c.eval_episodes else ("all",)):
         options = alfworld_options(c, SPLITS[split])
         find_games(options["games"], options["split"], options["tasks"])
 
 
 def check_prompts(vlm: VisionLanguageModel, env: ALFWorld, c: TrainConfig) -> None:
-    """ValueError where the longest prompt of a game and its answer have no place in the model.
+    """ValueError where the longest prompt of the largest games, and its answer, have no place in
+    the model.
 
     Prompts grow with the history; better to learn so before the first step than after an hour.
+    What comes longer all the same is refused where it comes (`turbo.decode`).
     """
-    limit = getattr(vlm.module.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None:
+    if vlm.positions is None:
         return
-    picture, _ = env.reset(seed=c.seed)
-    prompt = env.longest_prompt(prompt_style(c))
-    image = vlm.see([picture])[0].shape[1]
-    parts = (vlm.frame.prefix(prompt.fixed, image), vlm.frame.suffix(prompt.state))
-    tokens = sum(len(vlm.encode(part)) for part in parts)
+    largest = sorted(env.games, key=lambda game: Path(game.path).stat().st_size)[-LARGEST:]
+    tokens = 0
+    for game in largest:
+        picture, _ = env.reset(options={"game": game.path})
+        prompt = env.longest_prompt(prompt_style(c))
+        image = vlm.see([picture])[0].shape[1]
+        parts = (vlm.frame.prefix(prompt.fixed, image), vlm.frame.suffix(prompt.state))
+        tokens = max(tokens, sum(len(vlm.encode(part)) for part in parts))
     env.close()
-    if tokens + c.max_new_tokens > limit:
+    if tokens + c.max_new_tokens > vlm.positions:
         raise ValueError(
             f"a prompt with {min(c.history_length, env.max_history)} commands has up to {tokens:,} "
-            f"tokens and its answer {c.max_new_tokens}: more than the {limit:,} positions of the "
-            "model. Lower --history-length or --max-new-tokens, or take smaller games"
+            f"tokens and its answer {c.max_new_tokens}: more than the {vlm.positions:,} positions "
+            "of the model. Lower --history-length or --max-new-tokens, or take smaller games"
         )
 
 

@@ -137,10 +137,10 @@ def test_both_truncations(alfworld_games):
         assert truncated == (number == 4) and not terminated
     assert reward == -3.0
     made.reset(seed=0)
-    for number in range(7):
+    for number in range(8):
         _, reward, _, truncated, _ = do(made, ("look", "help")[number % 2])
-        assert truncated == (number == 6)
-    assert reward == -3.0 and len(made.history) == 7
+        assert truncated == (number == 7)
+    assert reward == -3.0 and len(made.history) == 8
     made.reset(seed=0)
     for number in range(5):  # illegal ones count too
         _, reward, _, truncated, _ = made.step_illegal()

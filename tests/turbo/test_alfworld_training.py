@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from turbo import eval as evaluation
 from turbo import sft, train
 from turbo.config import defaults
+from turbo.decode import Decoder, Request
 from turbo.envs.make import make, tiny_kwargs
 from turbo.log import read_jsonl
 from turbo.parallel import Crew
@@ -75,7 +77,7 @@ def test_games_in_their_own_processes_play_beside_each_other_and_repeatably(alfw
 
     apart, rollout = play(True)
     assert apart == play(True)[0]
-    assert len(rollout.steps) >= 24 and all(1 <= len(e.steps) <= 4 for e in rollout.episodes)
+    assert len(rollout.steps) >= 24 and all(1 <= len(e.steps) <= 5 for e in rollout.episodes)
     assert {len({e.deal for e in rollout.episodes if e.group == g}) for g in range(4)} == {1}
     here, _ = play(False)
     assert [len(e) for e in here] and len(here) >= len(apart) - 4
@@ -95,6 +97,14 @@ def test_a_prompt_that_cannot_fit_is_refused_before_the_first_step(
     assert train.main(["alfworld", *flags, *SMALL, "--max-new-tokens", "900"]) == 2
     assert "Lower --history-length or --max-new-tokens" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_that_is_too_long_all_the_same_is_not_cut(vlm):
+    weights = vlm.merged(vlm.weights())
+    decoder = Decoder(vlm, weights, 1, 1.0, 24, torch.Generator())
+    decoder.ask(0, Request([5] * 1000, lambda written: written))
+    with pytest.raises(ValueError, match=r"1,001 tokens and its answer may have 24.*1,024 posit"):
+        decoder.ask(0, Request([5] * 1001, lambda written: written))
 
 
 def test_flags_of_alfworld_are_refused_elsewhere(alfworld_games, capsys):
@@ -132,4 +142,4 @@ def test_the_built_in_model_plays_rooms_it_never_saw(alfworld_games, capsys):
     assert evaluation.main(["tiny", *flags, "--workers", "1"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["success_rate"] > 0.1 and found["legal_rate"] > 0.6
-    assert found["goal_rate"] > found["success_rate"]
+    assert found["goal_rate"] >= found["success_rate"]
