@@ -63,8 +63,8 @@ def test_a_rollout_counts_thought_up_to_the_key_of_its_environment():
 
 def test_its_tokenizer_knows_words_and_never_whole_answers():
     """Four kinds of answers would become four tokens if nothing kept words apart."""
-    tokenizer = tiny.train_tokenizer(games=(NAME,), split=tiny.WORDS)
     env = TaggedNumberLine(**tiny_kwargs(NAME))
+    tokenizer = tiny.tokenizer_of(NAME, env)
     env.reset(seed=5)
     text = env.expert_answer(np.random.default_rng(0))
     ids = tokenizer.encode(text, add_special_tokens=False)

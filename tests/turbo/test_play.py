@@ -256,7 +256,8 @@ class Terminal:
         main, end = pty.openpty()
         fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
         colours = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
-        environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | colours
+        unset = ("NO_COLOR", "COLUMNS", "LINES")  # they would count for more than the terminal
+        environment = {k: v for k, v in os.environ.items() if k not in unset} | colours
         self.process = subprocess.Popen(
             [sys.executable, "-m", "turbo.play", *argv],
             stdin=end,

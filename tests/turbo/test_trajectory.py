@@ -1,7 +1,6 @@
 """turbo/trajectory.py: what is recorded of an episode is what was: pictures, tokens, exact KL."""
 
 import base64
-import dataclasses
 import io
 import json
 
@@ -80,7 +79,7 @@ def test_a_record_tells_the_episode(fitted, played):
             assert told["state"] == "- or +?"
             assert told["reward"] == step.reward and told["format_reward"] == step.format_reward
             assert told["action"] == step.answer.action and told["error"] == step.answer.error
-            assert told["verdict"] == dataclasses.asdict(step.verdict)
+            assert told["verdict"] == {part: getattr(step.verdict, part) for part in PARTS}
     assert any(s["action"] is None for r in records for s in r["steps"])  # both kinds are there
     assert any(s["action"] is not None for r in records for s in r["steps"])
 

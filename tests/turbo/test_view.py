@@ -107,10 +107,9 @@ def test_refusals(run, capsys, arguments, words):
     assert err.startswith("error: ") and words in err and err.count("\n") == 1 and not out
 
 
-def test_a_flag_that_does_not_exist(run):
-    with pytest.raises(SystemExit) as end:
-        view.main([str(run), "--episoeds", "3"])
-    assert end.value.code == 2
+def test_a_flag_that_does_not_exist(run, capsys):
+    assert view.main([str(run), "--episoeds", "3"]) == 2
+    assert "--episoeds is unknown: did you mean --episodes?" in capsys.readouterr().err
 
 
 @pytest.fixture
