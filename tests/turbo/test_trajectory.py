@@ -79,7 +79,8 @@ def test_a_record_tells_the_episode(fitted, played):
             assert told["state"] == "- or +?"
             assert told["reward"] == step.reward and told["format_reward"] == step.format_reward
             assert told["action"] == step.answer.action and told["error"] == step.answer.error
-            assert told["verdict"] == {part: getattr(step.verdict, part) for part in PARTS}
+            parts = {part: getattr(step.verdict, part) for part in trajectory.PARTS}
+            assert told["verdict"] == parts
     assert any(s["action"] is None for r in records for s in r["steps"])  # both kinds are there
     assert any(s["action"] is not None for r in records for s in r["steps"])
 
