@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from turbo import trajectory
-from turbo.envs.make import ENVIRONMENTS
 from turbo.log import read_jsonl
 from turbo.parallel import Crew
+from turbo.tiny import GAMES
 
 TEMPERATURE = 0.7
 
@@ -100,7 +100,7 @@ def test_the_pictures_are_those_that_the_policy_saw_each_stored_once(fitted, pla
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("game", ENVIRONMENTS)
+@pytest.mark.parametrize("game", GAMES)
 def test_every_game(vlm, game, fresh):
     """Also one that makes a new array for every picture."""
     rollout = tiny_models.play(
