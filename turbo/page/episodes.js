@@ -160,7 +160,10 @@ function episodeHead(e) {
 function drawStep(e, s, run) {
   const data = s.frame ? run.frames[s.frame] : null;
   const picture = data
-    ? h("img", { class: "frame", alt: "What the policy saw", src: `data:image/png;base64,${data}` })
+    ? h("img", {
+      class: "frame", alt: "What the policy saw", src: `data:image/png;base64,${data}`,
+      onload: ({ target }) => target.classList.toggle("small", target.naturalWidth < 200),
+    })
     : h("p", { class: "frame quiet" }, "No picture was recorded.");
   return [
     h("div", { class: "scene" }, picture, h("div", { class: "side" }, facts(s), prompt(e, s))),
@@ -333,10 +336,14 @@ class Browser {
     }
   }
 
-  // The address names the chosen step, so that it can be kept: #update/episode/step
+  // The address names the chosen step, so that it can be kept: #update/episode/step. Browsers
+  // let it change some times a second only: it waits until the keys rest.
   remember() {
-    const { episode, step } = this.panes[0];
-    if (episode) history.replaceState(null, "", `#${episode.update}/${episode.number}/${step}`);
+    clearTimeout(this.waiting);
+    this.waiting = setTimeout(() => {
+      const { episode, step } = this.panes[0];
+      if (episode) history.replaceState(null, "", `#${episode.update}/${episode.number}/${step}`);
+    }, 200);
   }
 
   recall(hash) {
