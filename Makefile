@@ -16,10 +16,10 @@ test-gpu: ## the tests that need a CUDA device, in one process
 	python -m pytest -n 0 -m gpu
 
 test-faults: ## a run is killed 40 times; 200 updates are watched: minutes
-	python -m pytest -n 0 -s -m long tests/reliability
+	python -m pytest -n 0 -s -m long --timeout 0 tests/reliability
 
 test-fuzz: ## 40,000 hostile inputs
-	python -m pytest -m fuzz --hypothesis-profile fuzz
+	python -m pytest -m fuzz --timeout 0 --hypothesis-profile fuzz
 
 test-browser: ## the page of turbo.view in Chromium (apt-get install chromium chromium-driver)
 	python -m pytest -n 0 -rs -s tests/turbo/test_view_browser.py

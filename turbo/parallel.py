@@ -14,17 +14,61 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait as wait_for
 from multiprocessing.sharedctypes import RawValue
 from queue import Empty
-from threading import BrokenBarrierError
 
 import torch
 from torch import Tensor
 
 PATIENCE = 1800.0  # seconds that a worker waits for the others
+
+
+class Broken(RuntimeError):
+    """A worker failed, was killed, or did not come in time."""
+
+
+class Barrier:
+    """Where every worker waits for all others, also when one of them is killed while it waits.
+
+    There is a counting semaphore for each ordered pair of workers. To come here is to raise those
+    towards the others; to have met is to have lowered those from the others. No worker ever holds
+    a lock, so none takes one with it. (`multiprocessing.Barrier` waits forever for a sleeper that
+    was killed: it wakes the others under a lock and waits for each to be awake.)
+    """
+
+    def __init__(self, size: int, context):
+        self.size = size
+        self._from_to = [[context.Semaphore(0) for _ in range(size)] for _ in range(size)]
+        self._broken = context.RawValue("b", 0)
+
+    @property
+    def broken(self) -> bool:
+        """Whether a worker gave up; it stays so."""
+        return bool(self._broken.value)
+
+    def abort(self) -> None:
+        """Wake all who wait here, now or later, with `Broken`."""
+        self._broken.value = 1
+        for row in self._from_to:
+            for semaphore in row:
+                semaphore.release()
+
+    def wait(self, rank: int, patience: float) -> None:
+        """Return when all have come; `Broken` after so many seconds, or when one gave up."""
+        others = [other for other in range(self.size) if other != rank]
+        for other in others:
+            self._from_to[rank][other].release()
+        until = time.monotonic() + patience
+        for other in others:
+            came = self._from_to[other][rank].acquire(timeout=max(0.0, until - time.monotonic()))
+            if not came:
+                self.abort()
+            if self.broken:
+                raise Broken("another worker failed; its error is printed above")
 
 
 class Crew:
@@ -58,10 +102,7 @@ class Crew:
     def wait(self) -> None:
         """Return when every worker has come here."""
         if self.size > 1:
-            try:
-                self._barrier.wait(PATIENCE)
-            except BrokenBarrierError:
-                raise RuntimeError("another worker failed; its error is printed above") from None
+            self._barrier.wait(self.rank, PATIENCE)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace float32 tensors by their sums over the crew, in place."""
@@ -110,7 +151,7 @@ class Crew:
             except Empty:
                 if self._barrier.broken:
                     break
-        raise RuntimeError("another worker failed; its error is printed above")
+        raise Broken("another worker failed; its error is printed above")
 
     def collect(self, item) -> list | None:
         """Every worker's `item` on worker 0, None on the others."""
@@ -137,7 +178,7 @@ def run_crew(size: int, program: Callable, *arguments, board: int = 1 << 20):
     if size == 1:
         return program(Crew(), *arguments)
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(size)
+    barrier = Barrier(size, context)
     shared = torch.zeros(size, board).share_memory_()
     queues, asked = [context.Queue() for _ in range(size)], context.RawValue("b", 0)
     others = [
@@ -156,7 +197,7 @@ def run_crew(size: int, program: Callable, *arguments, board: int = 1 << 20):
     try:
         return program(Crew(0, size, barrier, shared, queues, asked), *arguments)
     except BaseException:
-        barrier.abort()
+        _give_up(barrier, queues)
         raise
     finally:
         over.set()
@@ -164,6 +205,13 @@ def run_crew(size: int, program: Callable, *arguments, board: int = 1 << 20):
             process.join(5)
             if process.is_alive():
                 process.kill()
+
+
+def _give_up(barrier: Barrier, queues: list) -> None:
+    """Let the others know, and let this process end without having sent them all it was to send."""
+    barrier.abort()
+    for queue in queues:
+        queue.cancel_join_thread()
 
 
 def _watch(others: list, barrier, over: threading.Event) -> None:
@@ -195,5 +243,5 @@ def _work(program, arguments, rank, size, barrier, board, queues, asked) -> None
     except BaseException:
         if not barrier.broken:
             traceback.print_exc()
-        barrier.abort()
+        _give_up(barrier, queues)
         raise SystemExit(1) from None

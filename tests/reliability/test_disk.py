@@ -2,23 +2,14 @@
 was saved before. A limit on the size of files stands for the full disk."""
 
 import os
-import resource
-import time
+import subprocess
+import sys
 
 import pytest
 from trainer import FLAGS, finish, start
 
 from turbo import checkpoint, train
-from turbo.log import JsonlLogger, read_jsonl
-
-
-def limit_files(size):
-    """In the child: no file grows beyond so many bytes, as on a full disk."""
-
-    def set_limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return set_limit
+from turbo.log import read_jsonl
 
 
 @pytest.mark.slow
@@ -28,7 +19,7 @@ def test_a_failed_save_is_tried_again_and_told_and_loses_nothing(tmp_path):
     assert status == 0, err
     size = (run / "checkpoints/00000001/state.safetensors").stat().st_size
     more = ["--updates", "3", "--resume", str(run)]
-    limited = start(run, *more[:2], resume=True, preexec_fn=limit_files(size // 2))
+    limited = start(run, *more[:2], resume=True, file_limit=size // 2)
     status, out, err = finish(limited)
     assert status == 1, err
     assert out.count("update 2 could not be saved: ") == 3  # tried three times
@@ -88,47 +79,53 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
     assert str(tmp_path / "run") in capsys.readouterr().err
 
 
+def run_limited(program, path):
+    """Run it in a process that may limit its files, as on a disk that fills and empties again."""
+    begin = "import resource, sys; from pathlib import Path; file = Path(sys.argv[1])\n"
+    begin += "_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
+    begin += "def limit(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", begin + program, str(path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+RECORDS = """
+from turbo.log import JsonlLogger
+logger = JsonlLogger(file)
+for update in range(20):
+    limit(90 if 5 <= update < 15 else hard)
+    logger.write({"update": update})
+    lines = file.read_text()
+    assert lines.endswith("\\n")  # never half a line
+    assert bool(logger.problem) == (lines.count("\\n") <= update)
+logger.close()
+"""
+EPISODES = """
+from turbo.checkpoint import append_text
+append_text(file, "one\\n")
+limit(500)
+try:
+    append_text(file, "two\\n" * 300)
+except OSError as error:
+    assert "too large" in str(error)
+else:
+    raise AssertionError("there was room")
+assert file.read_text() == "one\\n"
+limit(hard)
+append_text(file, "two\\n" * 300)
+"""
+
+
 def test_records_wait_for_room(tmp_path):
-    """In a child with a limit on files, as on a disk that fills and is emptied again."""
-    if pid := os.fork():
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert [r["update"] for r in read_jsonl(tmp_path / "m.jsonl")] == list(range(20))
-        return
-    status = 1
-    try:
-        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        logger = JsonlLogger(tmp_path / "m.jsonl")
-        for update in range(20):
-            full = 5 <= update < 15
-            resource.setrlimit(resource.RLIMIT_FSIZE, (90 if full else hard, hard))
-            logger.write({"update": update})
-            lines = (tmp_path / "m.jsonl").read_text()
-            assert lines.endswith("\n")  # never half a line
-            assert bool(logger.problem) == (lines.count("\n") <= update)
-        logger.close()
-        status = 0
-    finally:
-        time.sleep(0)
-        os._exit(status)
+    run_limited(RECORDS, tmp_path / "m.jsonl")
+    assert [r["update"] for r in read_jsonl(tmp_path / "m.jsonl")] == list(range(20))
 
 
 def test_a_sample_of_episodes_is_written_whole_or_not_at_all(tmp_path):
-    """In a child with a limit on files: what did not fit leaves no half line."""
-    file = tmp_path / "episodes.jsonl"
-    if pid := os.fork():
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert file.read_text() == "one\n" + "two\n" * 300
-        return
-    status = 1
-    try:
-        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        checkpoint.append_text(file, "one\n")
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
-        with pytest.raises(OSError, match="too large"):
-            checkpoint.append_text(file, "two\n" * 300)
-        assert file.read_text() == "one\n"
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        checkpoint.append_text(file, "two\n" * 300)
-        status = 0
-    finally:
-        os._exit(status)
+    run_limited(EPISODES, tmp_path / "episodes.jsonl")
+    assert (tmp_path / "episodes.jsonl").read_text() == "one\n" + "two\n" * 300

@@ -33,7 +33,7 @@ def kill(process, run: Path, rng: random.Random, while_saving: bool) -> bool:
         time.sleep(0 if while_saving else 0.002)
     alive = process.poll() is None
     process.kill()
-    process.communicate()
+    process.communicate(timeout=60)
     return alive
 
 

@@ -47,7 +47,7 @@ def test_a_long_rollout_is_abandoned_within_ten_seconds(tmp_path, number, worker
 @pytest.mark.slow
 def test_an_abandoned_evaluation_is_made_up_for(tmp_path):
     """Stopped while it is evaluated before training, a run ends as one that was not."""
-    more = ["--updates", "2", "--eval-episodes", "400", "--envs", "8"]
+    more = ["--updates", "2", "--eval-episodes", "100", "--envs", "8"]
     whole, run = tmp_path / "whole", tmp_path / "run"
     status, _, err = finish(start(whole, *more))
     assert status == 0, err

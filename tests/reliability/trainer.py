@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launch
 import tiny_models
 from safetensors.torch import load_file
 
@@ -26,23 +27,29 @@ def command(out: Path, *more: str, resume: bool = False) -> list[str]:
     return [sys.executable, "-m", "turbo.train", "numberline", *place, *more]
 
 
-def start(out: Path, *more: str, resume: bool = False, **options) -> subprocess.Popen:
-    """Begin a training process."""
+def start(out: Path, *more: str, resume: bool = False, file_limit: int = 0) -> subprocess.Popen:
+    """Begin a training process; `file_limit` stands for a full disk, in bytes."""
+    begun = command(out, *more, resume=resume)
+    if file_limit:
+        begun = launch.with_file_limit(file_limit, begun)
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
     return subprocess.Popen(
-        command(out, *more, resume=resume),
+        begun,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        **options,
     )
 
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str, str]:
-    """Wait for the end: status, output, errors."""
-    out, err = process.communicate(timeout=timeout)
+    """Wait for the end: status, output, errors. A process that takes longer is killed."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     return process.returncode, out, err
 
 

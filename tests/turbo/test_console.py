@@ -15,6 +15,7 @@ import termios
 import time
 from pathlib import Path
 
+import launch
 import pytest
 import tiny_models
 from rich.console import Console
@@ -81,11 +82,10 @@ class Terminal:
         self.written, self.process, (self.master, self.slave) = "", None, pty.openpty()
         self.settings = termios.tcgetattr(self.slave)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "turbo.train", *command(out, *more)],
+            launch.in_terminal([sys.executable, "-m", "turbo.train", *command(out, *more)]),
             **dict.fromkeys(("stdin", "stdout", "stderr"), self.slave),
             env=env,
             start_new_session=True,
-            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # it controls us
         )
 
     def read(self, until="", seconds=120.0):
@@ -117,12 +117,12 @@ class Terminal:
         assert "\x1b[?1049h" not in self.written  # what was on the screen is still there
         os.close(self.master)
         os.close(self.slave)
-        return self.process.wait()
+        return self.process.wait(30)
 
 
 @pytest.mark.slow
 def test_the_live_view_of_a_run(tmp_path):
-    terminal = Terminal(tmp_path / "run")
+    terminal = Terminal(tmp_path / "run", "--eval-episodes", "60")
     assert terminal.end() == 0
     *_, last = terminal.written.split("╭")  # the panel as it was left
     assert f"evaluate it with: python -m turbo.eval {tmp_path / 'run'}" in last

@@ -1,15 +1,20 @@
 """turbo/parallel.py: two processes add up and share; an error in one ends the other."""
 
 import ast
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from turbo.parallel import Crew, cores, run_crew
+from turbo.parallel import Barrier, Broken, Crew, cores, run_crew
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Programs for the workers: processes are spawned, so these must be found by name.
 
@@ -127,6 +132,64 @@ def test_a_worker_that_is_killed_keeps_nobody_waiting(capfd):
         run_crew(2, worker_killed, signal.SIGKILL)
     assert time.perf_counter() - started < 60
     assert "worker 1 was ended by signal 9" in capfd.readouterr().err
+
+
+def waiting_worker_killed(crew):
+    """The second worker sleeps at the barrier when it is killed."""
+    if crew.leads:
+        time.sleep(3.0)
+        (other,) = multiprocessing.active_children()
+        os.kill(other.pid, signal.SIGKILL)
+    crew.wait()  # it had come
+    crew.wait()
+
+
+def test_a_worker_that_is_killed_while_it_waits_keeps_nobody_waiting(capfd):
+    started = time.perf_counter()
+    with pytest.raises(RuntimeError, match="another worker failed"):
+        run_crew(2, waiting_worker_killed)
+    assert time.perf_counter() - started < 60
+    assert "worker 1 was ended by signal 9" in capfd.readouterr().err
+
+
+SENDER = """
+import os, signal
+from turbo.parallel import run_crew
+
+def work(crew):
+    if not crew.leads:
+        os.kill(os.getpid(), signal.SIGKILL)
+    crew.share(bytes(10_000_000))  # more than a pipe holds
+
+if __name__ == "__main__":
+    try:
+        run_crew(2, work)
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_what_a_killed_worker_was_to_be_sent_does_not_keep_a_process_from_ending(tmp_path):
+    file = tmp_path / "sender.py"
+    file.write_text(SENDER)
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    done = subprocess.run(
+        [sys.executable, str(file)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0 and "another worker failed" in done.stdout, done.stderr
+
+
+def test_a_worker_that_does_not_come_is_not_waited_for_any_longer():
+    barrier = Barrier(2, multiprocessing.get_context("spawn"))
+    with pytest.raises(Broken, match="another worker failed"):
+        barrier.wait(0, 0.05)
+    assert barrier.broken
+    with pytest.raises(Broken):  # nor does the one who comes late wait
+        barrier.wait(1, 60.0)
 
 
 def test_workers_leave_signals_to_the_first():

@@ -15,6 +15,7 @@ import sys
 import termios
 import time
 
+import launch
 import numpy as np
 import pytest
 import tiny_models
@@ -259,13 +260,12 @@ class Terminal:
         unset = ("NO_COLOR", "COLUMNS", "LINES")  # they would count for more than the terminal
         environment = {k: v for k, v in os.environ.items() if k not in unset} | colours
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "turbo.play", *argv],
+            launch.in_terminal([sys.executable, "-m", "turbo.play", *argv]),
             stdin=end,
             stdout=end,
             stderr=end,
             env=environment,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         os.close(end)
         self.main, self.text = main, ""
@@ -284,15 +284,28 @@ class Terminal:
     def type(self, keys):
         os.write(self.main, keys.encode())
 
-    def status(self):
+    def interrupt(self):
+        """Ctrl-C, as often as it takes: one that comes just before Python begins to wait for input
+        is known to it after the next input alone."""
+        for _ in range(20):
+            self.type("\x03")
+            try:
+                return self.status(5.0)
+            except TimeoutError:
+                pass
+        raise AssertionError(f"Ctrl-C did not end it: {self.text[-2000:]!r}")
+
+    def status(self, seconds=120.0):
         """The exit status, once the rest is read."""
-        try:
-            while chunk := os.read(self.main, 1 << 16):
-                self.text += self.decoder.decode(chunk)
-        except OSError:  # how Linux says that the other end is closed
-            pass
-        os.close(self.main)
-        return self.process.wait(30)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if select.select([self.main], [], [], 0.1)[0]:
+                try:
+                    self.text += self.decoder.decode(os.read(self.main, 1 << 16))
+                except OSError:  # how Linux says that the other end is closed
+                    os.close(self.main)
+                    return self.process.wait(30)
+        raise TimeoutError(f"still running: {self.text[-2000:]!r}")
 
 
 @pytest.mark.slow
@@ -311,8 +324,7 @@ def test_in_a_terminal():
         terminal.type(action + "\n")
     assert HALF in terminal.until("episode 2 of 2")  # the end of the first one
     terminal.until("\r\n> ")
-    terminal.type("\x03")
-    assert terminal.status() == 128 + signal.SIGINT
+    assert terminal.interrupt() == 128 + signal.SIGINT
     assert "interrupted" in terminal.text and "Traceback" not in terminal.text
 
 
