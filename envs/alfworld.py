@@ -30,7 +30,7 @@ from PIL import Image
 
 from turbo.envs import alfworld_expert as expert
 from turbo.envs.alfworld_draw import draw_scene
-from turbo.envs.alfworld_process import GameProcess, OwnGame
+from turbo.envs.alfworld_process import LastingGame, OwnGame
 from turbo.envs.alfworld_scene import TASKS, Goal, Scene, conditions_met, kind_of, read_scene, view
 from turbo.envs.base import (
     Answer,
@@ -98,7 +98,7 @@ class ALFWorld(gym.Env):
         self.render_mode, self.fresh_pictures = render_mode, fresh_pictures
         self.early_truncation = False
         self.is_remote = own_process or backend == "thor"
-        self.process: GameProcess | OwnGame | None = None
+        self.process: LastingGame | OwnGame | None = None
         self.actions: tuple[str, ...] = ()
         self.action_space = gym.spaces.Discrete(MAX_ACTIONS)
         shape = (self.canvas[1], self.canvas[0], 3)
@@ -115,7 +115,7 @@ class ALFWorld(gym.Env):
             self.game = self.games[int(self.np_random.integers(len(self.games)))]
         if self.process is None:
             remote = self.is_remote
-            self.process = GameProcess(self.backend, self.timeout) if remote else OwnGame()
+            self.process = LastingGame(self.backend, self.timeout) if remote else OwnGame()
         told = self._ask({"do": "reset", "game": self.game.path})
         self.task, self.holds = told["task"], told["holds"]
         self.history: list[str] = []

@@ -2,8 +2,8 @@
 
 AI2-THOR touches what a process has once (threads, standard output, arguments), so each of its games
 has a process. `send` and `receive` are apart: many games can work at once, and beside the model. No
-pickle; a process that dies or hangs is named, with its last words. A text game takes less time than
-to ask a process for it, and can be played here as well.
+pickle; a process that dies or hangs is named, with its last words, and replaced. A text game takes
+less time than to ask a process for it, and can be played here as well.
 
 Left out: what is asked (`alfworld_engine`).
 """
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from turbo.envs.alfworld_engine import TextGame, answer
@@ -41,6 +42,10 @@ class OwnGame:
 
     def close(self) -> None:
         """Nothing is left behind."""
+
+
+class Gone(RuntimeError):
+    """The process of a game died or hung."""
 
 
 class GameProcess:
@@ -70,10 +75,10 @@ class GameProcess:
             self.child.stdin.write(json.dumps(asked).encode() + b"\n")
             self.child.stdin.flush()
         except (BrokenPipeError, ValueError) as error:
-            raise RuntimeError(self._end("ended")) from error
+            raise Gone(self._end("ended")) from error
 
     def receive(self) -> dict:
-        """The answer to what was sent; RuntimeError where the game failed, died or hung."""
+        """The answer to what was sent; RuntimeError if the game failed, Gone if it died or hung."""
         seconds = self.timeout if self.begun else max(START_SECONDS, self.timeout)
         told = json.loads(self._line(seconds))
         self.begun = True
@@ -92,10 +97,10 @@ class GameProcess:
             left = until - time.monotonic()
             if left <= 0 or not _is_readable(out, left):
                 self._kill()
-                raise RuntimeError(self._end(f"gave no answer for {seconds:.0f} seconds"))
+                raise Gone(self._end(f"gave no answer for {seconds:.0f} seconds"))
             part = os.read(out, 1 << 20)
             if not part:
-                raise RuntimeError(self._end("ended"))
+                raise Gone(self._end("ended"))
             self.rest += part
         line, _, self.rest = self.rest.partition(b"\n")
         return line
@@ -123,6 +128,39 @@ class GameProcess:
     def __del__(self):
         if hasattr(self, "child"):
             self.close()
+
+
+class LastingGame:
+    """A game whose process is begun anew where it died or hung, and brought to where it was.
+
+    Games are deterministic: told the same since its last reset, a new process is in the same
+    state, and the episode goes on as if nothing had happened. A second failure is raised.
+    """
+
+    def __init__(self, kind: str = "text", timeout: float = 60.0, command: Sequence[str] = ()):
+        self._begin = partial(GameProcess, kind, timeout, command)
+        self.process, self.asked = self._begin(), []
+
+    def send(self, asked: dict) -> None:
+        """Ask; the answer is fetched by `receive`."""
+        kept = [] if asked["do"] == "reset" else [a for a in self.asked if a["do"] != "plan"]
+        self.asked = [*kept, asked]
+        with contextlib.suppress(Gone):  # `receive` meets it again
+            self.process.send(asked)
+
+    def receive(self) -> dict:
+        """The answer to what was sent; RuntimeError if the game failed, Gone if it died again."""
+        try:
+            return self.process.receive()
+        except Gone as error:
+            print(f"warning: {error}; another one takes its place", file=sys.stderr)
+        self.close()
+        self.process = self._begin()
+        return [self.process.ask(asked) for asked in self.asked][-1]
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.close()
 
 
 def _is_readable(file: int, seconds: float) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from turbo import checkpoint
 from turbo.advice import Watch
-from turbo.console import Display
+from turbo.console import Display, percent
 from turbo.log import JsonlLogger, read_jsonl
 from turbo.measure import task_figures
 from turbo.rollout import Abandoned
@@ -145,7 +145,7 @@ class Scribe:
                 f"{who} {when}: success {e['success_rate']:.1%} "
                 f"[{e['success_low']:.1%}, {e['success_high']:.1%}], "
                 f"return {e['episode_return']:.2f}, legal {e['legal_rate']:.1%}, "
-                f"thoughts right {e['reasoning_score']:.1%} "
+                f"thoughts right {percent(e['reasoning_score'])} "
                 f"({e['episodes']} fresh episodes at T {run.config.eval_temperature})"
             )
             prefix = "eval_" if who == "policy" else "eval_teacher_"

@@ -1,13 +1,15 @@
 """A game in a process of its own: it fails, dies, hangs, and talks."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from turbo.envs.alfworld_process import GameProcess
+from turbo.envs.alfworld import ALFWorld
+from turbo.envs.alfworld_process import GameProcess, Gone, LastingGame
 
 
 def process_that(code, timeout=20.0):
@@ -70,3 +72,48 @@ def test_the_process_is_in_a_session_of_its_own_and_what_it_started_ends_with_it
         time.sleep(0.05)
     else:
         raise AssertionError("it lives on")
+
+
+def walk(games, harm=lambda env: None):
+    """What is seen of a won game; a step before its end something may happen to its process."""
+    env = ALFWorld(games, own_process=True, timeout=20.0)
+    env.reset(seed=3)
+    plan, told = env.plan(), []
+    for number, command in enumerate(plan):
+        if number == len(plan) - 1:
+            harm(env)
+        picture, reward, won, _, info = env.step(env.actions.index(command))
+        told.append((picture.tobytes(), reward, won, env.actions, info["executed"]))
+    env.close()
+    assert told[-1][2]
+    return told
+
+
+def killed(env):
+    os.kill(env.process.process.child.pid, signal.SIGKILL)
+
+
+def stopped(env):
+    env.process.process.timeout = 0.5
+    os.kill(env.process.process.child.pid, signal.SIGSTOP)
+
+
+def stopped_while_it_plans(env):
+    env.process.send({"do": "plan"})
+    killed(env)
+    assert env.process.receive()["plan"] == env.plan()
+
+
+@pytest.mark.parametrize("harm", [killed, stopped, stopped_while_it_plans])
+def test_an_episode_goes_on_in_another_process(alfworld_games, harm, capfd):
+    assert walk(alfworld_games, harm) == walk(alfworld_games)
+    assert capfd.readouterr().err.count("another one takes its place") == 1
+
+
+def test_a_process_that_always_dies_is_not_begun_for_ever(capfd):
+    game = LastingGame(command=[sys.executable, "-c", "input(); exit(3)"])
+    game.send({"do": "reset", "game": "attic"})
+    with pytest.raises(Gone, match=r"ended \(status 3\)"):
+        game.receive()
+    assert capfd.readouterr().err.count("warning: ") == 1
+    game.close()

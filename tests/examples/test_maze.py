@@ -18,7 +18,7 @@ NAME = "labyrinth:Maze"
 LEARN = """--size nano --steps 3 --deals 4 --read-out-steps 2 --eval-episodes 2 --workers 1
     --max-new-tokens 24"""
 TRAIN = """--updates 2 --envs 16 --group-size 4 --steps-per-update 16 --minibatch 16 --lora-rank 4
-    --epochs 1 --max-new-tokens 12 --eval-episodes 0 --save-every 1 --workers 2 --skip-certain 0"""
+    --epochs 1 --max-new-tokens 12 --eval-episodes 4 --save-every 1 --workers 2 --skip-certain 0"""
 
 
 def test_it_fits_and_the_expert_walks_the_shortest_way():
@@ -81,7 +81,7 @@ def test_the_whole_way(outside, capsys):
     assert right == [None] * 3  # this maze judges no thoughts
     episode = json.loads((outside / "run" / "episodes.jsonl").read_text().splitlines()[0])
     assert episode["steps"][0]["verdict"] == dict.fromkeys(("perception", "aim", "follows"))
-    capsys.readouterr()
+    assert "nan" not in capsys.readouterr().out
     flags = "--episodes 4 --workers 1 --max-new-tokens 12 --json"
     assert eval.main(["run", "--env", NAME, *flags.split()]) == 0
     assert json.loads(capsys.readouterr().out)["episodes"] == 4
