@@ -18,7 +18,7 @@ default:
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -156,6 +156,17 @@ class LabelledEnv(Protocol):
 
     def picture_labels(self) -> list[str]:
         """What the picture shows, one name a slot: a fresh vision tower learns to read them."""
+
+
+@runtime_checkable
+class MeetingEnv(Protocol):
+    """A `VisualEnv` whose prompt tells the way to a state, so that no two episodes see the same."""
+
+    def meeting(self) -> Hashable:
+        """Equal where two episodes of a deal are in the same place, however they came there.
+
+        Their returns from there on are compared (`turbo.gae.state_advantages`).
+        """
 
 
 def no_expert(env: VisualEnv, rng: np.random.Generator) -> None:

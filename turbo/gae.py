@@ -117,11 +117,13 @@ def state_advantages(
 
         A_t = G_t - mean of their returns from it,      G_t = r_t + r_{t+1} + ... to the end
 
-    and a state that no other has seen takes the advantage of the last one that was shared. So a
-    step is credited with what it changed: where all that came by a state won, or lost, whatever
-    they did there gets 0, though others of the group fared otherwise. The baseline knows nothing of
-    the episode's own future, hence leaves the gradient unbiased. The grouping by state is that of
-    GiGPO (arXiv 2505.10978), here leave-one-out and instead of the comparison of whole episodes.
+    where each other episode counts with its first visit, and a state that no other has seen takes
+    the advantage of the last one that was shared. So a step is credited with what it changed: where
+    all that came by a state won, or lost, whatever they did there gets 0, though others of the
+    group fared otherwise. The baseline knows nothing of the episode's own future, hence leaves the
+    gradient unbiased, also where `states` tell less than was observed (`envs.base.MeetingEnv`). The
+    grouping by state is that of GiGPO (arXiv 2505.10978), here leave-one-out and instead of the
+    comparison of whole episodes.
     """
     if rewards.shape != (sum(lengths),) or len(states) != sum(lengths):
         raise ValueError(
@@ -148,9 +150,9 @@ def state_advantages(
         for state in states[t : t + length]:
             total, count = totals[group, state]
             if count > 1:
-                advantage = first[state] - (total - first[state]) / (count - 1)
+                advantage = to_go[t] - (total - first[state]) / (count - 1)
             advantages.append(advantage)
-        t += length
+            t += 1
     return torch.tensor(advantages, dtype=torch.promote_types(rewards.dtype, torch.float32))
 
 

@@ -9,6 +9,7 @@ successes: no advantages, no ratio (RAFT, Dong et al. 2023).
 Left out: playing (`turbo.rollout`), the order of things (`turbo.train`).
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from turbo.backprop import backward_rows
 from turbo.batch import TokenBatch, fits, pad_to
 from turbo.config import TrainConfig
+from turbo.envs.base import MeetingEnv
 from turbo.gae import explained_variance, gae, group_advantages, state_advantages
 from turbo.guidance import Examples
 from turbo.kl import kl_estimate, mean_over
@@ -78,8 +80,7 @@ def prepare(
         total = torch.zeros(len(count)).index_add(0, episode, reward)
         groups = [e.group for e in rollout.episodes]
         if c.baseline == "state":
-            states = [(s.picture, tuple(s.suffix)) for s in steps]
-            advantages = state_advantages(reward, count, groups, states)
+            advantages = state_advantages(reward, count, groups, [state(s) for s in steps])
         else:
             advantages = group_advantages(total, torch.tensor(groups), c.baseline)[episode]
         advantages = advantages / (moments(total, crew)[1] + 1e-6)
@@ -95,6 +96,11 @@ def prepare(
         kept &= advantages.abs() > 1e-9
     rows, faulty = kept.nonzero()[:, 0].tolist(), len(steps) - int(finite.sum())
     return StepData(advantages, returns, old, rows, spread, explained, faulty)
+
+
+def state(s: Step) -> Hashable:
+    """Where a step was taken: equal where episodes of a deal can be compared."""
+    return s.asked.meeting() if isinstance(s.asked, MeetingEnv) else (s.picture, tuple(s.suffix))
 
 
 def first_successes(rollout: Rollout) -> list[bool]:

@@ -14,7 +14,7 @@ from gymnasium.utils.env_checker import check_env
 from turbo.envs.alfworld import MAX_ACTIONS, ALFWorld, find_games, read_game
 from turbo.envs.alfworld_expert import Situation, goes_to, next_actions
 from turbo.envs.alfworld_scene import TASKS, Goal, Place, Scene, Thing
-from turbo.envs.base import LabelledEnv, SlowEnv
+from turbo.envs.base import LabelledEnv, MeetingEnv, SlowEnv
 from turbo.envs.make import register_envs, tiny_kwargs
 
 
@@ -193,6 +193,25 @@ def test_pictures_are_kept_while_nothing_changes_and_labels_say_what_they_show(e
     assert do(env, command)[0] is not picture
     labels = env.picture_labels()
     assert len(labels) == 7 and command == f"go to {labels[0]} {command[-1]}"
+
+
+def test_episodes_meet_in_a_place_however_they_came_there(env):
+    """What was done before is in the prompt alone; what is held, and what is met, counts."""
+    env.reset(options={"game": game_of(env, "pick_and_place_simple").path})
+    assert isinstance(env, MeetingEnv)
+    at_start, plan = env.snapshot(), env.plan()
+    take = next(i for i, command in enumerate(plan) if command.startswith("take "))
+    for command in plan[:take]:
+        do(env, command)
+    before, text = env.snapshot(), env.prompt("short").text
+    assert before.meeting() != at_start.meeting()
+    env.step_illegal()
+    do(env, plan[take])
+    holding = env.meeting()
+    do(env, plan[take].replace("take", "move").replace(" from ", " to "))
+    assert env.meeting() == before.meeting() != holding  # also where it could have been different
+    assert env.prompt("short").text != text
+    assert len({at_start.meeting(), before.meeting(), holding}) == 3
 
 
 def test_a_process_of_its_own_plays_the_same_game(env, alfworld_games):

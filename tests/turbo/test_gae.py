@@ -207,7 +207,8 @@ def brute_force_state_advantages(rewards, lengths, groups, states):
                 ]
                 returns = [r for r in returns if r is not None]
                 if returns:
-                    advantage = first_return(i, states[u]) - sum(returns) / len(returns)
+                    own = sum(rewards[u : starts[i] + length])
+                    advantage = own - sum(returns) / len(returns)
             out.append(advantage)
     return out
 

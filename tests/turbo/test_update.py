@@ -372,6 +372,17 @@ def test_advantages_where_episodes_meet(fitted, played):
     assert (got.advantages != whole).any()
 
 
+def test_a_coarser_state_is_taken_from_an_environment_that_has_one(played):
+    step = played[0].steps[0]
+    assert turbo.update.state(step) == (step.picture, tuple(step.suffix))
+
+    class Room:
+        def meeting(self):
+            return "at the desk"
+
+    assert turbo.update.state(dataclasses.replace(step, asked=Room())) == "at the desk"
+
+
 def test_the_spread_of_returns_leaves_guidance_and_format_out(fitted, played):
     rollout, *_ = played
     returns = torch.tensor([sum(s.reward for s in e.steps) for e in rollout.episodes])
