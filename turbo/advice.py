@@ -1,8 +1,8 @@
 """Warnings that teach: what a run's metrics say is going wrong, what it means and what to try.
 
 Each check is a pure function of the records of a run, oldest first, as metrics.jsonl has them, and
-of its settings. It compares means over WINDOW updates: a single update has few deals, and its
-figures jump. The bounds are such that the runs of docs/study that collapsed are found and the
+of its settings. It compares means over WINDOW updates or more: a single update has few deals, and
+its figures jump. The bounds are such that the runs of docs/study that collapsed are found and the
 healthy ones are left alone.
 
 Left out: where a warning is shown and written (`turbo.scribe`); faults that stop a run
@@ -48,24 +48,30 @@ def advise(records: Records, c: TrainConfig) -> list[Advice]:
     return [found for check in checks if (found := check(records, c)) is not None]
 
 
-def levels(records: Records, name: str) -> list[float]:
-    """Means of a metric over WINDOW updates in a row, oldest first.
+def levels(records: Records, name: str, window: int = WINDOW) -> list[float]:
+    """Means of a metric over `window` updates in a row, oldest first.
 
     Updates without it are left out; nothing is told where it is missing in one of the latest.
     """
     values = [math.nan if (v := r.get(name)) is None else v for r in records]
-    if not all(map(math.isfinite, values[-WINDOW:])):
+    if not all(map(math.isfinite, values[-window:])):
         return []
     known = [v for v in values if math.isfinite(v)]
-    return [sum(known[i : i + WINDOW]) / WINDOW for i in range(len(known) - WINDOW + 1)]
+    return [sum(known[i : i + window]) / window for i in range(len(known) - window + 1)]
 
 
 def collapse(records: Records, c: TrainConfig) -> Advice | None:
-    """Thoughts that were right and no longer are."""
-    right = levels(records, "reasoning_score")
-    if not right:
+    """Thoughts that were right and no longer are.
+
+    A long run has some updates of lucky deals and some of hard ones: its best third is compared
+    with its latest sixth, since a decay lasts and luck does not.
+    """
+    thirds, sixths = (
+        levels(records, "reasoning_score", max(WINDOW, len(records) // part)) for part in (3, 6)
+    )
+    if not thirds:
         return None
-    best, now = max(right), right[-1]
+    best, now = max(thirds), sixths[-1]
     if now >= FALLEN * best or best - now < LOST:
         return None
     if c.guidance == "none":

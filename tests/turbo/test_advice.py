@@ -128,7 +128,7 @@ def test_what_is_said_names_figures_and_flags():
         ]
         known = {"--" + name.replace("_", "-") for name in TrainConfig.__dataclass_fields__}
         assert set(flags) <= known, flags
-    assert "from 48.3% to 24.8%" in said["collapse suspected"].meaning
+    assert "from 47.0% to 24.8%" in said["collapse suspected"].meaning
     assert "(it is 50)" in said["teacher is old"].remedy
 
 
