@@ -192,6 +192,8 @@ def task_table(runs: Sequence[Recorded]) -> list[str]:
     for label, group in by_label(runs).items():
         for task in TASKS:
             count = sum(run.after.get(f"eval_episodes_{task}", 0) for run in group)
+            if not count:  # not played
+                continue
             cells = [label, task, str(count)]
             for kind in ("success", "goal_rate"):
                 cells += [mean(group, when, kind, task) for when in ("before", "after")]

@@ -262,9 +262,11 @@ class TextGame:
 
 
 def answer(game, asked: dict) -> dict:
-    """What a game says to a question."""
+    """What a game, or a maker of games, says to a question."""
     if asked["do"] == "reset":
         return game.reset(asked["game"])
+    if asked["do"] == "make":
+        return game.make(asked)
     return game.step(asked["action"]) if asked["do"] == "step" else game.plan()
 
 
@@ -289,13 +291,17 @@ def serve(new_game) -> None:
 
 
 def main() -> None:
-    """Play text games; AI2-THOR's with the argument "thor"; or "translate" one game."""
+    """Play text games; AI2-THOR's with the argument "thor"; "make" games; or "translate" one."""
     if sys.argv[1:2] == ["translate"]:
         print("\n" + json.dumps(translate(json.loads(Path(sys.argv[2]).read_text()))))
     elif sys.argv[1:] == ["thor"]:
         from turbo.envs.alfworld_thor import ThorGame
 
         serve(ThorGame)
+    elif sys.argv[1:] == ["make"]:
+        from turbo.envs.alfworld_games import Maker
+
+        serve(Maker)
     else:
         serve(TextGame)
 

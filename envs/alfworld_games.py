@@ -15,8 +15,12 @@ import random
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import cycle, islice, repeat
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from turbo.envs.alfworld_engine import cache_folder, translation
 from turbo.envs.alfworld_pddl import Planner, import_alfworld, problem, sentence, spelling
+from turbo.envs.alfworld_process import GameProcess, OwnGame
 from turbo.envs.alfworld_rooms import (
     ROOMS,
     SIZES,
@@ -45,6 +50,8 @@ RECORD = "games.json"  # with what settings the games were made
 READY = "ready"  # in the user's cache, when all games are made
 FORMAT = 1  # of what is drawn from a seed; to be raised when that changes
 ATTEMPTS = 1_000  # to draw a game that is new, in the split, and has a plan
+AHEAD = 8  # games that a maker may have been asked for
+WORTH = 16  # games that are worth another process
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,39 @@ def generate(
 
     Returns the paths of their game.tw-pddl, as TextWorld opens them.
     """
-    return [made.path for made in make_games(out, games, seed, size, tasks, split, rooms)]
+    with making(1) as makers:
+        made = make_games(out, games, seed, size, tasks, split, rooms, makers)
+        return [game.path for game in made]
+
+
+class Maker:
+    """Makes games that are asked for: here, or in a process of its own (`alfworld_engine`)."""
+
+    @cached_property
+    def planner(self) -> Planner:
+        """TextWorld's, when it is first needed."""
+        return Planner()
+
+    def make(self, asked: dict) -> dict:
+        """Plan and write one game, drawn anew from what names it; "made" says if it has a plan."""
+        game = next(islice(draw_games(*asked["game"]), asked["draw"], None))
+        walkthrough = self.planner.solve(game)
+        if walkthrough:
+            folder = Path(asked["folder"])
+            write_game(folder, game, walkthrough, self.planner)
+            translation(folder / "game.tw-pddl", apart=False)  # kept: playing it begins at once
+        return {"made": bool(walkthrough)}
+
+
+@contextmanager
+def making(jobs: int) -> Iterator[list[OwnGame | GameProcess]]:
+    """So many makers in processes of their own, or one in this process."""
+    import_alfworld()
+    if jobs == 1:
+        yield [OwnGame(Maker())]
+        return
+    with ExitStack() as ended:
+        yield [ended.enter_context(closing(GameProcess("make"))) for _ in range(jobs)]
 
 
 def make_games(
@@ -80,30 +119,53 @@ def make_games(
     tasks: Sequence[str],
     split: str,
     rooms: Sequence[str],
+    makers: Sequence[OwnGame | GameProcess],
 ) -> Iterator[Made]:
-    """`generate`, one game after the other."""
+    """`generate`, one game after the other; each maker works ahead of what was yielded.
+
+    Which games they are does not depend on the makers, with one exception: what replaces a draw
+    that has no plan is none of the games that are under way.
+    """
     check(games, seed, size, tasks, split, rooms)
-    import_alfworld()
-    keep_record(Path(out), dict(seed=seed, size=size, tasks=list(tasks), rooms=list(rooms)))
-    planner, seen = None, set()
+    out, seen = Path(out), set()
+    keep_record(out, dict(seed=seed, size=size, tasks=list(tasks), rooms=list(rooms)))
+    ahead = AHEAD * len(makers) if len(makers) > 1 else 0
+    turns, waiting = cycle(makers), deque()
     for number in range(games):
-        task, without_plan = tasks[number % len(tasks)], 0
-        for game in draw_games(seed, size, task, split, number, rooms):
-            if identity(game) in seen:
-                continue
-            folder = game_folder(Path(out), game, split, number)
-            path, kept = folder / "game.tw-pddl", is_complete(folder)
-            if not kept:
-                planner = planner or Planner()
-                walkthrough = planner.solve(game)
-                if not walkthrough:
-                    without_plan += 1
-                    continue
-                write_game(folder, game, walkthrough, planner)
-                translation(path, apart=False)  # kept, so that playing it begins at once
-            seen.add(identity(game))
-            yield Made(path, kept, without_plan)
-            break
+        wanted = _Wanted(
+            out, (seed, size, tasks[number % len(tasks)], split, number, tuple(rooms)), seen
+        )
+        wanted.ask(turns)
+        waiting.append(wanted)
+        if len(waiting) > ahead:
+            yield waiting.popleft().made()
+    while waiting:
+        yield waiting.popleft().made()
+
+
+class _Wanted:
+    """A game that is to be made, by the first of its draws that is new and has a plan."""
+
+    def __init__(self, out: Path, named: tuple, seen: set):
+        self.out, self.named, self.seen = out, named, seen
+        self.draws, self.without_plan = enumerate(draw_games(*named)), 0
+
+    def ask(self, turns: Iterator[OwnGame | GameProcess]) -> None:
+        """Draw, and ask the maker whose turn it is, unless the game is there."""
+        draw, game = next(drawn for drawn in self.draws if identity(drawn[1]) not in self.seen)
+        self.seen.add(identity(game))
+        self.folder = game_folder(self.out, game, *self.named[3:5])
+        self.maker = None if is_complete(self.folder) else next(turns)
+        if self.maker:
+            asked = {"do": "make", "game": self.named, "draw": draw, "folder": str(self.folder)}
+            self.maker.send(asked)
+
+    def made(self) -> Made:
+        """Wait for the game; where it has no plan, make the next one."""
+        while self.maker and not self.maker.receive()["made"]:
+            self.without_plan += 1
+            self.ask(repeat(OwnGame(Maker())))  # the others are busy with the games behind it
+        return Made(self.folder / "game.tw-pddl", self.maker is None, self.without_plan)
 
 
 def draw_games(
@@ -255,6 +317,8 @@ class GamesConfig:
     """types of the tasks, taken in turn"""
     rooms: tuple[str, ...] = tuple(ROOMS)
     """kinds of the rooms"""
+    jobs: int = 0
+    """games made at once, each in a process of its own (0: one a core)"""
     overwrite: bool = False
     """make all games of DIR anew"""
 
@@ -288,23 +352,29 @@ def run(c: GamesConfig) -> str:
         check(number, c.seed, c.size, c.tasks, split, c.rooms)
     if c.games < max(1, held_out):
         raise ValueError(f"--games must be at least 1 and --held-out, got {c.games}, {held_out}")
-    import_alfworld()
+    if c.jobs < 0:
+        raise ValueError(f"--jobs must be at least 0, got {c.jobs}")
+    jobs = c.jobs or len(os.sched_getaffinity(0))
+    jobs = min(jobs, 1 + sum(numbers.values()) // WORTH)
     if c.overwrite:
         remove_games(Path(c.out))
     console, started, made = Console(stderr=True), time.perf_counter(), []
     columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns,
-        TextColumn("{task.description}"),
-        console=console,
-        redirect_stdout=False,  # the translator redirects it itself
-        disable=not console.is_terminal,
-    ) as bar:
+    with (
+        making(jobs) as makers,
+        Progress(
+            *columns,
+            TextColumn("{task.description}"),
+            console=console,
+            redirect_stdout=False,  # the translator redirects it itself
+            disable=not console.is_terminal,
+        ) as bar,
+    ):
         shown = bar.add_task("", total=sum(numbers.values()))
         for split, number in numbers.items():
             bar.update(shown, description=split)
             settings = (number, c.seed, c.size, c.tasks, split, c.rooms)
-            for game in make_games(c.out, *settings):
+            for game in make_games(c.out, *settings, makers):
                 made.append(game)
                 bar.advance(shown)
     new = sum(not game.kept for game in made)

@@ -27,10 +27,10 @@ START_SECONDS = 120.0  # the first answer may have to translate a large game
 
 
 class OwnGame:
-    """A text game in this process, behind the interface of `GameProcess`."""
+    """A game in this process, by default a text game, behind the interface of `GameProcess`."""
 
-    def __init__(self):
-        self.game, self.told = TextGame(), {}
+    def __init__(self, game=None):
+        self.game, self.told = game or TextGame(), {}
 
     def send(self, asked: dict) -> None:
         """Ask, and be answered at once."""
@@ -49,7 +49,8 @@ class Gone(RuntimeError):
 
 
 class GameProcess:
-    """One game; `kind` is "text" or "thor", `command` what is run (empty: the engine here)."""
+    """One game; `kind` is "text" or "thor", or "make" for a process that makes games. `command` is
+    what is run (empty: the engine here)."""
 
     def __init__(self, kind: str = "text", timeout: float = 60.0, command: Sequence[str] = ()):
         self.kind, self.timeout = kind, timeout

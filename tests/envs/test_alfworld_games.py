@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from turbo.envs.alfworld_games import RECORD, draw_games, generate, main
+from turbo.envs.alfworld_games import RECORD, draw_games, generate, main, make_games, making
+from turbo.envs.alfworld_pddl import Planner
+from turbo.envs.alfworld_process import GameProcess
 from turbo.envs.alfworld_rooms import ROOMS, SPLITS, identity, room_text, split_of
 from turbo.envs.alfworld_scene import TASKS
 
@@ -81,6 +83,44 @@ def test_the_command_writes_all_splits_and_goes_on(tmp_path, capsys):
 
 
 @needs_engine
+def test_several_makers_make_the_same_games(tmp_path, capsys):
+    flags = ["--games", "30", "--held-out", "6"]
+    for jobs in ("1", "2"):
+        assert main(["--out", str(tmp_path / jobs), *flags, "--jobs", jobs]) == 0
+        assert "42 new" in capsys.readouterr().out
+    assert all_files(tmp_path / "1") == all_files(tmp_path / "2")
+
+
+@needs_engine
+def test_a_draw_without_a_plan_is_replaced(tmp_path, monkeypatch):
+    solve, tried = Planner.solve, []
+
+    def without_the_second(self, game):
+        tried.append(identity(game))
+        return [] if len(tried) == 2 else solve(self, game)
+
+    monkeypatch.setattr(Planner, "solve", without_the_second)
+    with making(1) as makers:
+        made = list(make_games(tmp_path, 3, 0, "small", list(TASKS), "train", list(ROOMS), makers))
+    assert [game.without_plan for game in made] == [0, 1, 0]
+    assert len(tried) == len(set(tried)) == 4
+    assert len(list(tmp_path.rglob("game.tw-pddl"))) == 3
+
+
+@needs_engine
+def test_a_maker_that_dies_is_told_of(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("turbo.envs.alfworld_games.GameProcess", dying)
+    assert main(["--out", str(tmp_path), "--games", "20", "--jobs", "2"]) == 1
+    error = capsys.readouterr().err
+    assert "the process of an ALFWorld game ended (status 3)" in error and error.count("\n") == 1
+
+
+def dying(kind):
+    """A maker that ends when it is first asked for a game."""
+    return GameProcess(kind, command=[sys.executable, "-c", "input(); raise SystemExit(3)"])
+
+
+@needs_engine
 def test_alfworlds_own_tool_finds_the_games(tmp_path, capsys):
     paths = generate(tmp_path, games=6)
     from alfworld.agents.environment.alfred_tw_env import AlfredTWEnv
@@ -130,6 +170,7 @@ def test_other_settings_need_another_folder_or_overwrite(tmp_path, capsys):
         (["--games", "5", "--held-out", "6"], "--games must be at least 1 and --held-out"),
         (["--held-out", "-1"], "not negative"),
         (["--seed", "-1"], "not negative"),
+        (["--jobs", "-1"], "--jobs must be at least 0"),
         (["--tasks", "pick_nose"], "task 'pick_nose' is unknown: use pick_and_place_simple"),
         (["--rooms", "garage"], "room 'garage' is unknown: use kitchen"),
         (["--tasks", "look_at_obj_in_light", "--rooms", "kitchen"], "bedroom or livingroom"),
