@@ -31,7 +31,7 @@ from PIL import Image
 from turbo.envs import alfworld_expert as expert
 from turbo.envs.alfworld_draw import draw_scene
 from turbo.envs.alfworld_process import LastingGame, OwnGame
-from turbo.envs.alfworld_scene import TASKS, Goal, Scene, conditions_met, kind_of, read_scene, view
+from turbo.envs.alfworld_scene import TASKS, Goal, Scene, conditions_met, read_scene, view
 from turbo.envs.base import (
     Answer,
     Optimum,
@@ -311,13 +311,15 @@ class ALFWorld(gym.Env):
         return Verdict(read, named in self._next_actions(), named == answer.action)
 
     def picture_labels(self) -> list[str]:
-        """What the picture shows, slot by slot: the place, open or closed, its things, the hand."""
-        here = self.seen.here[0] if self.seen.here else None
-        things = [kind_of(thing.name) for thing in here.contents] if here else []
-        held = self.seen.held
+        """What the picture shows, slot by slot: the place, open or closed, the hand, four things;
+        of each its kind and its number, of what is held its state too."""
+        here, held = self.seen.here[0] if self.seen.here else None, self.seen.held
+        things = [thing.name for thing in here.contents] if here else []
+        things = [*things, "- -", "- -", "- -", "- -"][:4]
+        named = [here.name if here else "room -", held.name if held else "- -", *things]
         state = "-" if here is None else "shows" if here.shows else "closed"
-        place = here.kind if here else "room"
-        return [place, state, held.kind if held else "-", *[*things, "-", "-", "-", "-"][:4]]
+        flags = " ".join(sorted(held.flags)) if held else ""
+        return [state, flags, *(part for name in named for part in name.rsplit(" ", 1))]
 
     def snapshot(self) -> "ALFWorld":
         found = copy(self)

@@ -235,6 +235,11 @@ class Blackjack(gym.Env):
             return Verdict(perception, None, None)
         return Verdict(perception, named == self._thought()[1], named == answer.action)
 
+    def picture_labels(self) -> list[str]:
+        """The dealer's card and the player's first six."""
+        ranks = [rank for rank, _ in self.player]
+        return [self.dealer[0], *[*ranks, *"------"][:6]]
+
     def snapshot(self) -> "Blackjack":
         twin = copy(self)
         twin.player = list(self.player)

@@ -28,7 +28,7 @@ class Demonstration:
     fixed: str
     suffixes: list[list[int]]
     answers: list[list[int]]
-    labels: list[str]  # what is in the first answer's picture, as it or the environment says
+    labels: list[list[str]]  # what is in each picture, as an answer or the environment says
 
 
 def perception_labels(fields: dict) -> list[str]:
@@ -64,8 +64,7 @@ def demonstrate(
     rng = np.random.default_rng(seed)
     while True:
         deal, suffixes, answers, shown = int(rng.integers(2**31)), [], [], []
-        labels: list[str] = []
-        pictures: dict[bytes, np.ndarray] = {}
+        pictures: dict[bytes, tuple[np.ndarray, list[str]]] = {}
         for _ in range(max(1, states)):
             target = None
             if rng.random() < other_targets:
@@ -75,15 +74,14 @@ def demonstrate(
             if states and rows:
                 later = len(rows) > 1 and rng.random() < 0.5
                 rows = [rows[int(rng.integers(1, len(rows))) if later else 0]]
-            for picture, state, text, _ in rows:
-                pictures.setdefault(picture.tobytes(), picture)
+            for picture, state, text, labels in rows:
+                pictures.setdefault(picture.tobytes(), (picture, labels))
                 shown.append(list(pictures).index(picture.tobytes()))
                 suffixes.append(vlm.encode(vlm.frame.suffix(state)))
                 answers.append([*vlm.encode(text), vlm.end])
-            labels = labels or [label for row in rows[:1] for label in row[3]]
         if answers:
             fixed = env.prompt(style).fixed
-            different = list(pictures.values())
+            different, labels = map(list, zip(*pictures.values(), strict=True))
             return Demonstration(different, shown, fixed, suffixes, answers, labels)
 
 

@@ -55,18 +55,26 @@ def backward_all(vlm, weights: Weights, demos: list[Demonstration]) -> tuple[lis
 
 
 def train_read_out(
-    vlm: VisionLanguageModel, env, crew: Crew, *, steps: int, seed: int, pictures: int = 64
+    vlm: VisionLanguageModel,
+    env,
+    crew: Crew,
+    *,
+    steps: int,
+    seed: int,
+    stray: float = 0.0,
+    pictures: int = 64,
 ) -> float:
     """Train the vision tower to name what is in the picture through a linear read-out.
 
-    Returns the last accuracy; NaN, and nothing is trained, where the answers do not always name as
-    many things. What the first 64 of them do not name is left out.
+    Returns the last accuracy on what has a name; NaN, and nothing is trained, where the first
+    answers do not always name as many things. What no picture of the first 64 demonstrations shows
+    is left out.
     """
     rng = np.random.default_rng([seed, 1, crew.rank])
-    first = [demonstrate(env, vlm, i) for i in range(64)]
-    names = {label: i for i, label in enumerate(sorted({n for d in first for n in d.labels}))}
-    slots, classes = len(first[0].labels), max(24, len(names))
-    if slots == 0 or any(len(d.labels) != slots for d in first):
+    first = [demonstrate(env, vlm, i, stray=stray) for i in range(64)]
+    names = names_of(first)
+    slots, classes = len(first[0].labels[0]), max(24, len(names))
+    if slots == 0 or any(len(d.labels[0]) != slots for d in first):
         return math.nan
 
     def numbers(labels: list[str]) -> list[int]:
@@ -81,10 +89,10 @@ def train_read_out(
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
         demos = [
-            demonstrate(env, vlm, int(s), states=1)
+            demonstrate(env, vlm, int(s), states=1, stray=stray)
             for s in rng.integers(2**31, size=pictures // crew.size)
         ]
-        target = torch.tensor([numbers(d.labels) for d in demos])
+        target = torch.tensor([numbers(labels) for d in demos for labels in d.labels])
         features = vlm.see(pictures_of(demos))[0]
         logits = head(features.flatten(1)).view(-1, slots, classes)
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
@@ -92,9 +100,15 @@ def train_read_out(
         loss.backward()
         crew.sum_([p.grad for p in parameters])
         optimizer.step()  # Adam does not mind the scale
-        right = (logits.argmax(-1) == target).float().mean().item()
+        right = (logits.argmax(-1) == target)[target != IGNORED].float().mean().item()
         accuracy = 0.9 * accuracy + 0.1 * right
     return accuracy
+
+
+def names_of(demos: list[Demonstration]) -> dict[str, int]:
+    """A number for everything that any picture of these demonstrations shows."""
+    found = {name for d in demos for labels in d.labels for name in labels}
+    return {name: number for number, name in enumerate(sorted(found))}
 
 
 def warm_start(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> dict | None:
@@ -106,7 +120,7 @@ def warm_start(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> 
     size = c.size or tiny.SIZE_OF_GAME.get(c.env, "small")
     module = tiny.new_model(size, tokenizer, c.seed, tiny.positions_of(c.env))
     vlm = VisionLanguageModel(module, tokenizer, tiny.image_processor(), pick_dtype(c.dtype), "new")
-    read = train_read_out(vlm, env, crew, steps=c.read_out_steps, seed=c.seed)
+    read = train_read_out(vlm, env, crew, steps=c.read_out_steps, seed=c.seed, stray=c.stray)
     if crew.leads:
         say(f"{parameter_count(module):,} parameters; read-out of the picture {read:.1%}")
         longest = max(len(a) for seed in range(64) for a in demonstrate(env, vlm, seed).answers)

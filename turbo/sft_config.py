@@ -86,11 +86,11 @@ SFT_DEFAULTS: dict[str, dict] = {
     "numberline": dict(steps=100, deals=32),
     "blackjack": dict(steps=100, deals=32),
     "alfworld": dict(
-        steps=600,
+        steps=900,
         deals=8,
         states=0,
         stray=0.15,
-        read_out_steps=200,
+        read_out_steps=400,
         eval_episodes=200,
         max_new_tokens=128,
     ),

@@ -189,10 +189,18 @@ def test_pictures_are_kept_while_nothing_changes_and_labels_say_what_they_show(e
     picture, _ = env.reset(seed=2)
     assert isinstance(env, SlowEnv) and isinstance(env, LabelledEnv) and not env.is_remote
     assert do(env, "inventory")[0] is picture
+    assert env.picture_labels() == ["-", "", "room", *"-" * 11]
     command = next(c for c in env.actions if c.startswith("go to "))
     assert do(env, command)[0] is not picture
-    labels = env.picture_labels()
-    assert len(labels) == 7 and command == f"go to {labels[0]} {command[-1]}"
+    state, flags, kind, number, *others = env.picture_labels()
+    assert state in ("shows", "closed") and flags == "" and command == f"go to {kind} {number}"
+    assert len(others) == 10 and others[:2] == ["-", "-"]
+    plan = env.plan()
+    take = next(i for i, command in enumerate(plan) if command.startswith("take "))
+    for command in plan[: take + 1]:
+        do(env, command)
+    thing = " ".join(env.picture_labels()[4:6])
+    assert plan[take].startswith(f"take {thing} from ")
 
 
 def test_episodes_meet_in_a_place_however_they_came_there(env):

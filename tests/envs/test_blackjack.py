@@ -129,6 +129,14 @@ def test_illegal_answers():
     assert ends == [False] * 21 + [True]
 
 
+def test_the_labels_are_the_cards_on_the_table():
+    env = Blackjack()
+    env.reset(seed=0, options={"hand": ["2", "A", "K"]})
+    assert env.picture_labels() == ["K", "2", "A", "-", "-", "-", "-"]
+    env.step(env.actions.index("hit"))
+    assert env.picture_labels() == ["K", "2", "A", env.player[2][0], "-", "-", "-"]
+
+
 def test_the_picture_changes_with_a_hit_alone():
     env = Blackjack(**OPTIONS)
     first, _ = env.reset(seed=1, options={"hand": ["2", "3", "A"]})
