@@ -27,6 +27,8 @@ from bench.plot import draw
 from bench.records import Recorded, by_label, is_complete, pooled, recorded, write_csv
 from turbo import checkpoint
 from turbo.config import TrainConfig
+from turbo.envs.alfworld_games import GamesConfig
+from turbo.envs.alfworld_games import run as make_games
 from turbo.envs.alfworld_scene import TASKS
 from turbo.hub import model_sha256
 from turbo.train import parse
@@ -36,7 +38,10 @@ HARSH = (
     "--temperature 1.0 --learning-rate 2e-3 --final-learning-rate 2e-3 --epochs 2 --minibatch 64 "
     "--baseline loo --updates 8 --steps-per-update 1536 --eval-temperature 1.0 --eval-episodes 300"
 )
-EASIER = "--tasks pick_and_place_simple,look_at_obj_in_light --eval-episodes 480"
+# Four attempts at a game: twice as many games in an update as with eight.
+EASY_TASKS = ("pick_and_place_simple", "look_at_obj_in_light")
+EASY_GAMES = GamesConfig("runs/games/alfworld-easy", games=2000, held_out=300, tasks=EASY_TASKS)
+EASIER = f"--games {EASY_GAMES.out} --group-size 4 --eval-every 12 --eval-episodes 600"
 # What is shown -> its variants: a label, and the arguments of turbo.train.
 DEMONSTRATIONS: dict[str, list[tuple[str, str]]] = {
     "points24": [("GTR-Turbo", "points24"), ("plain PPO", "points24 --guidance none")],
@@ -147,6 +152,7 @@ def summary(what: str, runs: Sequence[Recorded]) -> str:
         f"[{what}.csv]({what}.csv).",
         "",
         *(f"* {label}: `python -m turbo.train {flags.get(label, '')}`" for label in by_label(runs)),
+        *([f"* the games: `{games_command(EASY_GAMES)}`"] if what == "alfworld" else []),
         "",
         f"Success on {c.eval_episodes} fresh episodes a run at temperature {c.eval_temperature}, "
         "with 95 % intervals (Wilson). The interval of all seeds together counts episodes; it does "
@@ -168,6 +174,14 @@ def summary(what: str, runs: Sequence[Recorded]) -> str:
         for r in runs
     }
     return "\n".join([*lines, "", "Made on " + "; ".join(sorted(made)) + ".", ""])
+
+
+def games_command(c: GamesConfig) -> str:
+    """The command that makes these games."""
+    return (
+        f"python -m turbo.envs.alfworld_games --out {c.out} --games {c.games} "
+        f"--held-out {c.held_out} --tasks {' '.join(c.tasks)}"
+    )
 
 
 def task_table(runs: Sequence[Recorded]) -> list[str]:
@@ -225,6 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     """Train what is missing, gather, draw; returns the exit status."""
     c = read_settings(LearnConfig, argv, "bench.learn")
     out, runs = Path(c.out), []
+    if c.what == "alfworld":
+        print(make_games(EASY_GAMES))  # those that are there are kept
     for label, flags in DEMONSTRATIONS[c.what]:
         for seed in c.seeds:
             try:
