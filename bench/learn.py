@@ -41,7 +41,7 @@ HARSH = (
 # Four attempts at a game: twice as many games in an update as with eight.
 EASY_TASKS = ("pick_and_place_simple", "look_at_obj_in_light")
 EASY_GAMES = GamesConfig("runs/games/alfworld-easy", games=2000, held_out=300, tasks=EASY_TASKS)
-EASIER = f"--games {EASY_GAMES.out} --group-size 4 --eval-every 12 --eval-episodes 600"
+EASIER = f"--games {EASY_GAMES.out} --group-size 4 --updates 64 --eval-every 16 --eval-episodes 600"
 # What is shown -> its variants: a label, and the arguments of turbo.train.
 DEMONSTRATIONS: dict[str, list[tuple[str, str]]] = {
     "points24": [("GTR-Turbo", "points24"), ("plain PPO", "points24 --guidance none")],
