@@ -239,6 +239,7 @@ GAME_DEFAULTS: dict[str, dict] = {
     "blackjack": dict(updates=30, steps_per_update=1024, group_size=16),
     "alfworld": dict(
         envs=64,
+        group_size=4,  # half of the attempts at a game, twice the games
         steps_per_update=2048,
         updates=24,
         max_new_tokens=128,

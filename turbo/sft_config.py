@@ -83,8 +83,8 @@ class SftConfig:
 SFT_DEFAULTS: dict[str, dict] = {
     "points24": dict(other_targets=0.75),
     "ezpoints": dict(steps=150, deals=32, read_out_steps=120),
-    "numberline": dict(steps=100, deals=32),
-    "blackjack": dict(steps=100, deals=32),
+    "numberline": dict(steps=160, deals=32),
+    "blackjack": dict(steps=300, deals=32),
     "alfworld": dict(
         steps=900,
         deals=8,
