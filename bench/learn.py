@@ -38,9 +38,9 @@ HARSH = (
     "--temperature 1.0 --learning-rate 2e-3 --final-learning-rate 2e-3 --epochs 2 --minibatch 64 "
     "--baseline loo --updates 8 --steps-per-update 1536 --eval-temperature 1.0 --eval-episodes 300"
 )
-# Four attempts at a game: twice as many games in an update as with eight.
 EASY_TASKS = ("pick_and_place_simple", "look_at_obj_in_light")
 EASY_GAMES = GamesConfig("runs/games/alfworld-easy", games=2000, held_out=300, tasks=EASY_TASKS)
+# Four attempts at a game: twice as many games in an update as with eight.
 EASIER = f"--games {EASY_GAMES.out} --group-size 4 --updates 64 --eval-every 16 --eval-episodes 600"
 # What is shown -> its variants: a label, and the arguments of turbo.train.
 DEMONSTRATIONS: dict[str, list[tuple[str, str]]] = {
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train what is missing, gather, draw; returns the exit status."""
     c = read_settings(LearnConfig, argv, "bench.learn")
     out, runs = Path(c.out), []
-    if c.what == "alfworld":
+    if c.what == "alfworld" and c.train:
         print(make_games(EASY_GAMES))  # those that are there are kept
     for label, flags in DEMONSTRATIONS[c.what]:
         for seed in c.seeds:
