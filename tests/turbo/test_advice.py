@@ -29,7 +29,7 @@ FLAGS = {  # of the runs in warned_runs.csv, beside --eval-episodes 0
     "blackjack": "blackjack --updates 5",
 }
 # Collapsed, with the update at which that is to be known: of 14, and of 40 at a lower rate.
-RUINED = {("harsh", "none"): 12, ("harsh", "trust"): 12, ("long", "none"): 20}
+RUINED = {("harsh", "none"): 12, ("harsh", "trust"): 12, ("long", "none"): 30}
 
 
 def read(path, *keys):
