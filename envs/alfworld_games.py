@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import cycle, islice, repeat
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -130,17 +130,19 @@ def make_games(
     out, seen = Path(out), set()
     keep_record(out, dict(seed=seed, size=size, tasks=list(tasks), rooms=list(rooms)))
     ahead = AHEAD * len(makers) if len(makers) > 1 else 0
+    # A draw without a plan is replaced here: the others are busy with the games behind it.
+    here = makers[0] if len(makers) == 1 else OwnGame(Maker())
     turns, waiting = cycle(makers), deque()
     for number in range(games):
         wanted = _Wanted(
             out, (seed, size, tasks[number % len(tasks)], split, number, tuple(rooms)), seen
         )
-        wanted.ask(turns)
+        wanted.ask(next(turns))
         waiting.append(wanted)
         if len(waiting) > ahead:
-            yield waiting.popleft().made()
+            yield waiting.popleft().made(here)
     while waiting:
-        yield waiting.popleft().made()
+        yield waiting.popleft().made(here)
 
 
 class _Wanted:
@@ -150,21 +152,23 @@ class _Wanted:
         self.out, self.named, self.seen = out, named, seen
         self.draws, self.without_plan = enumerate(draw_games(*named)), 0
 
-    def ask(self, turns: Iterator[OwnGame | GameProcess]) -> None:
-        """Draw, and ask the maker whose turn it is, unless the game is there."""
+    def ask(self, maker: OwnGame | GameProcess) -> None:
+        """Draw, and ask the maker for the game unless it is there."""
         draw, game = next(drawn for drawn in self.draws if identity(drawn[1]) not in self.seen)
         self.seen.add(identity(game))
-        self.folder = game_folder(self.out, game, *self.named[3:5])
-        self.maker = None if is_complete(self.folder) else next(turns)
+        _, _, _, split, number, _ = self.named
+        self.folder = game_folder(self.out, game, split, number)
+        self.maker = None if is_complete(self.folder) else maker
         if self.maker:
             asked = {"do": "make", "game": self.named, "draw": draw, "folder": str(self.folder)}
             self.maker.send(asked)
 
-    def made(self) -> Made:
-        """Wait for the game; where it has no plan, make the next one."""
+    def made(self, here: OwnGame | GameProcess) -> Made:
+        """Wait for the game; where it has no plan, ask the maker `here`, which is free, for the
+        next one."""
         while self.maker and not self.maker.receive()["made"]:
             self.without_plan += 1
-            self.ask(repeat(OwnGame(Maker())))  # the others are busy with the games behind it
+            self.ask(here)
         return Made(self.folder / "game.tw-pddl", self.maker is None, self.without_plan)
 
 
@@ -356,8 +360,6 @@ def run(c: GamesConfig) -> str:
         raise ValueError(f"--jobs must be at least 0, got {c.jobs}")
     jobs = c.jobs or len(os.sched_getaffinity(0))
     jobs = min(jobs, 1 + sum(numbers.values()) // WORTH)
-    if c.overwrite:
-        remove_games(Path(c.out))
     console, started, made = Console(stderr=True), time.perf_counter(), []
     columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
     with (
@@ -370,6 +372,8 @@ def run(c: GamesConfig) -> str:
             disable=not console.is_terminal,
         ) as bar,
     ):
+        if c.overwrite:  # the engine is there
+            remove_games(Path(c.out))
         shown = bar.add_task("", total=sum(numbers.values()))
         for split, number in numbers.items():
             bar.update(shown, description=split)

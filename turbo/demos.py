@@ -75,8 +75,9 @@ def demonstrate(
                 later = len(rows) > 1 and rng.random() < 0.5
                 rows = [rows[int(rng.integers(1, len(rows))) if later else 0]]
             for picture, state, text, labels in rows:
-                pictures.setdefault(picture.tobytes(), (picture, labels))
-                shown.append(list(pictures).index(picture.tobytes()))
+                key = picture.tobytes()
+                pictures.setdefault(key, (picture, labels))
+                shown.append(list(pictures).index(key))
                 suffixes.append(vlm.encode(vlm.frame.suffix(state)))
                 answers.append([*vlm.encode(text), vlm.end])
         if answers:

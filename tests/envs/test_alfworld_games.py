@@ -163,6 +163,21 @@ def test_other_settings_need_another_folder_or_overwrite(tmp_path, capsys):
     assert len(all_files(tmp_path)) == 2
 
 
+@needs_engine
+def test_without_the_engine_nothing_is_overwritten(tmp_path, capsys, monkeypatch):
+    flags = ["--out", str(tmp_path), "--games", "1", "--held-out", "0"]
+    assert main(flags) == 0
+    before = all_files(tmp_path)
+
+    def missing():
+        raise ImportError("pip install 'gtr-turbo[alfworld]'")
+
+    monkeypatch.setattr("turbo.envs.alfworld_games.import_alfworld", missing)
+    assert main([*flags, "--overwrite"]) == 1
+    assert "pip install" in capsys.readouterr().err
+    assert all_files(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
