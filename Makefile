@@ -1,4 +1,4 @@
-.PHONY: help install test test-fast test-gpu test-faults test-fuzz test-browser lint format bench bench-kernels bench-gpu results screenshot metrics memory tour wheel ci clean
+.PHONY: help install test test-fast test-gpu test-faults test-fuzz test-browser lint format bench bench-kernels bench-gpu bench-gpu-model results screenshot metrics memory tour wheel ci clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,13 @@ bench-gpu: ## all that needs a GPU, within 25 minutes; a part that fails stops n
 	-timeout 120 python -m bench.nf4
 	-timeout 840 python -m bench.policy_head
 	-python -m bench.report --write
+
+LARGE = --model qwen2.5-vl-7b --random-weights --recipe-steps 0 --only kl --no-memory
+LARGE += --envs 64 --steps 128 --max-new-tokens 100 --updates 2
+
+bench-gpu-model: ## whole updates of a model of 7B, with and without recorded decoding: 15 minutes
+	-timeout 440 python -m bench.train_step $(LARGE)
+	-timeout 440 python -m bench.train_step $(LARGE) --decode-graphs
 
 results: ## train and draw what the README shows, into docs/results/; resumes
 	@set -e; for what in points24 ezpoints collapse; do python -m bench.learn --what $$what; done

@@ -130,8 +130,9 @@ CLAIMS = (
         "g",
         "Estimators: clip beats abs and k3, these beat forward KL, that beats none.",
         (
-            *pairs("harsh", "clip", "abs", "k1", "k3", "none"),
-            *pairs("harsh", "kl", "forward", "clip"),
+            *pairs("calm", "clip", "abs", "k1", "k3", "none"),
+            *pairs("calm", "kl", "clip"),
+            *pairs("harsh", "kl", "forward"),
             *pairs("harsh", "forward", "none"),
         ),
     ),

@@ -25,8 +25,10 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -48,7 +50,9 @@ from bench.harness import (
 )
 from bench.race import product_rate
 from bench.recipe import Recipe, fastest
+from turbo import hub
 from turbo.config import TrainConfig, check, defaults
+from turbo.envs.points24 import Points24
 from turbo.hub import model_sha256
 from turbo.log import METRICS, Metric
 from turbo.memory import peak_bytes
@@ -100,7 +104,18 @@ class BenchConfig:
     workers: int = 0
     """processes (0: one a core, at most 4)"""
     model: str = "tiny"
-    """`tiny` for the built-in warm start, or a folder written by `turbo.sft`"""
+    """`tiny` for the built-in warm start, a folder written by `turbo.sft`, or with --random-weights
+    a published shape such as qwen2.5-vl-7b"""
+    random_weights: bool = False
+    """build --model with random weights; only with --recipe-steps 0"""
+    only: str = ""
+    """one variant, such as kl (empty: all of them; each holds a model of its own in memory)"""
+    quantize: Literal["none", "nf4"] = "none"
+    """keep the base in 4 bits"""
+    decode_graphs: bool = False
+    """GPU: record decode steps as CUDA graphs"""
+    max_new_tokens: int = 0
+    """tokens of the longest answer (0: the default of training)"""
     steps: int = 0
     """environment steps of an update (0: the default of training)"""
     envs: int = 0
@@ -115,6 +130,17 @@ class BenchConfig:
     """print the operations that take most time in one update on one worker; nothing is recorded"""
     save: bool = True
     """append the rows to bench/results/"""
+
+
+class RandomActions(Points24):
+    """Points24 for a model that cannot play: an illegal answer takes an action at random.
+
+    All would lose at once and alike otherwise, and nothing would be left to train on.
+    """
+
+    def step_illegal(self) -> tuple:
+        """A step with an action of the game's own random numbers."""
+        return self.step(int(self.np_random.integers(len(self.actions))))
 
 
 @dataclass(frozen=True)
@@ -138,16 +164,30 @@ class Measured:
 
 
 def settings(c: BenchConfig) -> dict[str, TrainConfig]:
-    """The settings of training, per variant."""
-    base = defaults("points24", "tiny")
+    """The settings of training, per variant; ValueError where the one that is asked for is none."""
+    if c.only and c.only not in VARIANTS:
+        raise ValueError(f"--only must be one of {'; '.join(VARIANTS)}, got {c.only!r}")
+    base = defaults("points24", "paper" if c.random_weights else "tiny")
     base = replace(
         base,
+        env="bench.train_step:RandomActions" if c.random_weights else base.env,
         model=c.model,
+        random_weights=c.random_weights,
+        quantize=c.quantize,
+        decode_graphs=c.decode_graphs,
+        max_new_tokens=c.max_new_tokens or base.max_new_tokens,
         steps_per_update=c.steps or base.steps_per_update,
         envs=c.envs or base.envs,
         teacher_url=f"http://127.0.0.1:{c.port}/v1",
     )
-    return {name: replace(base, **changes) for name, changes in VARIANTS.items()}
+    names = [c.only] if c.only else VARIANTS
+    return {name: replace(base, **VARIANTS[name]) for name in names}
+
+
+def common(c: BenchConfig) -> TrainConfig:
+    """What all variants share, and the recipe runs with: the guided variant, where it is there."""
+    found = settings(c)
+    return found.get("kl") or next(iter(found.values()))
 
 
 def one_update(run: Run, tally: Tally) -> dict[str, float]:
@@ -206,15 +246,15 @@ def pick_setting(config: TrainConfig, folder: Path, device: str) -> Setting:
 
 def new_recipe(c: BenchConfig, s: Setting, folder: Path) -> Recipe:
     """The recipe, with the settings of the guided variant."""
-    return Recipe(settings(c)["kl"], folder / "recipe", s.dtype, s.threads, s.device)
+    return Recipe(common(c), folder / "recipe", s.dtype, s.threads, s.device)
 
 
 def updates(crew: Crew, c: BenchConfig, folder: Path) -> Measured:
     """Figures of every timed update, per variant; what every worker runs."""
-    runs = {name: new_run(crew, c, name, folder) for name in VARIANTS}
+    runs = {name: new_run(crew, c, name, folder) for name in settings(c)}
     calls = {name: lambda own=own: one_update(*own) for name, own in runs.items()}
-    config, device = settings(c)["kl"], device_of(runs["kl"][0])
-    dtype = pick_dtype(config.dtype)
+    config, device = common(c), device_of(next(iter(runs.values()))[0])
+    dtype = pick_dtype(config.dtype, device)
     setting = None
     if c.recipe_steps:
         recipe = None
@@ -323,7 +363,7 @@ def profile(crew: Crew, c: BenchConfig, rows: int = 25) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    run = Run(settings(c)["kl"], Path("."), crew)
+    run = Run(common(c), Path("."), crew)
     train_update(run)
     with profiler(activities=[ProfilerActivity.CPU]) as trace:
         train_update(run)
@@ -332,14 +372,16 @@ def profile(crew: Crew, c: BenchConfig, rows: int = 25) -> None:
 
 def describe(c: BenchConfig, workers: int, setting: Setting | None) -> dict[str, str]:
     """What each variant ran, as the rows of the file say it."""
-    config = settings(c)["kl"]
-    dtype = str(pick_dtype(config.dtype)).removeprefix("torch.")
+    config = common(c)
+    dtype = str(pick_dtype(config.dtype, hub.device_of(config))).removeprefix("torch.")
     game = f"{config.env} model={c.model if c.model == 'tiny' else Path(c.model).name}"
     ours = (
         f"{game} workers={workers} envs={config.envs} steps={config.steps_per_update} "
         f"dtype={dtype} checkpoint=each"
     )
-    return dict.fromkeys(VARIANTS, ours) | {
+    ours += f" base={c.quantize}" * (c.quantize != "none") + " graphs" * c.decode_graphs
+    ours += f" answers={c.max_new_tokens}" * bool(c.max_new_tokens)
+    return dict.fromkeys(settings(c), ours) | {
         RECIPE: f"{game} workers=1 envs=1 steps={c.recipe_steps} {setting} checkpoint=each",
         PRODUCT: f"workers={workers} dtype={dtype}",
     }
@@ -352,11 +394,15 @@ def impossible(c: BenchConfig) -> str:
             raise ValueError(f"--updates must be at least 2 (one warms up), got {c.updates}")
         if c.recipe_steps < 0:
             raise ValueError(f"--recipe-steps must be 0 or more, got {c.recipe_steps}")
+        if c.recipe_steps and c.random_weights:
+            raise ValueError("the recipe opens models from folders: add --recipe-steps 0")
         if c.recipe_steps and importlib.util.find_spec("peft") is None:
             raise ValueError("the recipe needs peft: pip install peft, or --recipe-steps 0")
         for config in settings(c).values():
             check(config)
             model_sha256(config)  # says how to make a model that is missing
+        if c.decode_graphs and hub.device_of(common(c)).type != "cuda":
+            raise ValueError("--decode-graphs needs a GPU, and this model runs on the CPU")
     except (ValueError, OSError) as error:
         return str(error)
     return ""
@@ -372,8 +418,9 @@ def main(argv: list[str] | None = None) -> int:
     if c.profile:
         profile(Crew(), c)
         return 0
-    workers = c.workers or cores()
-    with corrector(port=c.port), tempfile.TemporaryDirectory() as scratch:
+    workers = hub.own_workers(replace(common(c), workers=c.workers), 4)
+    endpoint = corrector(port=c.port) if "gtr" in settings(c) else nullcontext()
+    with endpoint, tempfile.TemporaryDirectory() as scratch:
         measured = run_crew(workers, updates, c, Path(scratch))
         peaks = memory(c, workers, measured, Path(scratch)) if c.memory else {}
     summary = summaries(measured.turns)
@@ -382,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
     shapes, where = describe(c, workers, measured.setting), environment()
     rate = summary[PRODUCT]["flops_per_second"].median
     title = (
-        f"{shapes['kl']}\n{where['processor']}, torch {where['torch']}\n"
+        f"{next(iter(shapes.values()))}\n{where['processor']}, torch {where['torch']}\n"
         f"a square product makes {rate / 1e9:,.0f} GFLOP/s"
     )
     shown = {variant: figures for variant, figures in summary.items() if variant != PRODUCT}

@@ -124,7 +124,8 @@ class TrainConfig:
     guidance_range: Literal["thought", "all"] = "thought"
     """which tokens are guided"""
     kl_placement: Literal["loss", "reward", "advantage"] = "loss"
-    """where the KL enters: as a loss with a true gradient, in the reward, or in the advantage"""
+    """where the KL enters: as a loss with a true gradient, in the reward, or, less its mean, in the
+    advantage"""
     kl_estimator: Literal["full", "forward", "clip", "abs", "k1", "k3"] = "full"
     """full and forward: exact over the vocabulary; the others from the sampled token"""
     kl_coef: str = "5"
@@ -194,6 +195,8 @@ class TrainConfig:
     modules: that of transformers, for all others"""
     gradient_checkpointing: bool = True
     """modules: keep only the layers' inputs for the backward pass and compute the rest again"""
+    decode_graphs: bool = False
+    """GPU: record decode steps as CUDA graphs and replay them (not yet measured on a GPU)"""
     micro_tokens: int = 2048
     """modules: tokens that run at once, prompts and answers; halved where memory runs out"""
     eval_episodes: int = 500
@@ -379,6 +382,6 @@ def from_saved(saved: object, source: str) -> TrainConfig:
 def changed(old: dict, new: TrainConfig) -> list[str]:
     """Names of the settings in which a resumed run would differ from the saved one."""
     free = {"resume", "out", "overwrite", "updates", "minutes", "keep", "save_every"}
-    free |= {"max_faults", "quiet", "json", "tensorboard", "wandb", "trackio"}
+    free |= {"decode_graphs", "max_faults", "quiet", "json", "tensorboard", "wandb", "trackio"}
     now = asdict(new)
     return [k for k in now if k not in free and k in old and old[k] != now[k]]

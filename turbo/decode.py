@@ -15,12 +15,15 @@ Rows do not wait for each other: every environment has a slot in the cache and i
 in its answer, and one pass serves rows that read a prompt with a long guess beside rows that take
 one token (in groups of similar length).
 
-Left out: top-k, top-p, penalties (they would make the scored policy another one); static caches and
-graphs for GPUs.
+With `--decode-graphs` passes over few tokens are recorded and replayed (`turbo.graphs`). The cache
+then grows in larger steps, and rows and lengths take few sizes, so that shapes recur.
+
+Left out: top-k, top-p, penalties (they would make the scored policy another one).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,7 @@ from torch import Tensor
 
 from turbo.attend import PrefixKV, additive, causal_mask
 from turbo.batch import fits, micro_batches, round_up
+from turbo.graphs import Graphs
 from turbo.kernels.policy_head import ban_bias
 from turbo.model import VisionLanguageModel, Weights
 
@@ -65,7 +69,8 @@ class _Row:
     drawn: Tensor | None = None  # [1]
 
 
-CACHED = 32  # places of the cache are reserved in multiples of this
+CACHED = 32  # places of the cache are reserved in multiples of this,
+RECORDED = 128  # or of this where passes are recorded
 LOGITS = 1 << 26  # logits that are held at once while answers are sampled, about
 AFTER_REFUSAL = 4  # tokens guessed behind a refused guess, beside as many as were right before it
 SHORT = 8  # inputs of at most so many tokens run together, apart from longer ones
@@ -171,9 +176,8 @@ class Decoder:
         Returns normed hidden states [N', D] where a token is predicted, and counts per row.
         """
         inputs = [r.pending + r.draft for r in rows]
-        longest = max(map(len, inputs))
-        length = round_up(longest, 8 if longest > SHORT else 2)
-        inputs += [[]] * (round_up(len(rows)) - len(rows))
+        count, length = self.cache.size(len(rows), max(map(len, inputs)))
+        inputs += [[]] * (count - len(rows))
         padded = [t + [self.vlm.pad] * (length - len(t)) for t in inputs]
         ids = torch.tensor(padded, device=self.vlm.device)
         hidden = self.cache.run(self.weights, ids, rows)
@@ -263,6 +267,7 @@ class _Cache:
 
     def __init__(self, vlm: VisionLanguageModel, slots: int):
         self.vlm, self.slots, self.width = vlm, slots, 0
+        self.graphs = None if vlm.text.record is None else Graphs(vlm.text.record)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.past = self.next_position = 0  # of the prefix
@@ -281,10 +286,21 @@ class _Cache:
         for own, new in zip(self.values, prefix.values, strict=True):
             own[slot, :, : self.past] = new[number]
 
+    def size(self, rows: int, length: int) -> tuple[int, int]:
+        """Rows and tokens of a pass that computes `rows` of up to `length` tokens."""
+        if length > SHORT:
+            return round_up(rows), round_up(length, 8)
+        if self.graphs is None:
+            return round_up(rows), round_up(length, 2)
+        step = round_up(-(-self.slots // 4))  # few sizes: every one is a graph
+        return -(-rows // step) * step, max(2, 1 << (length - 1).bit_length())
+
     def _reserve(self, tokens: int) -> int:
         """Make place for `tokens` in every slot; how many of them to attend to."""
-        used = round_up(tokens, CACHED)
+        used = round_up(tokens, CACHED if self.graphs is None else RECORDED)
         if used > self.width:
+            if self.graphs is not None:
+                self.graphs.clear()
             for cache in (self.keys, self.values):  # layer by layer: never two whole caches
                 for i, x in enumerate(cache):
                     cache[i] = F.pad(x, (0, 0, 0, used - x.shape[2]))
@@ -306,16 +322,32 @@ class _Cache:
         slot = torch.tensor([row.slot for row in rows] + [self.slots] * blank, device=device)
         start = torch.tensor([row.position for row in rows] + [0] * blank, device=device)
         used = self._reserve(self.past + far + length)
-        x = text.embed(weights, ids)
         if far == 0:  # a prompt is read: everything lies in one piece
-            return self._run_fresh(weights, x, slot)
-        at = start[:, None] + torch.arange(length, device=device)  # [R, L] behind the prefix
+            return self._run_fresh(weights, text.embed(weights, ids), slot)
+        inputs = (ids, slot, start)
+        if self.graphs is None or length > SHORT:
+            return self._run_behind(weights, used, *inputs)
+        text.use(weights)  # refuses weights that are gone, also where nothing but a replay follows
+        step = partial(self._run_behind, weights, used)
+        return self.graphs.run((*ids.shape, used), step, inputs)
+
+    def _run_behind(
+        self, weights: Weights, used: int, ids: Tensor, slot: Tensor, start: Tensor
+    ) -> Tensor:
+        """Hidden states of ids [R, L] in the slots [R] from the places start [R] on.
+
+        It can be recorded: nothing in here depends on values. (The built-in models' rotary table
+        does; they are not recorded.)
+        """
+        text, length = self.vlm.text, ids.shape[1]
+        x = text.embed(weights, ids)
+        at = start[:, None] + torch.arange(length, device=ids.device)  # [R, L] behind the prefix
         rope = text.text_rope(at + self.next_position)
         at += self.past
-        blocked = torch.arange(used, device=device) > at[..., None]  # [R, L, S]
+        blocked = torch.arange(used, device=ids.device) > at[..., None]  # [R, L, S]
         mask = additive(blocked, text.dtype)[:, None, None]
         _, heads, width, hd = self.keys[0].shape
-        place = slot[:, None] * heads + torch.arange(heads, device=device)
+        place = slot[:, None] * heads + torch.arange(heads, device=ids.device)
         place = place[..., None] * width + at[:, None]
         place = place.flatten()  # [R * Hkv * L] rows of the cache as a matrix of hd columns
 

@@ -78,6 +78,7 @@ class FusedText:
 
     keys = KEYS
     flash = False
+    record = None  # decode steps are not recorded
     small = True  # dense copies of the weights, and all prefixes at once, can be afforded
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):

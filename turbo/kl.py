@@ -51,22 +51,25 @@ def mean_over(tokens: Tensor, mask: Tensor, row: Tensor, rows: int) -> Tensor:
 
 
 def auto_coefficient(
-    mean_kl: float,
-    returns_std: float,
+    size: float,
+    spread: float,
     share: float,
     previous: float | None = None,
     smoothing: float = 0.5,
     lowest: float = 1e-3,
     highest: float = 1e4,
 ) -> float:
-    """The coefficient beta that makes the guidance a chosen share of the spread of the returns.
+    """The coefficient beta that makes the guidance a chosen share of what it stands beside.
 
-        target = share * returns_std / mean_kl
-        beta   = previous^smoothing * target^(1 - smoothing),  within [lowest, highest]
+        target = share * spread / size,  within [lowest, highest]
+        beta   = target                                          where it falls
+                 previous^smoothing * target^(1 - smoothing)     where it rises
 
-    `mean_kl` is what beta multiplies, averaged over the steps (its mean, or its spread). The
-    average is taken on logarithms, since KL moves over decades during a run. Without a usable
-    measurement (no teacher yet, all returns equal, a NaN) beta stays as it was, or starts at 1.
+    `size` is how large the KL is that beta multiplies, `spread` that of the returns or advantages.
+    KL moves over decades during a run: so the average is taken on logarithms, and beta falls at
+    once, since yesterday's coefficient on a KL a hundred times as large ruins a policy in one
+    update. Without a usable measurement (no teacher yet, all returns equal, a NaN) beta stays as
+    it was, or starts at 1.
     """
     if not 0.0 < lowest <= highest < math.inf:
         raise ValueError(f"bounds [{lowest}, {highest}] must satisfy 0 < lowest <= highest < inf")
@@ -79,11 +82,12 @@ def auto_coefficient(
     known = previous is not None and math.isfinite(previous) and previous > 0.0
     log_previous = math.log(min(max(previous if known else 1.0, lowest), highest))
     log_beta = log_previous
-    if all(math.isfinite(x) and x > 0.0 for x in (mean_kl, returns_std)):
+    if all(math.isfinite(x) and x > 0.0 for x in (size, spread)):
         # In logarithms no quotient can overflow. Clamped before it is averaged, so that one KL of
         # 1e-30 does not hold beta at its bound for many updates.
-        log_target = math.log(share) + math.log(returns_std) - math.log(mean_kl)
+        log_target = math.log(share) + math.log(spread) - math.log(size)
         log_target = min(max(log_target, math.log(lowest)), math.log(highest))
-        weight = smoothing if known else 0.0  # the first measurement is taken as it is
+        rises = known and log_target > log_previous  # the first one is taken as it is
+        weight = smoothing if rises else 0.0
         log_beta = weight * log_previous + (1.0 - weight) * log_target
     return min(max(math.exp(log_beta), lowest), highest)

@@ -25,6 +25,7 @@ from turbo.attend import PrefixKV, causal_mask
 from turbo.batch import BatchSizes, pad_to, round_up
 from turbo.envs.base import ACTION_KEY
 from turbo.fused import FusedText, FusedWeights
+from turbo.graphs import CudaRecord
 from turbo.lora import Lora
 from turbo.modules import ModuleText, ModuleWeights
 
@@ -233,6 +234,7 @@ class Engine:
     device: str = "auto"  # cpu, cuda
     quantize: str = "none"  # nf4
     checkpointing: bool = True
+    decode_graphs: bool = False  # on a GPU alone
 
 
 def pick_device(name: str, small: bool = False) -> torch.device:
@@ -328,8 +330,13 @@ def assemble(
     if fused:
         return VisionLanguageModel(module, tokenizer, processor, dtype, source)
     device = pick_device(engine.device)
-    quantize, checkpointing = engine.quantize == "nf4", engine.checkpointing
-    text = ModuleText(module, device=device, quantize=quantize, checkpointing=checkpointing)
+    text = ModuleText(
+        module,
+        device=device,
+        quantize=engine.quantize == "nf4",
+        checkpointing=engine.checkpointing,
+        record=CudaRecord() if engine.decode_graphs and device.type == "cuda" else None,
+    )
     return VisionLanguageModel(module, tokenizer, processor, dtype, source, text)
 
 

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import is_flash_attn_2_available
 
+from turbo.graphs import Record
 from turbo.kernels.nf4 import (
     Nf4Matrix,
     dequantize_nf4,
@@ -193,6 +194,7 @@ class ModuleText:
         device: torch.device | str = "cpu",
         quantize: bool = False,
         checkpointing: bool = True,
+        record: Record | None = None,  # of decode steps, see `turbo.graphs`
     ):
         c = model.config.get_text_config()
         self.decoder = model.get_decoder()
@@ -202,6 +204,7 @@ class ModuleText:
         self.dtype, self.device = self.head.weight.dtype, torch.device(device)
         self._state, self.linears, self.coded = _State(), {}, quantize
         _refuse_other_heads(model, c, self.head)
+        self.record = record
         self.content, self.owner = 0, None  # what the scratch holds, and for whom
         half = self.dtype in (torch.bfloat16, torch.float16)
         self.flash = self.device.type == "cuda" and half and is_flash_attn_2_available()
@@ -301,7 +304,7 @@ class ModuleText:
         seen: Mapping | None = None,  # further arguments of the decoder
     ) -> Tensor:
         """Hidden states [R, L, D] behind the final norm."""
-        self._use(w)
+        self.use(w)
         if self.flash:
             kind = "flash_attention_2" if mask is None else "sdpa"
             self.decoder.config._attn_implementation = kind
@@ -313,7 +316,7 @@ class ModuleText:
             position_ids=rope.expand(*rope.shape[:-2], x.shape[0], -1),
             attention_mask=mask,
             past_key_values=_Attend(attend),
-            use_cache=True,
+            use_cache=False,  # none of its own
             **(seen or {}),
         )
         return out.last_hidden_state
@@ -322,7 +325,8 @@ class ModuleText:
         """Hidden states as they are: the decoder ends with its norm."""
         return hidden
 
-    def _use(self, w: ModuleWeights) -> None:
+    def use(self, w: ModuleWeights) -> None:
+        """Have all layers compute in the role of `w`; RuntimeError where its content is gone."""
         if w.role == SCRATCH and w.content != self.content:
             raise RuntimeError(
                 "these weights were merged into the scratch and something else is there by now: "

@@ -32,7 +32,7 @@ from turbo.envs.make import find
 from turbo.faults import NumericalFault, diagnosis
 from turbo.flags import conclude, read_flags
 from turbo.guidance import ask_corrector, spread, write_answers
-from turbo.hub import lack_of_memory, model_sha256, own_workers
+from turbo.hub import device_of, lack_of_memory, model_sha256, own_workers
 from turbo.kl import auto_coefficient
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
 from turbo.memory import GB, peak_bytes
@@ -43,7 +43,7 @@ from turbo.score import TeacherReading, read_answers, teacher_kl
 from turbo.scribe import Scribe
 from turbo.sinks import check_packages
 from turbo.trajectory import sample_episodes
-from turbo.update import Imitated, StepData, prepare
+from turbo.update import Imitated, StepData, moments, prepare
 
 
 def train_update(run: Run) -> tuple[dict, list[dict]]:
@@ -71,6 +71,8 @@ def train_update(run: Run) -> tuple[dict, list[dict]]:
             token_range=c.guidance_range,
             temperature=c.temperature,
         )
+        measured = moments(kl, run.crew)
+        steer(run, measured, rollout)
     data = prepare(run.vlm, weights, rollout, kl, run.beta, run.value_head, run.crew, c)
     if guided and c.kl_placement == "loss":
         teacher = read_answers(run.vlm, run.teacher.weights, rollout, data.rows)
@@ -87,7 +89,7 @@ def train_update(run: Run) -> tuple[dict, list[dict]]:
         run.teacher.rate(sum(e.success for e in episodes) / len(episodes))
     figures = learn(run, rollout, data, teacher)
     if kl is not None:
-        figures["teacher_kl"] = kl.mean().item()
+        figures["teacher_kl"] = measured[0]
 
     # remember: this checkpoint becomes part of the teacher
     phases.begin("merge")
@@ -121,7 +123,8 @@ def train_update(run: Run) -> tuple[dict, list[dict]]:
         "faulty_steps": faulty,
         **speed(run, [s for e in episodes for s in e.steps]),
     }
-    steer(run, metrics, data, guided)
+    if guided and c.kl_placement == "loss":  # known only now: it is for the next update
+        steer(run, (metrics.get("teacher_kl", 0.0), 0.0), rollout)
     return metrics, sample
 
 
@@ -249,14 +252,18 @@ def learning_rate(c: TrainConfig, update: int) -> float:
     return c.final_learning_rate + (c.learning_rate - c.final_learning_rate) * share
 
 
-def steer(run: Run, metrics: dict, data: StepData, guided: bool) -> None:
-    """With `--kl-coef auto`, set the next update's coefficient from this one's KL and returns."""
+def steer(run: Run, kl: tuple[float, float], rollout: Rollout) -> None:
+    """With `--kl-coef auto`, set the coefficient from mean and deviation of the KL."""
     c = run.config
-    if c.kl_coef != "auto" or not guided:
+    if c.kl_coef != "auto":
         return
-    # In the reward the KL stands beside returns; elsewhere beside advantages of spread 1.
-    spread = data.returns_std if c.kl_placement == "reward" else 1.0
-    run.beta = auto_coefficient(metrics.get("teacher_kl", 0.0), spread, c.kl_share, run.beta)
+    mean, deviation = kl
+    if c.kl_placement == "reward":  # it stands beside returns
+        returns = torch.tensor([e.episode_return for e in rollout.episodes])
+        size, spread = math.hypot(mean, deviation), moments(returns, run.crew)[1]
+    else:  # beside advantages of spread 1; in them only its differences count
+        size, spread = deviation if c.kl_placement == "advantage" else mean, 1.0
+    run.beta = auto_coefficient(size, spread, c.kl_share, run.beta)
 
 
 def parse(argv: list[str]) -> TrainConfig:
@@ -318,6 +325,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(
                 f"--envs must be at least --workers * --group-size = {c.workers * c.group_size}, "
                 f"got {c.envs}"
+            )
+        if c.decode_graphs and device_of(c).type != "cuda":
+            raise ValueError(
+                "--decode-graphs needs a GPU, and this model runs on the CPU: leave it out"
             )
         if c.guidance == "gtr":
             check_url(c.teacher_url)

@@ -35,6 +35,7 @@ from turbo.score import (
     score_answers,
 )
 
+NOTHING = 1e-4  # an advantage as small as that, of about 1, is rounding: its step is not trained on
 FIGURES = ("policy_loss", "clip_fraction", "approx_kl", "teacher_kl", "value_loss", "sft_loss")
 
 
@@ -46,7 +47,6 @@ class StepData:
     returns: Tensor  # [N] target of the critic; zeros with group baselines
     old_logprob: Tensor  # [N] weighted log-probability of the answer when it was sampled
     rows: list[int]  # the steps that are trained on
-    returns_std: float  # spread of the episodes' returns, guidance left out
     explained_variance: float
     faulty: int = 0  # steps left out since something about them is not finite
 
@@ -64,7 +64,6 @@ def prepare(
     """Advantages and old log-probabilities of all steps, and the choice of steps to train on."""
     steps, count = rollout.steps, [len(e.steps) for e in rollout.episodes]
     reward = torch.tensor([s.reward + s.format_reward for s in steps])
-    _, spread = moments(torch.tensor([e.episode_return for e in rollout.episodes]), crew)
     if kl is not None and c.kl_placement == "reward":
         reward = reward - beta * kl
     returns, explained = torch.zeros(len(steps)), float("nan")
@@ -85,7 +84,8 @@ def prepare(
             advantages = group_advantages(total, torch.tensor(groups), c.baseline)[episode]
         advantages = advantages / (moments(total, crew)[1] + 1e-6)
     if kl is not None and c.kl_placement == "advantage":
-        advantages = advantages - beta * kl
+        # Its mean tells no answer from another: left in, it would push down all that was sampled.
+        advantages = advantages - beta * (kl - moments(kl, crew)[0])
     old = old_logprobs(steps, c.thought_coef)
     surprise = torch.tensor([-sum(s.logprobs) for s in steps])
     finite = old.isfinite() & surprise.isfinite() & advantages.isfinite()
@@ -93,9 +93,9 @@ def prepare(
     if c.objective == "rejection":
         kept &= torch.tensor(first_successes(rollout))
     else:
-        kept &= advantages.abs() > 1e-9
+        kept &= advantages.abs() > NOTHING
     rows, faulty = kept.nonzero()[:, 0].tolist(), len(steps) - int(finite.sum())
-    return StepData(advantages, returns, old, rows, spread, explained, faulty)
+    return StepData(advantages, returns, old, rows, explained, faulty)
 
 
 def state(s: Step) -> Hashable:

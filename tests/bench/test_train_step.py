@@ -2,9 +2,12 @@
 
 import contextlib
 import csv
+import json
+import shutil
 
 import pytest
 import torch
+from family_models import folder
 
 from bench import train_step
 from bench.harness import COLUMNS
@@ -88,10 +91,41 @@ def test_what_is_shown_and_how():
         assert part in shapes[RECIPE]
 
 
-@pytest.mark.parametrize("flag", ["--updates 1", "--recipe-steps -1", "--model absent"])
-def test_what_cannot_be_measured_is_refused(flag, capsys):
+@pytest.mark.parametrize(
+    "flag,why",
+    [
+        ("--updates 1", "--updates must be"),
+        ("--recipe-steps -1", "--recipe-steps must be"),
+        ("--model absent", "absent"),
+        ("--only all", "--only must be one of none; kl"),
+        ("--random-weights --model qwen2.5-vl-3b", "--recipe-steps 0"),
+        ("--decode-graphs", "needs a GPU"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(flag, why, capsys):
     assert train_step.main(flag.split()) == 2
-    assert "error: " in capsys.readouterr().err
+    assert why in capsys.readouterr().err
+
+
+def test_a_model_of_random_weights(tmp_path, monkeypatch, capsys):
+    """One variant of one family's configuration, as a GPU measures the published shapes."""
+    monkeypatch.setattr(train_step, "results_file", lambda: tmp_path / "cpu.csv")
+    monkeypatch.setattr(train_step, "ROOT", tmp_path)
+    monkeypatch.setattr(train_step, "product_rate", lambda *a: 1e12)
+    model = shutil.copytree(folder("qwen2_5_vl"), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 2048  # the whole rules are 700 tokens
+    (model / "config.json").write_text(json.dumps(config))
+    flags = f"--model {model} --random-weights --only kl --recipe-steps 0 --no-memory"
+    flags += " --steps 8 --envs 8 --max-new-tokens 8 --updates 2 --workers 1 --quantize nf4"
+    assert train_step.main(flags.split()) == 0
+    with (tmp_path / "cpu.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["variant"] for row in rows} == {"guidance=kl", PRODUCT}
+    figures = {row["metric"]: float(row["median"]) for row in rows}
+    assert figures["trained_rows"] >= 8 and figures["seconds_train"] > 0
+    assert "base=nf4 answers=8" in rows[0]["shape"] and "guidance=kl" in rows[0]["variant"]
+    assert RECIPE not in capsys.readouterr().out
 
 
 def test_without_peft_the_recipe_is_refused_by_name(monkeypatch, capsys):

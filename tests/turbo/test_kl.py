@@ -82,7 +82,7 @@ def test_mean_over_is_by_step_and_masked():
 
 
 def test_the_coefficient_reaches_the_chosen_share():
-    beta = auto_coefficient(mean_kl=0.02, returns_std=4.0, share=0.1)
+    beta = auto_coefficient(size=0.02, spread=4.0, share=0.1)
     assert beta * 0.02 == pytest.approx(0.1 * 4.0)
     beta = 1.0
     for _ in range(30):
@@ -94,6 +94,13 @@ def test_the_coefficient_moves_smoothly_and_in_logarithms():
     beta = auto_coefficient(0.01, 1.0, 1.0, previous=1.0, smoothing=0.5)
     assert beta == pytest.approx(10.0)  # halfway from 1 to 100
     assert auto_coefficient(0.01, 1.0, 1.0, previous=1.0, smoothing=0.0) == pytest.approx(100.0)
+
+
+def test_the_coefficient_falls_at_once():
+    """A KL that has grown a thousandfold has its share at once, not some updates later."""
+    before = auto_coefficient(0.001, 1.0, 0.3)
+    assert before == pytest.approx(300.0)
+    assert auto_coefficient(1.0, 1.0, 0.3, previous=before) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("mean_kl", [0.0, -1.0, math.nan, math.inf])

@@ -42,6 +42,25 @@ def test_logits_are_those_of_the_cpu(family, quantize):
         assert (one - two).abs().max() < exact * max(1.0, float(one.std()))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_decoding_samples_the_same_answers(family, quantize):
+    """CUDA graphs against the same steps one by one; the cache moves on the way."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    found = []
+    for graphs in (False, True):
+        engine = Engine("modules", "cuda", quantize, decode_graphs=graphs)
+        vlm = load(folder(family), torch.float32, engine)
+        assert (vlm.text.record is not None) == graphs
+        lora = tiny_models.noisy_lora(vlm)
+        played = tiny_models.play(vlm, lora, steps=48, envs=16, max_new_tokens=150)
+        found.append(played.steps)
+    assert [s.tokens for s in found[0]] == [s.tokens for s in found[1]]
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one.logprobs, two.logprobs, rtol=0, atol=1e-3)
+
+
 def trained(out, *flags: str) -> list[dict]:
     """The records of a run on the GPU."""
     common = "--device cuda --engine modules --eval-episodes 0 --out"
@@ -49,7 +68,9 @@ def trained(out, *flags: str) -> list[dict]:
     return [r for r in read_jsonl(out / checkpoint.METRICS) if "episodes" in r]
 
 
-@pytest.mark.parametrize("flags", ["", "--quantize nf4 --optimizer adamw8bit", "--guidance sft"])
+@pytest.mark.parametrize(
+    "flags", ["", "--quantize nf4 --optimizer adamw8bit", "--guidance sft", "--decode-graphs"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_on_the_gpu(tmp_path, family, flags):
     small = "--lora-rank 4 --envs 8 --group-size 4 --steps-per-update 12 --max-new-tokens 16"

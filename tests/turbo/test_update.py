@@ -320,7 +320,7 @@ def test_advantages_of_a_critic(fitted, played, placement):
     a = out.advantages
     want = (a - a.mean()) / (a.std(correction=0) + 1e-8)
     if placement == "advantage":
-        want = want - 0.5 * kl
+        want = want - 0.5 * (kl - kl.mean())
     torch.testing.assert_close(got.advantages, want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got.returns, out.returns)
     residual = (out.returns - values).var(correction=0) / out.returns.var(correction=0)
@@ -349,7 +349,7 @@ def test_advantages_of_a_group(fitted, played, baseline, placement):
         others = sum(same) - total
         base = others / (len(same) - 1) if baseline == "loo" else sum(same) / len(same)
         want += [(total - base) / (spread + 1e-6)] * len(episode.steps)
-    want = torch.tensor(want) - (0.5 * kl if placement == "advantage" else 0.0)
+    want = torch.tensor(want) - (0.5 * (kl - kl.mean()) if placement == "advantage" else 0.0)
     torch.testing.assert_close(got.advantages, want, rtol=1e-4, atol=1e-5)
     assert not got.returns.any() and math.isnan(got.explained_variance)
     assert want.abs().max() > 0.1
@@ -383,13 +383,12 @@ def test_a_coarser_state_is_taken_from_an_environment_that_has_one(played):
     assert turbo.update.state(dataclasses.replace(step, asked=Room())) == "at the desk"
 
 
-def test_the_spread_of_returns_leaves_guidance_and_format_out(fitted, played):
-    rollout, *_ = played
-    returns = torch.tensor([sum(s.reward for s in e.steps) for e in rollout.episodes])
-    kl = torch.full((len(rollout.steps),), 3.0)
-    for given, placement in ((None, "loss"), (kl, "reward")):
-        got = prepared(fitted, played, given, kl_placement=placement)
-        assert got.returns_std == pytest.approx(returns.std(correction=0).item(), rel=1e-5)
+def test_an_equal_kl_of_all_answers_changes_no_advantage(fitted, played):
+    kl = torch.full((len(played[0].steps),), 3.0)
+    plain = prepared(fitted, played, None)
+    got = prepared(fitted, played, kl, kl_placement="advantage")
+    torch.testing.assert_close(got.advantages, plain.advantages)
+    assert got.rows == plain.rows
 
 
 def hand_made(groups, totals, logprobs):

@@ -1,0 +1,160 @@
+"""turbo/graphs.py: recorded decode steps replay what the step itself would compute.
+
+There is no GPU here, so steps are recorded by `make_fx`: the kernels of one call, on the tensors of
+that call, with nothing of Python in between. What a CUDA graph needs, it needs too: a step that
+asks for a value is refused, and one that reads a tensor that has moved replays old contents.
+"""
+
+import pytest
+import tiny_models
+import torch
+from family_models import FAMILIES, model
+from test_decode import decoder_for, finish
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from turbo import train
+from turbo.decode import RECORDED, Request
+from turbo.graphs import Graphs
+
+
+class Recorder:
+    """Records steps without a GPU."""
+
+    def __init__(self):
+        self.sizes = []  # rows and tokens of what was recorded
+        self.replays = 0
+
+    def __call__(self, step, inputs):
+        self.sizes.append(tuple(inputs[0].shape))
+        recorded = make_fx(step)(*inputs)
+
+        def replay():
+            self.replays += 1
+            return recorded(*inputs)
+
+        return replay
+
+
+def test_a_step_is_recorded_once_and_replayed_on_new_inputs():
+    state, calls = torch.tensor([10.0, 20.0]), []
+
+    def step(x):
+        calls.append(1)
+        state.index_add_(0, torch.tensor([1]), x)
+        return state * 2
+
+    recorder = Recorder()
+    graphs = Graphs(recorder)
+    given = torch.tensor([1.0])
+    graphs.run("a", step, (given,))
+    for add, want in ((5.0, [20.0, 54.0]), (-2.0, [20.0, 50.0])):
+        state[1] = 22.0 if add > 0 else 27.0
+        assert graphs.run("a", step, (torch.tensor([add]),)).tolist() == want
+    assert len(calls) == 1 and given.item() == 1.0
+    graphs.run("b", step, (given,))
+    assert len(recorder.sizes) == 2
+    graphs.clear()
+    graphs.run("a", step, (given,))
+    assert len(recorder.sizes) == 3
+
+
+def test_a_step_that_asks_for_a_value_is_refused():
+    with pytest.raises(RuntimeError, match=r"data-dependent|item"):
+        Graphs(Recorder()).run(0, lambda x: x * 2 if x.sum().item() > 0 else x, (torch.ones(2),))
+
+
+@pytest.fixture(params=FAMILIES)
+def vlm(request):
+    return model(request.param)
+
+
+def rollouts(vlm, lora, **options):
+    """The same one twice: every step by itself, and recorded ones; and what was recorded."""
+    with torch.no_grad():
+        plain = tiny_models.play(vlm, lora, **options)
+        vlm.text.record = recorder = Recorder()
+        return plain, tiny_models.play(vlm, lora, **options), recorder
+
+
+def test_recorded_decoding_samples_the_same_answers(vlm):
+    lora = tiny_models.noisy_lora(vlm)
+    plain, recorded, recorder = rollouts(vlm, lora, steps=12, envs=12, max_new_tokens=20)
+    assert [s.tokens for s in recorded.steps] == [s.tokens for s in plain.steps]
+    for one, two in zip(plain.steps, recorded.steps, strict=True):
+        torch.testing.assert_close(one.logprobs, two.logprobs, rtol=0, atol=1e-4)
+        torch.testing.assert_close(one.hidden, two.hidden, rtol=0, atol=1e-3)
+    assert recorder.replays > 2 * len(recorder.sizes)
+    assert {rows for rows, _ in recorder.sizes} <= {8, 16}
+    assert {length for _, length in recorder.sizes} <= {2, 4, 8}
+
+
+def test_a_base_in_nf4_is_recorded_unmerged():
+    vlm = model("qwen2_5_vl", quantize="nf4")
+    lora = tiny_models.noisy_lora(vlm)
+    plain, recorded, recorder = rollouts(vlm, lora, steps=4, envs=4, max_new_tokens=12)
+    assert [s.tokens for s in recorded.steps] == [s.tokens for s in plain.steps]
+    assert recorder.replays > 0
+
+
+def letters(vlm, prompt, record=None):
+    """A decoder of few letters that has been asked, and whose cache is to grow on the way."""
+    vlm.text.record = record
+    decoder = decoder_for(vlm, prompt, 3, temperature=1.0, max_new=2 * RECORDED, lora=None)
+    for slot in range(3):
+        decoder.ask(slot, Request(prompt[2], lambda w: w))
+    return decoder
+
+
+@pytest.fixture
+def asked():
+    vlm = model("qwen2_5_vl")
+    env = tiny_models.new_env("ezpoints")
+    picture, _ = env.reset(seed=0)
+    text = env.prompt("short")
+    suffix = vlm.encode(tiny_models.suffix_text(text.state))
+    say = [vlm.encode(c)[0] for c in "xyzw"]  # never the end
+    return tiny_models.with_banned(vlm, say), (picture, text.fixed, suffix)
+
+
+def test_a_cache_that_moves_is_recorded_anew(asked):
+    plain = finish(letters(*asked))
+    recorder = Recorder()
+    decoder = letters(*asked, recorder)
+    widths = []
+    done = {}
+    while decoder.rows:
+        done.update(decoder.advance())
+        widths.append(decoder.cache.width)
+    assert len(set(widths)) > 1 and all(w % RECORDED == 0 for w in widths)
+    assert len(recorder.sizes) >= len(set(widths))
+    for slot, sample in plain.items():
+        assert done[slot].tokens == sample.tokens
+        assert done[slot].logprobs == pytest.approx(sample.logprobs, abs=1e-4)
+    # The test would notice a graph that is kept: it writes to where the cache was.
+    decoder = letters(*asked, Recorder())
+    decoder.cache.graphs.clear = lambda: None
+    decoder.cache.graphs.run = lambda key, *rest, run=decoder.cache.graphs.run: run(key[:2], *rest)
+    stale = finish(decoder)
+    assert any(
+        stale[slot].logprobs != pytest.approx(s.logprobs, abs=0.1) for slot, s in plain.items()
+    )
+
+
+def test_weights_that_are_gone_are_refused_before_a_replay(asked):
+    vlm, prompt = asked
+    lora = tiny_models.noisy_lora(vlm)
+    decoder = letters(vlm, prompt, Recorder())
+    with torch.no_grad():
+        decoder.weights = vlm.merged(vlm.weights(lora))
+        for _ in range(3):
+            decoder.advance()
+        vlm.merged(vlm.weights(lora))  # something else fills the scratch
+        with pytest.raises(RuntimeError, match="merge them again"):
+            decoder.advance()
+
+
+def test_on_a_cpu_the_flag_is_refused(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert train.main(["numberline", "--decode-graphs", *out]) == 2
+    assert "--decode-graphs needs a GPU" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
