@@ -116,8 +116,8 @@ def first_successes(rollout: Rollout) -> list[bool]:
 
 
 def moments(values: Tensor, crew: Crew) -> tuple[float, float]:
-    """Mean and standard deviation of all workers' values."""
-    x = values.double()
+    """Mean and standard deviation of all workers' values, those left out that are not finite."""
+    x = values[values.isfinite()].double()
     n, total, squares = crew.total(len(x), x.sum().item(), x.square().sum().item())
     mean = total / max(n, 1)
     return mean, max(squares / max(n, 1) - mean * mean, 0.0) ** 0.5

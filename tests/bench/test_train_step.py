@@ -107,6 +107,7 @@ def test_what_cannot_be_measured_is_refused(flag, why, capsys):
     assert why in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_of_random_weights(tmp_path, monkeypatch, capsys):
     """One variant of one family's configuration, as a GPU measures the published shapes."""
     monkeypatch.setattr(train_step, "results_file", lambda: tmp_path / "cpu.csv")
@@ -117,14 +118,14 @@ def test_a_model_of_random_weights(tmp_path, monkeypatch, capsys):
     config["text_config"]["max_position_embeddings"] = 2048  # the whole rules are 700 tokens
     (model / "config.json").write_text(json.dumps(config))
     flags = f"--model {model} --random-weights --only kl --recipe-steps 0 --no-memory"
-    flags += " --steps 8 --envs 8 --max-new-tokens 8 --updates 2 --workers 1 --quantize nf4"
+    flags += " --steps 8 --envs 8 --max-new-tokens 8 --updates 2 --workers 1"
     assert train_step.main(flags.split()) == 0
     with (tmp_path / "cpu.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["variant"] for row in rows} == {"guidance=kl", PRODUCT}
     figures = {row["metric"]: float(row["median"]) for row in rows}
     assert figures["trained_rows"] >= 8 and figures["seconds_train"] > 0
-    assert "base=nf4 answers=8" in rows[0]["shape"] and "guidance=kl" in rows[0]["variant"]
+    assert "answers=8" in rows[0]["shape"] and "guidance=kl" in rows[0]["variant"]
     assert RECIPE not in capsys.readouterr().out
 
 

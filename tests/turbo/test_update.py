@@ -391,6 +391,16 @@ def test_an_equal_kl_of_all_answers_changes_no_advantage(fitted, played):
     assert got.rows == plain.rows
 
 
+def test_a_kl_that_is_not_finite_costs_its_own_step_alone(fitted, played):
+    kl = torch.rand(len(played[0].steps), generator=torch.Generator().manual_seed(0))
+    whole = prepared(fitted, played, kl, kl_placement="advantage")
+    kl[3] = torch.nan
+    got = prepared(fitted, played, kl, kl_placement="advantage")
+    assert got.faulty == 1 and 3 not in got.rows
+    others = [i for i in range(len(kl)) if i != 3]
+    torch.testing.assert_close(got.advantages[others], whole.advantages[others], rtol=0, atol=0.05)
+
+
 def hand_made(groups, totals, logprobs):
     """One-step episodes with given returns and log-probs; one of two tokens is thought."""
     episodes = []
