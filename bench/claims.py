@@ -7,6 +7,8 @@ and in evaluation) and gives the mean difference with its 95 % interval (Student
     contradicted   it lies below 0
     not separated  it contains 0: with these seeds and steps nothing can be said
 
+Of more than two methods that should rise in an order, it is the slope over them, seed by seed.
+
 Left out: where the runs come from (`bench.study`), plots and page (`bench.study_page`).
 """
 
@@ -33,6 +35,7 @@ class Comparison:
     figure: str = SUCCESS
     against: str = ""  # the figure of `worse` where it is another one
     words: str = ""  # what is compared, where it is not final success
+    order: tuple[str, ...] = ()  # more methods than two, the worst first: the slope over them
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,12 @@ def right_thoughts(regime: str, better: str, worse: str) -> Comparison:
     """Final share of right thoughts."""
     words = f"{better} over {worse}, right thoughts"
     return Comparison(regime, better, worse, "eval_reasoning_score", words=words)
+
+
+def rising(regime: str, *order: str) -> Comparison:
+    """How much final success rises from each of some methods to the next, by least squares."""
+    words = f"{', '.join(order)}: rise from each to the next"
+    return Comparison(regime, order[-1], order[0], words=words, order=order)
 
 
 CLAIMS = (
@@ -159,6 +168,16 @@ CLAIMS = (
         ),
     ),
     Claim(
+        "memory",
+        "Ours, asked after the runs had been seen: the longer the teacher's memory, the better it "
+        "holds. The last checkpoint alone, EMA with alpha 0.9, 0.5 (kl), 0.1, equal weights (sma).",
+        (
+            rising("harsh", "last", "ema-0.9", "kl", "ema-0.1", "sma"),
+            *pairs("harsh", "ema-0.1", "ema-0.9", "last"),
+            *pairs("harsh", "sma", "ema-0.9", "last"),
+        ),
+    ),
+    Claim(
         "long",
         "Ours: over a long run a fixed teacher holds the policy back and a merged one does not.",
         (
@@ -203,7 +222,13 @@ def spread(values: Sequence[float]) -> Finding:
 
 
 def compare(runs: Sequence[StudyRun], c: Comparison) -> Finding:
-    """The difference better - worse on the seeds that both have."""
+    """The difference better - worse on the seeds that both have; the slope over an order."""
+    if c.order:
+        found = [final(runs, c.regime, method, c.figure) for method in c.order]
+        seeds = sorted(set.intersection(*map(set, found)))
+        x = np.arange(len(found)) - (len(found) - 1) / 2
+        values = np.array([[of_method[s] for of_method in found] for s in seeds])
+        return spread([float(x @ row / (x @ x)) for row in values])
     first = final(runs, c.regime, c.better, c.figure)
     second = final(runs, c.regime, c.worse, c.against or c.figure)
     return spread([first[s] - second[s] for s in sorted(first.keys() & second.keys())])

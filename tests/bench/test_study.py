@@ -20,6 +20,7 @@ from bench.claims import (
     Comparison,
     compare,
     compare_passes,
+    rising,
     spread,
     steadier,
     value_of,
@@ -143,6 +144,15 @@ def test_students_t():
     for n in (2, 3, 5, 10):
         held = [f.low <= 1.0 <= f.high for f in map(spread, rng.normal(1.0, 3.0, (4000, n)))]
         assert np.mean(held) == pytest.approx(0.95, abs=0.012)
+
+
+def test_methods_that_rise_in_an_order():
+    values = {"one": (0.1, 0.2), "two": (0.4, 0.2), "three": (0.4, 0.4)}
+    runs = [run_of(name, s, v) for name, of in values.items() for s, v in enumerate(of)]
+    found = compare([*runs, run_of("one", 7, 0.9)], rising("r", "one", "two", "three"))
+    assert found.seeds == 2 and found.mean == pytest.approx((0.15 + 0.1) / 2)
+    assert compare(runs, rising("r", "three", "two", "one")).mean == pytest.approx(-found.mean)
+    assert compare(runs, rising("r", "one", "absent", "two")).verdict == "not run yet"
 
 
 def test_bands_are_over_seeds():
