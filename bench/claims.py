@@ -170,7 +170,8 @@ CLAIMS = (
     Claim(
         "memory",
         "Ours, asked after the runs had been seen: the longer the teacher's memory, the better it "
-        "holds. The last checkpoint alone, EMA with alpha 0.9, 0.5 (kl), 0.1, equal weights (sma).",
+        "holds. The last checkpoint alone (its merge is linear, that of the others TIES), EMA with "
+        "alpha 0.9, 0.5 (kl), 0.1, equal weights (sma).",
         (
             rising("harsh", "last", "ema-0.9", "kl", "ema-0.1", "sma"),
             *pairs("harsh", "ema-0.1", "ema-0.9", "last"),

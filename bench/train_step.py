@@ -403,6 +403,7 @@ def impossible(c: BenchConfig) -> str:
             model_sha256(config)  # says how to make a model that is missing
         if c.decode_graphs and hub.device_of(common(c)).type != "cuda":
             raise ValueError("--decode-graphs needs a GPU, and this model runs on the CPU")
+        hub.own_workers(replace(common(c), workers=c.workers), 4)
     except (ValueError, OSError) as error:
         return str(error)
     return ""

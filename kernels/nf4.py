@@ -14,6 +14,7 @@ Left out: nested quantisation of the maxima, other block sizes, products with a 
 (bitsandbytes has them), and the Triton kernel for rows that 64 does not divide.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -140,7 +141,7 @@ def empty_nf4(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 
 def middles(device: torch.device) -> Tensor:
     """What lies between neighbouring levels: where one code ends and the next begins.  # [15]"""
-    levels = torch.tensor(NF4_LEVELS, device=device)
+    levels = _levels(device)
     return (levels[:-1] + levels[1:]) / 2
 
 
@@ -180,12 +181,18 @@ class _Writer:
         self.done += scaled.numel()
 
 
+@functools.cache
+def _levels(device: torch.device) -> Tensor:
+    """The 16 levels, copied to a device once: while a CUDA graph is recorded nothing can be."""
+    return torch.tensor(NF4_LEVELS, device=device)
+
+
 def _read(matrix: Nf4Matrix, start: int, stop: int) -> Tensor:
     """Values start..stop of the flattened matrix, in its dtype."""
     stop = min(stop, matrix.numel())
     first = start // BLOCK * BLOCK
     packed = matrix.codes[first // 2 : -(-stop // 2)].int()
-    levels = torch.tensor(NF4_LEVELS, device=matrix.device)
+    levels = _levels(matrix.device)
     values = levels[torch.stack([packed >> 4, packed & 15], 1).view(-1)]
     absmax = matrix.absmax[first // BLOCK : -(-stop // BLOCK)].repeat_interleave(BLOCK)
     return (values * absmax[: len(values)])[start - first : stop - first].to(matrix.dtype)

@@ -129,9 +129,10 @@ class TrainConfig:
     kl_estimator: Literal["full", "forward", "clip", "abs", "k1", "k3"] = "full"
     """full and forward: exact over the vocabulary; the others from the sampled token"""
     kl_coef: str = "5"
-    """strength of the guidance, or `auto`: steered to be --kl-share of the return's spread"""
+    """strength of the guidance, or `auto`: steered to be --kl-share of what it stands beside"""
     kl_share: float = 0.1
-    """with --kl-coef auto: guidance as a share of the return's spread"""
+    """with --kl-coef auto: the KL as a share of the spread of returns (--kl-placement reward) or of
+    advantages, which is 1 (its deviation with advantage, its mean with loss)"""
     sft_coef: float = 1.0
     """sft and gtr: weight of the cross-entropy, a mean over thought tokens"""
     sft_rows: int = 256

@@ -117,6 +117,8 @@ class Decoder:
                 f"a prompt has {tokens:,} tokens and its answer may have {self.max_new}: more than "
                 f"the {limit:,} positions of the model; shorten the prompt, or --max-new-tokens"
             )
+        if self.cache.graphs is not None:  # so that the cache does not move while it is answered
+            self.cache.reserve(tokens + self.max_new)
         self.rows[slot] = _Row(slot, request, list(request.suffix))
 
     @torch.no_grad()
@@ -154,6 +156,7 @@ class Decoder:
         """One forward pass for these rows; one for each half of them where memory runs out."""
         self.passes += 1
         if not fits(lambda: self._verify(rows, *self._forward(rows))):
+            self.cache.forget_graphs()
             half = self.vlm.batches.halve("decode", len(rows))
             self._pass(rows[:half])
             self._pass(rows[half:])
@@ -280,7 +283,7 @@ class _Cache:
             # One slot more than there are environments, for rows that only fill up a batch.
             empty = prefix.keys[0].new_zeros(self.slots + 1, heads, 0, hd)
             self.keys, self.values = [empty] * len(prefix.keys), [empty] * len(prefix.keys)
-            self._reserve(self.past)
+            self.reserve(self.past)
         for own, new in zip(self.keys, prefix.keys, strict=True):
             own[slot, :, : self.past] = new[number]
         for own, new in zip(self.values, prefix.values, strict=True):
@@ -292,15 +295,20 @@ class _Cache:
             return round_up(rows), round_up(length, 8)
         if self.graphs is None:
             return round_up(rows), round_up(length, 2)
-        step = round_up(-(-self.slots // 4))  # few sizes: every one is a graph
+        most = min(self.slots, 4 * self.vlm.batches.decode)
+        step = round_up(-(-most // 4))  # few sizes: every one is a graph
         return -(-rows // step) * step, max(2, 1 << (length - 1).bit_length())
 
-    def _reserve(self, tokens: int) -> int:
+    def forget_graphs(self) -> None:
+        """Where there are any; their memory is free again."""
+        if self.graphs is not None:
+            self.graphs.clear()
+
+    def reserve(self, tokens: int) -> int:
         """Make place for `tokens` in every slot; how many of them to attend to."""
         used = round_up(tokens, CACHED if self.graphs is None else RECORDED)
         if used > self.width:
-            if self.graphs is not None:
-                self.graphs.clear()
+            self.forget_graphs()
             for cache in (self.keys, self.values):  # layer by layer: never two whole caches
                 for i, x in enumerate(cache):
                     cache[i] = F.pad(x, (0, 0, 0, used - x.shape[2]))
@@ -321,7 +329,7 @@ class _Cache:
         device, far = ids.device, max(row.position for row in rows)
         slot = torch.tensor([row.slot for row in rows] + [self.slots] * blank, device=device)
         start = torch.tensor([row.position for row in rows] + [0] * blank, device=device)
-        used = self._reserve(self.past + far + length)
+        used = self.reserve(self.past + far + length)
         if far == 0:  # a prompt is read: everything lies in one piece
             return self._run_fresh(weights, text.embed(weights, ids), slot)
         inputs = (ids, slot, start)

@@ -14,6 +14,7 @@ the same time, and what a replay returns is to be read before the next one.
 Left out: which steps are worth it (`turbo.decode`); training, whose shapes hardly recur.
 """
 
+import functools
 from collections.abc import Callable, Hashable
 
 import torch
@@ -24,15 +25,22 @@ Step = Callable[..., Tensor]
 Record = Callable[[Step, tuple[Tensor, ...]], Callable[[], Tensor]]
 
 
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One stream to warm up on: each keeps a workspace of the matrix library for good."""
+    return torch.cuda.Stream(device)
+
+
 class CudaRecord:
-    """Records steps as CUDA graphs."""
+    """Records steps as CUDA graphs, which share one pool of memory."""
 
     def __init__(self):
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Step, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
         """Run `step` once, so that libraries allocate what they need, then record it."""
-        side, own = torch.cuda.Stream(), torch.cuda.current_stream()
+        own = torch.cuda.current_stream()
+        side = _side_stream(torch.cuda.current_device())
         side.wait_stream(own)
         with torch.cuda.stream(side):
             step(*inputs)
@@ -51,17 +59,21 @@ class CudaRecord:
 class Graphs:
     """The recorded steps of one decoder, by key."""
 
-    def __init__(self, record: Record):
-        self.record = record
-        self.kept: dict[Hashable, tuple[tuple[Tensor, ...], Callable[[], Tensor]]] = {}
+    def __init__(self, new_record: Callable[[], Record]):
+        self.new_record = new_record
+        self.clear()
 
     def run(self, key: Hashable, step: Step, inputs: tuple[Tensor, ...]) -> Tensor:
         """`step(*inputs)`, replayed where a step of this key is recorded.
 
         The key tells all that the inputs' values do not: shapes, and the addresses that `step`
-        reads. The output is overwritten by the next run.
+        reads. A step is recorded when its key comes a second time: many come only once. The output
+        is overwritten by the next run.
         """
         if key not in self.kept:
+            if key not in self.met:
+                self.met.add(key)
+                return step(*inputs)
             own = tuple(x.clone() for x in inputs)
             self.kept[key] = own, self.record(step, own)
         own, replay = self.kept[key]
@@ -70,5 +82,10 @@ class Graphs:
         return replay()
 
     def clear(self) -> None:
-        """Forget all: what they read has moved."""
-        self.kept.clear()
+        """Forget all, as what they read has moved or their memory is needed.
+
+        What is recorded then has a new pool: one whose last graph is gone cannot be used again.
+        """
+        self.kept: dict[Hashable, tuple[tuple[Tensor, ...], Callable[[], Tensor]]] = {}
+        self.met: set[Hashable] = set()
+        self.record = self.new_record()

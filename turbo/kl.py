@@ -69,7 +69,7 @@ def auto_coefficient(
     KL moves over decades during a run: so the average is taken on logarithms, and beta falls at
     once, since yesterday's coefficient on a KL a hundred times as large ruins a policy in one
     update. Without a usable measurement (no teacher yet, all returns equal, a NaN) beta stays as
-    it was, or starts at 1.
+    it was, or 1, where a run begins.
     """
     if not 0.0 < lowest <= highest < math.inf:
         raise ValueError(f"bounds [{lowest}, {highest}] must satisfy 0 < lowest <= highest < inf")

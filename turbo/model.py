@@ -335,7 +335,7 @@ def assemble(
         device=device,
         quantize=engine.quantize == "nf4",
         checkpointing=engine.checkpointing,
-        record=CudaRecord() if engine.decode_graphs and device.type == "cuda" else None,
+        record=CudaRecord if engine.decode_graphs and device.type == "cuda" else None,
     )
     return VisionLanguageModel(module, tokenizer, processor, dtype, source, text)
 

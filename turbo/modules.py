@@ -26,6 +26,7 @@ Left out: vision and prompts (`turbo.model`, `turbo.families`), the merge of tea
 (`turbo.merging`).
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -145,12 +146,18 @@ def read_dense(matrix: Matrix) -> Tensor:
     return read(matrix) if isinstance(matrix, Nf4Matrix) else matrix.detach()
 
 
+@functools.cache
+def _bnb_levels(bnb, device: torch.device) -> Tensor:
+    """bitsandbytes' table, copied to a device once."""
+    return bnb.get_4bit_type("nf4", device=device)
+
+
 def bnb_read(bnb, matrix: Nf4Matrix) -> Tensor:
     """The dense matrix [out, in] by `bitsandbytes.functional`, whose layout this is."""
     state = bnb.QuantState(
         absmax=matrix.absmax,
         shape=torch.Size(matrix.shape),
-        code=bnb.get_4bit_type("nf4", device=matrix.device),
+        code=_bnb_levels(bnb, matrix.device),
         blocksize=64,
         quant_type="nf4",
         dtype=matrix.dtype,
@@ -194,7 +201,7 @@ class ModuleText:
         device: torch.device | str = "cpu",
         quantize: bool = False,
         checkpointing: bool = True,
-        record: Record | None = None,  # of decode steps, see `turbo.graphs`
+        record: Callable[[], Record] | None = None,  # decode steps, see `turbo.graphs`
     ):
         c = model.config.get_text_config()
         self.decoder = model.get_decoder()

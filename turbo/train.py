@@ -328,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         if c.decode_graphs and device_of(c).type != "cuda":
             raise ValueError(
-                "--decode-graphs needs a GPU, and this model runs on the CPU: leave it out"
+                "--decode-graphs needs a GPU, and this model runs on the CPU: --no-decode-graphs"
             )
         if c.guidance == "gtr":
             check_url(c.teacher_url)

@@ -215,6 +215,24 @@ def test_other_runs_resume_bit_for_bit(tmp_path, options):
         assert records[3]["teacher_kl_coef"] not in (0.0, 1.0)
 
 
+def test_a_steered_coefficient_is_made_of_the_kl_it_multiplies(tmp_path, monkeypatch):
+    """In the advantage its deviation has at most the share that was asked for, in every update."""
+    used, prepare = [], train.prepare
+
+    def watched(vlm, weights, rollout, kl, beta, *rest):
+        if kl is not None:
+            used.append((beta, beta * kl.std(correction=0).item()))
+        return prepare(vlm, weights, rollout, kl, beta, *rest)
+
+    monkeypatch.setattr(train, "prepare", watched)
+    flags = "--kl-placement advantage --kl-estimator abs --kl-coef auto --kl-share 0.3 --updates 4"
+    assert start(tmp_path / "run", *flags.split(), "--learning-rate", "0.02") == 0
+    assert len(used) == 4 and len({beta for beta, _ in used}) == 4
+    assert all(term < 0.3001 for _, term in used) and max(term for _, term in used) > 0.2
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [r["teacher_kl_coef"] for r in records if "episodes" in r] == [b for b, _ in used]
+
+
 def test_a_run_with_an_external_corrector(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OWN_KEY", "right")
     prices = "--teacher-price-in 1000000 --teacher-price-out 2000000"
