@@ -53,7 +53,6 @@ from bench.recipe import Recipe, fastest
 from turbo import hub
 from turbo.config import TrainConfig, check, defaults
 from turbo.envs.points24 import Points24
-from turbo.hub import model_sha256
 from turbo.log import METRICS, Metric
 from turbo.memory import peak_bytes
 from turbo.model import pick_dtype
@@ -400,7 +399,7 @@ def impossible(c: BenchConfig) -> str:
             raise ValueError("the recipe needs peft: pip install peft, or --recipe-steps 0")
         for config in settings(c).values():
             check(config)
-            model_sha256(config)  # says how to make a model that is missing
+            hub.model_sha256(config)  # says how to make a model that is missing
         if c.decode_graphs and hub.device_of(common(c)).type != "cuda":
             raise ValueError("--decode-graphs needs a GPU, and this model runs on the CPU")
         hub.own_workers(replace(common(c), workers=c.workers), 4)

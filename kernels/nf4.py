@@ -141,7 +141,7 @@ def empty_nf4(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 
 def middles(device: torch.device) -> Tensor:
     """What lies between neighbouring levels: where one code ends and the next begins.  # [15]"""
-    levels = _levels(device)
+    levels = nf4_levels(device)
     return (levels[:-1] + levels[1:]) / 2
 
 
@@ -182,7 +182,7 @@ class _Writer:
 
 
 @functools.cache
-def _levels(device: torch.device) -> Tensor:
+def nf4_levels(device: torch.device) -> Tensor:
     """The 16 levels, copied to a device once: while a CUDA graph is recorded nothing can be."""
     return torch.tensor(NF4_LEVELS, device=device)
 
@@ -192,7 +192,7 @@ def _read(matrix: Nf4Matrix, start: int, stop: int) -> Tensor:
     stop = min(stop, matrix.numel())
     first = start // BLOCK * BLOCK
     packed = matrix.codes[first // 2 : -(-stop // 2)].int()
-    levels = _levels(matrix.device)
+    levels = nf4_levels(matrix.device)
     values = levels[torch.stack([packed >> 4, packed & 15], 1).view(-1)]
     absmax = matrix.absmax[first // BLOCK : -(-stop // BLOCK)].repeat_interleave(BLOCK)
     return (values * absmax[: len(values)])[start - first : stop - first].to(matrix.dtype)

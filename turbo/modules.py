@@ -26,7 +26,6 @@ Left out: vision and prompts (`turbo.model`, `turbo.families`), the merge of tea
 (`turbo.merging`).
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +41,7 @@ from turbo.kernels.nf4 import (
     Nf4Matrix,
     dequantize_nf4,
     empty_nf4,
+    nf4_levels,
     quantize_nf4,
 )
 from turbo.kernels.ties import linear_merge_lora
@@ -146,18 +146,12 @@ def read_dense(matrix: Matrix) -> Tensor:
     return read(matrix) if isinstance(matrix, Nf4Matrix) else matrix.detach()
 
 
-@functools.cache
-def _bnb_levels(bnb, device: torch.device) -> Tensor:
-    """bitsandbytes' table, copied to a device once."""
-    return bnb.get_4bit_type("nf4", device=device)
-
-
 def bnb_read(bnb, matrix: Nf4Matrix) -> Tensor:
     """The dense matrix [out, in] by `bitsandbytes.functional`, whose layout this is."""
     state = bnb.QuantState(
         absmax=matrix.absmax,
         shape=torch.Size(matrix.shape),
-        code=_bnb_levels(bnb, matrix.device),
+        code=nf4_levels(matrix.device),
         blocksize=64,
         quant_type="nf4",
         dtype=matrix.dtype,
