@@ -180,8 +180,8 @@ CLAIMS = (
     ),
     Claim(
         "default",
-        "Ours: the simplest teacher, the mean of all checkpoints (linear, equal weights), beats the "
-        "paper's (TIES, EMA with alpha 0.5).",
+        "Ours: the simplest teacher, the mean of all checkpoints (linear, equal weights), beats "
+        "that of the paper (TIES, EMA with alpha 0.5).",
         tuple(Comparison(r, "linear-sma", "kl") for r in ("harsh", "calm", "long")),
     ),
     Claim(

@@ -37,9 +37,9 @@ from turbo.config import PRESETS, TrainConfig
 from turbo.gae import gae, normalize
 from turbo.hub import model_folder
 from turbo.kl import kl_estimate
-from turbo.model import ValueHead, VisionLanguageModel, load
+from turbo.model import ValueHead, VisionLanguageModel, loaded_parts, random_parts
 from turbo.ppo import ppo_loss, step_logprob, value_loss
-from turbo.run import env_maker
+from turbo.run import env_maker, prompt_style
 from turbo.shapes import COVERED
 
 ACCUMULATE = 128  # minibatches of one step to an optimiser step
@@ -66,6 +66,29 @@ class Turn:
     following: float = 0.0  # value of what came after, where the step did not terminate
     terminated: bool = False
     truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What a VisionLanguageModel asks of an engine where only its prompts are wanted."""
+
+    dim: int  # D
+    vocabulary: int  # V
+    device: str = "cpu"  # of the mask of banned tokens
+
+
+def open_plain(c: TrainConfig, dtype: torch.dtype, device: str) -> VisionLanguageModel:
+    """A run's model as transformers makes it: no engine of turbo's has touched its layers."""
+    where = torch.device(device)
+    if c.random_weights:
+        parts = random_parts(c.model, dtype, where)
+    else:
+        parts = loaded_parts(model_folder(c), dtype)
+    module, tokenizer, processor = parts
+    module.requires_grad_(False).eval().to(where)
+    head = module.get_output_embeddings().weight
+    plain = Plain(head.shape[1], head.shape[0])
+    return VisionLanguageModel(module, tokenizer, processor, dtype, c.model, plain)
 
 
 @dataclass(frozen=True)
@@ -100,11 +123,11 @@ class Recipe:
     ):
         self.config, self.path, self.threads, self.device = config, path, threads, device
         torch.manual_seed(config.seed)
-        self.vlm: VisionLanguageModel = load(model_folder(config), torch.float32)
+        self.vlm = open_plain(config, dtype, device)
         self.sizes = Sizes.of(self.vlm.module)
         self.dtype = dtype
         self.policy = self._adapted(self.vlm.module)
-        self.copy = load(model_folder(config), torch.float32).module.to(device, dtype)
+        self.copy = open_plain(config, dtype, device).module
         self.teacher: nn.Module | None = None  # the copy with adapters, once there is one
         self.value_head = ValueHead(self.vlm.text.dim).to(device)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
@@ -130,7 +153,7 @@ class Recipe:
             lora_alpha=self.config.lora_alpha,
             target_modules=rf".*language_model\..*\.({'|'.join(COVERED)})",
         )
-        return get_peft_model(module.to(self.device, self.dtype), lora).eval()
+        return get_peft_model(module, lora).eval()
 
     def update(self, steps: int) -> Figures:
         """One whole update of `steps` environment steps."""
@@ -191,7 +214,7 @@ class Recipe:
 
     def prompt(self) -> dict[str, Tensor]:
         """What the model is asked about the environment as it is."""
-        asked = self.env.prompt("short")
+        asked = self.env.prompt(prompt_style(self.config))
         pixels, grid = self.vlm.pixels([self.picture]).values()
         self.patches = len(pixels)
         pictured = self.vlm.frame.prefix(asked.fixed, int(grid.prod()) // 4)

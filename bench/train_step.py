@@ -11,10 +11,14 @@ where the time of one update on one worker goes.
     seconds of an update = rollout (decode) + score + write + train + merge (of the teacher)
                          + checkpoint + other
     utilisation          = model arithmetic (`bench.flops`) / seconds / rate of a matrix product
+    share of the floor   = seconds that reading the weights takes, once for a token of every
+                           environment, at the rate of a copy / seconds of the rollout
 
-The rate is that of square matrices in the dtype of the run, all workers at once, measured in every
-turn. Peak memory is the most that a variant's processes hold, summed, in two updates of their own
-(what one variant has freed may stay resident and would count for the next).
+The rates are those of a product of square matrices in the dtype of the run and of a copy, all
+workers at once, measured in every turn. The floor is told of large models alone: the weights of a
+small one stay in the processor's cache. Peak memory is the most that a variant's processes hold,
+summed, in two updates of their own (what one variant has freed may stay resident and would count
+for the next).
 
 Left out: evaluation and log files, which `turbo.train` writes between the updates.
 """
@@ -48,14 +52,15 @@ from bench.harness import (
     slug,
     spread,
 )
-from bench.race import product_rate
+from bench.race import copy_rate, product_rate
 from bench.recipe import Recipe, fastest
 from turbo import hub
 from turbo.config import TrainConfig, check, defaults
 from turbo.envs.points24 import Points24
+from turbo.kernels.nf4 import Nf4Matrix
 from turbo.log import METRICS, Metric
 from turbo.memory import peak_bytes
-from turbo.model import pick_dtype
+from turbo.model import VisionLanguageModel, pick_dtype
 from turbo.parallel import Crew, cores, run_crew
 from turbo.run import Run
 from turbo.train import train_update
@@ -76,6 +81,7 @@ OWN = {
     "model_flops": Metric("arithmetic that the update asks of the model", "FLOP"),
     "flops_per_second": Metric("that arithmetic per second of the whole update", "FLOP/s"),
     "utilisation": Metric("its share of what a matrix product reaches on this device", "0..1"),
+    "decode_floor_share": Metric("share of the rate that reading the weights allows", "0..1"),
     "peak_bytes": Metric("most memory that the processes hold, summed", "bytes"),
 }
 REPORTED = (
@@ -85,6 +91,7 @@ REPORTED = (
     "tokens_per_second",
     "trained_rows",
     "draft_accept_rate",
+    "decode_floor_share",
     "model_flops",
     "flops_per_second",
     "utilisation",
@@ -106,7 +113,7 @@ class BenchConfig:
     """`tiny` for the built-in warm start, a folder written by `turbo.sft`, or with --random-weights
     a published shape such as qwen2.5-vl-7b"""
     random_weights: bool = False
-    """build --model with random weights; only with --recipe-steps 0"""
+    """build --model with random weights; the recipe holds two more models beside it"""
     only: str = ""
     """one variant, such as kl (empty: all of them; each holds a model of its own in memory)"""
     quantize: Literal["none", "nf4"] = "none"
@@ -198,12 +205,25 @@ def one_update(run: Run, tally: Tally) -> dict[str, float]:
     run.crew.wait()
     end = time.perf_counter()
     (flops,) = run.crew.total(tally.take())
+    if not run.vlm.text.small:
+        read = weight_bytes(run.vlm) * run.crew.size / run.config.envs
+        figures["read_per_second"] = read * figures["tokens_per_second"]
     return figures | {
         "steps_per_second": (run.env_steps - before) / (end - start),
         "seconds_checkpoint": end - trained,
         "model_flops": flops,
         "flops_per_second": flops / (end - start),
     }
+
+
+def weight_bytes(vlm: VisionLanguageModel) -> int:
+    """What a pass that predicts tokens reads of the pristine model: its matrices and its head."""
+    parts = [
+        tensor
+        for matrix in (*vlm.matrices.values(), vlm.weights().head)
+        for tensor in ([matrix.codes, matrix.absmax] if isinstance(matrix, Nf4Matrix) else [matrix])
+    ]
+    return sum(tensor.numel() * tensor.element_size() for tensor in parts)
 
 
 def one_recipe_update(crew: Crew, recipe: Recipe | None, steps: int) -> dict[str, float]:
@@ -238,7 +258,12 @@ def device_of(run: Run) -> str:
 
 
 def pick_setting(config: TrainConfig, folder: Path, device: str) -> Setting:
-    """What suits the recipe best here: the dtype of the run or float32, one core or all of them."""
+    """What suits the recipe best here: the dtype of the run or float32, one core or all of them.
+
+    On a GPU the dtype of the run, which is faster by its design, and threads are not the question.
+    """
+    if device == "cuda":
+        return Setting(pick_dtype(config.dtype, device), 1, device)
     dtypes = [torch.float32, pick_dtype(config.dtype)]
     return Setting(*fastest(config, dtypes, cores(), folder / "trials", device), device)
 
@@ -264,7 +289,9 @@ def updates(crew: Crew, c: BenchConfig, folder: Path) -> Measured:
 
     def product() -> dict[str, float]:
         crew.wait()
-        return {"flops_per_second": crew.total(product_rate(dtype, device))[0]}
+        flops = crew.total(product_rate(dtype, device))[0]
+        crew.wait()
+        return {"flops_per_second": flops, "read_per_second": crew.total(copy_rate(device))[0]}
 
     calls = {name: lambda n=name, call=call: told(crew, n, call()) for name, call in calls.items()}
     timed = alternate(calls | {PRODUCT: product}, repeats=c.updates - 1)
@@ -280,14 +307,18 @@ def told(crew: Crew, name: str, figures: dict[str, float]) -> dict[str, float]:
 
 
 def compare(turns: Turns) -> Turns:
-    """Adds, turn by turn, utilisation and how many times as fast as the recipe a variant is."""
-    rates = [figures["flops_per_second"] for figures in turns[PRODUCT]]
+    """Adds, turn by turn, shares of what the device can do, and how many times as fast as the
+    recipe a variant is."""
+    rates = turns[PRODUCT]
     recipe = [figures["steps_per_second"] for figures in turns.get(RECIPE, [])]
     out: Turns = {}
     for name, measured in turns.items():
         out[name] = [dict(figures) for figures in measured]
         for turn, figures in enumerate(out[name] if name != PRODUCT else []):
-            figures["utilisation"] = figures["flops_per_second"] / rates[turn]
+            figures["utilisation"] = figures["flops_per_second"] / rates[turn]["flops_per_second"]
+            if "read_per_second" in figures:
+                share = figures["read_per_second"] / rates[turn]["read_per_second"]
+                figures["decode_floor_share"] = share
             if recipe and name != RECIPE:
                 figures["times_the_recipe"] = figures["steps_per_second"] / recipe[turn]
     return out
@@ -393,8 +424,6 @@ def impossible(c: BenchConfig) -> str:
             raise ValueError(f"--updates must be at least 2 (one warms up), got {c.updates}")
         if c.recipe_steps < 0:
             raise ValueError(f"--recipe-steps must be 0 or more, got {c.recipe_steps}")
-        if c.recipe_steps and c.random_weights:
-            raise ValueError("the recipe opens models from folders: add --recipe-steps 0")
         if c.recipe_steps and importlib.util.find_spec("peft") is None:
             raise ValueError("the recipe needs peft: pip install peft, or --recipe-steps 0")
         for config in settings(c).values():

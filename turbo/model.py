@@ -257,7 +257,6 @@ def load(folder: Path, dtype: torch.dtype, engine: Engine = Engine()) -> VisionL
     `auto` runs a Qwen2.5-VL of less than 50 million parameters on a CPU by the fused engine.
     """
     from transformers import AutoConfig
-    from transformers.utils import logging
 
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -266,7 +265,6 @@ def load(folder: Path, dtype: torch.dtype, engine: Engine = Engine()) -> VisionL
             "one with `python -m turbo.sft points24 --out FOLDER`"
         )
     config = AutoConfig.from_pretrained(folder, **LOCAL)
-    kind = _model_class(config, folder)
     small = is_small(folder)
     device = pick_device(engine.device, small)
     engine = replace(engine, device=str(device))
@@ -274,11 +272,19 @@ def load(folder: Path, dtype: torch.dtype, engine: Engine = Engine()) -> VisionL
     if engine.name == "fused" and not fused:
         raise ValueError("engine fused runs Qwen2.5-VL models on a CPU, unquantised: use modules")
     fused = fused and (small if engine.name == "auto" else engine.name == "fused")
+    parts = loaded_parts(folder, torch.float32 if fused else dtype)
+    return assemble(*parts, dtype, str(folder), engine, fused)
+
+
+def loaded_parts(folder: Path, dtype: torch.dtype) -> tuple:
+    """Module, tokenizer and image processor of a folder; the module is transformers' own."""
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
-    module = kind.from_pretrained(
-        folder, dtype=torch.float32 if fused else dtype, use_safetensors=True, **LOCAL
-    )
-    return assemble(module, *_processors(folder), dtype, str(folder), engine, fused)
+    kind = _model_class(AutoConfig.from_pretrained(folder, **LOCAL), folder)
+    module = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, **LOCAL)
+    return module, *_processors(folder)
 
 
 def _processors(folder: Path) -> tuple:
@@ -293,10 +299,16 @@ def _processors(folder: Path) -> tuple:
 
 
 def random_model(name: str, dtype: torch.dtype, engine: Engine) -> VisionLanguageModel:
-    """A model of published shapes, or of a folder's configuration, with random weights.
+    """A model of published shapes, or of a folder's configuration, with random weights."""
+    parts = random_parts(name, dtype, pick_device(engine.device))
+    return assemble(*parts, dtype, name, engine)
 
-    For measuring. A name of `turbo.shapes` comes with the tokenizer and the image processor of the
-    built-in models, a folder with its own.
+
+def random_parts(name: str, dtype: torch.dtype, device: torch.device) -> tuple:
+    """Module, tokenizer and image processor of a model with random weights, to measure with.
+
+    A name of `turbo.shapes` comes with the tokenizer and the image processor of the built-in
+    models, a folder with its own. The module is transformers' own, and the same in every call.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -311,9 +323,9 @@ def random_model(name: str, dtype: torch.dtype, engine: Engine) -> VisionLanguag
         processor = tiny.image_processor(config.vision_config.patch_size)
         tiny.name_tokens(config, tokenizer)
     torch.manual_seed(0)
-    with torch.device(pick_device(engine.device)):
+    with torch.device(device):
         module = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    return assemble(module, tokenizer, processor, dtype, name, engine)
+    return module, tokenizer, processor
 
 
 def assemble(

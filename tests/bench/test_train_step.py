@@ -12,7 +12,10 @@ from family_models import folder
 from bench import train_step
 from bench.harness import COLUMNS
 from bench.train_step import PRODUCT, RECIPE, UNITS, BenchConfig, Setting, compare, summaries
+from turbo.footprint import matrix_bytes
+from turbo.model import Engine, random_model
 from turbo.parallel import Crew, run_crew
+from turbo.shapes import find_config, text_shape
 
 SMALL = BenchConfig(updates=2, workers=1, steps=8, envs=8, recipe_steps=1)
 
@@ -23,6 +26,7 @@ def one_variant(monkeypatch):
     monkeypatch.setattr(train_step, "VARIANTS", {"kl": train_step.VARIANTS["kl"]})
     monkeypatch.setattr(train_step, "pick_setting", lambda *a: Setting(torch.float32, 1, "cpu"))
     monkeypatch.setattr(train_step, "product_rate", lambda *a: 1e12)
+    monkeypatch.setattr(train_step, "copy_rate", lambda *a: 1e9)
 
 
 def test_every_phase_is_timed_for_both(one_variant, tmp_path):
@@ -98,7 +102,6 @@ def test_what_is_shown_and_how():
         ("--recipe-steps -1", "--recipe-steps must be"),
         ("--model absent", "absent"),
         ("--only all", "--only must be one of none; kl"),
-        ("--random-weights --model qwen2.5-vl-3b", "--recipe-steps 0"),
         ("--decode-graphs", "needs a GPU"),
     ],
 )
@@ -110,23 +113,42 @@ def test_what_cannot_be_measured_is_refused(flag, why, capsys):
 @pytest.mark.slow
 def test_a_model_of_random_weights(tmp_path, monkeypatch, capsys):
     """One variant of one family's configuration, as a GPU measures the published shapes."""
+    pytest.importorskip("peft")
     monkeypatch.setattr(train_step, "results_file", lambda: tmp_path / "cpu.csv")
     monkeypatch.setattr(train_step, "ROOT", tmp_path)
     monkeypatch.setattr(train_step, "product_rate", lambda *a: 1e12)
+    monkeypatch.setattr(train_step, "copy_rate", lambda *a: 1e9)
+    monkeypatch.setattr(train_step, "pick_setting", lambda *a: Setting(torch.float32, 1, "cpu"))
     model = shutil.copytree(folder("qwen2_5_vl"), tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     config["text_config"]["max_position_embeddings"] = 2048  # the whole rules are 700 tokens
     (model / "config.json").write_text(json.dumps(config))
-    flags = f"--model {model} --random-weights --only kl --recipe-steps 0 --no-memory"
+    flags = f"--model {model} --random-weights --only kl --recipe-steps 2 --no-memory"
     flags += " --steps 8 --envs 8 --max-new-tokens 8 --updates 2 --workers 1"
     assert train_step.main(flags.split()) == 0
     with (tmp_path / "cpu.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {row["variant"] for row in rows} == {"guidance=kl", PRODUCT}
-    figures = {row["metric"]: float(row["median"]) for row in rows}
+    assert {row["variant"] for row in rows} == {"guidance=kl", RECIPE, PRODUCT}
+    found = {(row["variant"], row["metric"]): float(row["median"]) for row in rows}
+    figures = {metric: n for (variant, metric), n in found.items() if variant == "guidance=kl"}
     assert figures["trained_rows"] >= 8 and figures["seconds_train"] > 0
+    vlm = random_model(str(model), torch.float32, Engine("modules", "cpu"))
+    # one token of all 8 environments for every time that the weights are read
+    floor = figures["tokens_per_second"] / 8 * train_step.weight_bytes(vlm) / 1e9
+    assert figures["decode_floor_share"] == pytest.approx(floor)
+    assert figures["times_the_recipe"] > 0 and (RECIPE, "decode_floor_share") not in found
     assert "answers=8" in rows[0]["shape"] and "guidance=kl" in rows[0]["variant"]
-    assert RECIPE not in capsys.readouterr().out
+    assert RECIPE in capsys.readouterr().out
+
+
+def test_bytes_of_the_weights_that_a_token_needs():
+    """Those of the matrices and the head, in the form in which they lie in memory."""
+    shape = text_shape(find_config(str(folder("qwen2_5_vl"))))
+    for quantize in ("none", "nf4"):
+        vlm = random_model(str(folder("qwen2_5_vl")), torch.bfloat16, Engine(quantize=quantize))
+        head = 2 * shape.vocabulary * shape.hidden
+        expected = matrix_bytes(shape.covered_weights, quantize == "nf4") + head
+        assert train_step.weight_bytes(vlm) == expected
 
 
 def test_without_peft_the_recipe_is_refused_by_name(monkeypatch, capsys):
