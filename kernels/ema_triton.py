@@ -15,15 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles_triton import (
-    BLOCK_COLUMNS,
-    BLOCK_RANK,
-    BLOCK_ROWS,
-    TRITON_DTYPES,
-    addresses,
-    rounded,
-    tau_tile,
-)
+from .tiles_triton import TRITON_DTYPES, addresses, rounded, tau_tile, tiling
 
 BLOCK = 4096
 
@@ -46,6 +38,7 @@ def _ema_list(
     seed,
     AVERAGE: tl.constexpr,
     NEW: tl.constexpr,
+    ALIGNED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -53,13 +46,36 @@ def _ema_list(
     tensor = tl.load(tensor_of_block + block)
     average = tl.load(average_addresses + tensor).to(tl.pointer_type(AVERAGE))
     new = tl.load(new_addresses + tensor).to(tl.pointer_type(NEW))
+    start = tl.multiple_of(tl.load(start_of_block + block), BLOCK)
+    if ALIGNED:  # the compiler cannot know it of numbers that come from memory
+        average, new = tl.multiple_of(average, 16), tl.multiple_of(new, 16)
+    left = tl.load(sizes + tensor) - start
+    seed += block
+    if left >= BLOCK:  # no mask, which would take entries apart that can be read together
+        _ema_block(average + start, new + start, left, alpha, seed, False, STOCHASTIC, BLOCK)
+    else:
+        _ema_block(average + start, new + start, left, alpha, seed, True, STOCHASTIC, BLOCK)
+
+
+@triton.jit
+def _ema_block(
+    average,
+    new,
+    left,  # entries from here on
+    alpha,
+    seed,
+    MASKED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     entry = tl.arange(0, BLOCK)
-    at = tl.load(start_of_block + block) + entry
-    inside = at < tl.load(sizes + tensor)
-    old = tl.load(average + at, mask=inside, other=0.0).to(tl.float32)
-    fresh = tl.load(new + at, mask=inside, other=0.0).to(tl.float32)
-    x = rounded(_lerp(old, fresh, alpha), AVERAGE, seed + block, entry, STOCHASTIC)
-    tl.store(average + at, x, mask=inside)
+    inside = entry < left if MASKED else None
+    other = 0.0 if MASKED else None
+    old = tl.load(average + entry, mask=inside, other=other).to(tl.float32)
+    fresh = tl.load(new + entry, mask=inside, other=other).to(tl.float32)
+    dtype: tl.constexpr = average.dtype.element_ty
+    x = rounded(_lerp(old, fresh, alpha), dtype, seed, entry, STOCHASTIC)
+    tl.store(average + entry, x, mask=inside)
 
 
 @triton.jit
@@ -78,9 +94,10 @@ def _ema_lora(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
+    ONCE: tl.constexpr,
 ):
     row, column = tl.program_id(0) * BM, tl.program_id(1) * BN
-    tau = tau_tile(a, b, rank, scale, rows, columns, row, column, BM, BN, BR)
+    tau = tau_tile(a, b, rank, scale, rows, columns, row, column, BM, BN, BR, ONCE)
     m, n = tl.arange(0, BM), tl.arange(0, BN)
     inside = (row + m[:, None] < rows) & (column + n[None, :] < columns)
     at = (row + m[:, None]).to(tl.int64) * columns + column + n[None, :]
@@ -123,6 +140,7 @@ def ema_list_(
             (seed or 0) + launched,
             AVERAGE=TRITON_DTYPES[kind[0]],
             NEW=TRITON_DTYPES[kind[1]],
+            ALIGNED=all(tensor.data_ptr() % 16 == 0 for tensor in (*old, *fresh)),
             STOCHASTIC=seed is not None and kind[0] == torch.bfloat16,
             BLOCK=BLOCK,
         )
@@ -139,20 +157,19 @@ def ema_lora_(
     seed: int | None,
 ) -> None:
     """`ema.ema_update_lora_` of contiguous tensors."""
-    rows, columns = base.shape
-    _ema_lora[(triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS))](
+    (rows, columns), rank = base.shape, lora_a.shape[0]
+    blocks = tiling([lora_a], rank)
+    _ema_lora[(triton.cdiv(rows, blocks["BM"]), triton.cdiv(columns, blocks["BN"]))](
         average,
         base,
         lora_a.contiguous(),
         lora_b.contiguous(),
-        lora_a.shape[0],
+        rank,
         scale,
         rows,
         columns,
         alpha,
         seed or 0,
         STOCHASTIC=seed is not None and average.dtype == torch.bfloat16,
-        BM=BLOCK_ROWS,
-        BN=BLOCK_COLUMNS,
-        BR=BLOCK_RANK,
+        **blocks,
     )

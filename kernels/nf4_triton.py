@@ -30,11 +30,13 @@ def _merge_nf4(
     columns,
     count,
     FACTOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
+    ONCE: tl.constexpr,
 ):
-    merged, _, _ = merged_tile(
+    merged, m, n = merged_tile(
         base,
         a_addresses,
         b_addresses,
@@ -45,9 +47,11 @@ def _merge_nf4(
         columns,
         count,
         FACTOR,
+        ALIGNED,
         BM,
         BN,
         BR,
+        ONCE,
     )
     x = merged.to(tl.float32)
     largest = tl.max(tl.abs(x), axis=1)  # [BM], one block a row
@@ -56,8 +60,7 @@ def _merge_nf4(
     for level in tl.static_range(15):
         code += (scaled > tl.load(middles + level)).to(tl.int32)
     first, second = tl.split(tl.reshape(code, [BM, BN // 2, 2]))
-    m = tl.program_id(0) * BM + tl.arange(0, BM).to(tl.int64)
-    block = m * (columns // BN) + tl.program_id(1)
+    block = m * (columns // BN) + tl.min(n, 0) // BN
     byte = block[:, None] * (BN // 2) + tl.arange(0, BN // 2)[None, :]
     tl.store(codes + byte, ((first << 4) | second).to(tl.uint8), mask=m[:, None] < rows)
     tl.store(absmax + block, largest, mask=m < rows)

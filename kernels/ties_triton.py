@@ -2,12 +2,13 @@
 
 Both compute a task vector by the same `tau_tile` and tiling, so both see the same bits. The merge
 walks over all checkpoints inside a tile and keeps P, N, Wp, Wn in registers (equations: ties.py):
-nothing of the matrix's size is written but the result.
+nothing of the matrix's size is written but the result. Programs that run at the same time work on
+tiles of a square, not of a row, so that they share more of the factors in the cache.
 
 The k-th largest |tau| is found digit by digit from the top: floats that are not negative sort like
 their bits. A pass counts the next 8 bits among the entries that share the digits found so far, on
 recomputed tiles; four passes give all 31 bits. Each program counts many tiles in registers and
-adds its counts to the global ones once.
+adds its counts to the global ones once; then a single program chooses the digit.
 
 Importing this needs triton; factors may be fp32, bf16 or fp16. Left out: fp64, which ties.py
 computes with PyTorch.
@@ -20,18 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles_triton import (
-    BLOCK_COLUMNS,
-    BLOCK_RANK,
-    BLOCK_ROWS,
-    TRITON_DTYPES,
-    addresses,
-    rounded,
-    tau_tile,
-)
+from .tiles_triton import TRITON_DTYPES, addresses, rounded, tau_tile, tiling
 
 DIGITS = ((23, 8), (15, 8), (7, 8), (0, 7))  # (shift, bits) of each counting pass over 31 bits
 PROGRAMS = 1024  # that count: enough for any GPU, few enough that adding up costs nothing
+SQUARE = tl.constexpr(16)  # tiles along the side of a square
+ALIGNMENT = 16  # bytes of an address, and entries of a rank: then copies are of 16 bytes
 
 
 @triton.jit
@@ -46,12 +41,16 @@ def merged_tile(
     columns,
     count,  # K
     FACTOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
+    ONCE: tl.constexpr,
 ):
-    """This program's tile of base + lam * TIES in base's dtype, where it lies, what is inside."""
-    row, column = tl.program_id(0) * BM, tl.program_id(1) * BN
+    """This program's tile of base + lam * TIES in base's dtype: values, rows, columns of it."""
+    down, across = tl.num_programs(0), tl.num_programs(1)
+    down, across = tl.swizzle2d(tl.program_id(0), tl.program_id(1), down, across, SQUARE)
+    row, column = down * BM, across * BN
     positive = tl.zeros([BM, BN], dtype=tl.float32)
     negative = tl.zeros([BM, BN], dtype=tl.float32)
     positive_weight = tl.zeros([BM, BN], dtype=tl.float32)
@@ -60,10 +59,12 @@ def merged_tile(
         a = tl.load(a_addresses + i).to(tl.pointer_type(FACTOR))
         b = tl.load(b_addresses + i).to(tl.pointer_type(FACTOR))
         rank = tl.load(ranks + i)
+        if ALIGNED:  # the compiler cannot know it of numbers that come from memory
+            a, b, rank = tl.multiple_of(a, 16), tl.multiple_of(b, 16), tl.multiple_of(rank, 16)
         scale = tl.load(numbers + i)
         threshold = tl.load(numbers + count + i)
         weight = tl.load(numbers + 2 * count + i)
-        tau = tau_tile(a, b, rank, scale, rows, columns, row, column, BM, BN, BR)
+        tau = tau_tile(a, b, rank, scale, rows, columns, row, column, BM, BN, BR, ONCE)
         tau = tl.where(tl.abs(tau) >= threshold, tau, 0.0)
         positive += weight * tl.maximum(tau, 0.0)
         negative += weight * tl.minimum(tau, 0.0)
@@ -78,7 +79,7 @@ def merged_tile(
     at = m[:, None] * columns + n[None, :]
     old = tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
     merged = old + lam * tl.div_rn(agreeing, weight)
-    return rounded(merged, base.dtype.element_ty, 0, 0, False), at, inside
+    return rounded(merged, base.dtype.element_ty, 0, 0, False), m, n
 
 
 @triton.jit
@@ -94,11 +95,13 @@ def _merge(
     columns,
     count,
     FACTOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
+    ONCE: tl.constexpr,
 ):
-    merged, at, inside = merged_tile(
+    merged, m, n = merged_tile(
         base,
         a_addresses,
         b_addresses,
@@ -109,11 +112,14 @@ def _merge(
         columns,
         count,
         FACTOR,
+        ALIGNED,
         BM,
         BN,
         BR,
+        ONCE,
     )
-    tl.store(out + at, merged, mask=inside)
+    inside = (m[:, None] < rows) & (n[None, :] < columns)
+    tl.store(out + m[:, None] * columns + n[None, :], merged, mask=inside)
 
 
 @triton.jit
@@ -133,12 +139,13 @@ def _count(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
+    ONCE: tl.constexpr,
 ):
     found = tl.load(prefix)
     own = tl.zeros([1 << BITS], dtype=tl.int32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         row, column = (tile // tiles_across) * BM, (tile % tiles_across) * BN
-        tau = tau_tile(a, b, rank, scale, rows, columns, row, column, BM, BN, BR)
+        tau = tau_tile(a, b, rank, scale, rows, columns, row, column, BM, BN, BR, ONCE)
         bits = tl.abs(tau).to(tl.int32, bitcast=True)
         m = row + tl.arange(0, BM)
         n = column + tl.arange(0, BN)
@@ -149,24 +156,39 @@ def _count(
     tl.atomic_add(counts + tl.arange(0, 1 << BITS), own)
 
 
+@triton.jit
+def _choose(
+    counts,  # [2 ** BITS] int32
+    prefix,  # [1] int32
+    left,  # [1] int64: k among the entries that share the prefix
+    BITS: tl.constexpr,
+):
+    """Append the digit of the k-th largest to the prefix, and leave out of k what lies above."""
+    digits = tl.arange(0, 1 << BITS)
+    counted = tl.load(counts + digits).to(tl.int64)
+    at_least = tl.cumsum(counted, 0, reverse=True)  # entries whose digit is >= this one
+    k = tl.load(left)
+    digit = tl.sum((at_least >= k).to(tl.int32), 0) - 1
+    above = tl.sum(tl.where(digits == digit, at_least - counted, 0), 0)
+    tl.store(left, k - above)
+    tl.store(prefix, (tl.load(prefix) << BITS) | digit)
+
+
 def trim_threshold(lora_a: Tensor, lora_b: Tensor, scale: float, k: int) -> Tensor:
     """The k-th largest |s B A|, k >= 1, without a transfer to the host.  # [] float32"""
     rows, columns = lora_b.shape[0], lora_a.shape[1]
-    across = triton.cdiv(columns, BLOCK_COLUMNS)
-    tiles = triton.cdiv(rows, BLOCK_ROWS) * across
-    device = lora_a.device
+    rank, device = lora_a.shape[0], lora_a.device
+    blocks = tiling([lora_a], rank)
+    across = triton.cdiv(columns, blocks["BN"])
+    tiles = triton.cdiv(rows, blocks["BM"]) * across
     prefix = torch.zeros(1, dtype=torch.int32, device=device)
-    left = torch.full((1,), k, device=device)  # the k-th largest among those with this prefix
-    blocks = dict(BM=BLOCK_ROWS, BN=BLOCK_COLUMNS, BR=BLOCK_RANK)
-    factors = lora_a.contiguous(), lora_b.contiguous(), lora_a.shape[0]
-    for shift, bits in DIGITS:
-        counts = torch.zeros(1 << bits, dtype=torch.int32, device=device)
-        matrix = (*factors, scale, rows, columns, prefix, counts, tiles, across)
+    left = torch.full((1,), k, device=device)
+    counts = torch.zeros(len(DIGITS), 1 << DIGITS[0][1], dtype=torch.int32, device=device)
+    factors = lora_a.contiguous(), lora_b.contiguous(), rank
+    for (shift, bits), counted in zip(DIGITS, counts, strict=True):
+        matrix = (*factors, scale, rows, columns, prefix, counted, tiles, across)
         _count[(min(tiles, PROGRAMS),)](*matrix, SHIFT=shift, BITS=bits, **blocks)
-        at_least = counts.flip(0).cumsum(0).flip(0)  # entries whose digit is >= this one
-        digit = (at_least >= left).sum(0, keepdim=True) - 1
-        left = left - (at_least[digit] - counts[digit])
-        prefix = (prefix << bits) | digit.int()
+        _choose[(1,)](counted, prefix, left, BITS=bits)
     return prefix.view(torch.float32)[0]
 
 
@@ -204,10 +226,14 @@ def launch(
     The factors must be contiguous: the kernel knows but where they begin.
     """
     (rows, columns), device = base.shape, base.device
-    ranks = torch.tensor([a.shape[0] for a in lora_a], dtype=torch.int32, device=device)
+    known = [a.shape[0] for a in lora_a]
+    ranks = torch.tensor(known, dtype=torch.int32, device=device)
     numbers = torch.tensor([scales, thresholds, weights], dtype=torch.float32, device=device)
     places = addresses(lora_a), addresses(lora_b)
     arguments = [*places, ranks, numbers, lam, rows, columns, len(lora_a)]
-    grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS))
-    factor = TRITON_DTYPES[lora_a[0].dtype]
-    return grid, arguments, dict(FACTOR=factor, BM=BLOCK_ROWS, BN=BLOCK_COLUMNS, BR=BLOCK_RANK)
+    blocks = tiling(lora_a, max(known))
+    grid = (triton.cdiv(rows, blocks["BM"]), triton.cdiv(columns, blocks["BN"]))
+    starts = [factor.data_ptr() for factor in (*lora_a, *lora_b)]
+    blocks["ALIGNED"] = all(number % ALIGNMENT == 0 for number in (*known, *starts))
+    blocks["FACTOR"] = TRITON_DTYPES[lora_a[0].dtype]
+    return grid, arguments, blocks

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the tile of a task vector, tables of addresses, names of dtypes.
+"""What the Triton kernels share: the tile of a task vector, its tiling, tables of addresses.
 
 Importing this needs triton. Left out: any kernel that is launched.
 """
@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_RANK = 64, 64, 32  # one tiling for every pass: the same bits
+BLOCK_COLUMNS = 64  # of every tile: a block of NF4
+MIN_RANK = 16  # the least depth of a product that tensor cores take
 
 # The interpreter takes bf16 for integers in a product; in fp32 the products are the same.
 WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -28,6 +29,26 @@ def addresses(tensors: Sequence[Tensor]) -> Tensor:
     return torch.tensor([tensor.data_ptr() for tensor in tensors], device=tensors[0].device)
 
 
+def tiling(factors: Sequence[Tensor], rank: int) -> dict:
+    """Constants of every kernel that calls `tau_tile` on these factors, of at most this rank.
+
+    One tiling for every pass, so that all see the same bits. In 16 bits a checkpoint's rank up to
+    128 is one product (ONCE), so that the next one's factors are copied while this one is voted on;
+    in fp32, whose halves take registers too, it comes in slices. Chosen by what the compiler makes
+    of it (`bench.compiled`): the four sums of a tile and its product stay in registers.
+    """
+    is_16_bit = factors[0].element_size() == 2
+    depth = min(max(MIN_RANK, triton.next_power_of_2(rank)), 128 if is_16_bit else 16)
+    return dict(
+        BM=128,
+        BN=BLOCK_COLUMNS,
+        BR=depth,
+        ONCE=rank <= depth,
+        num_warps=8,
+        num_stages=2 if is_16_bit else 3,
+    )
+
+
 @triton.jit
 def tau_tile(
     a,  # [rank, columns]
@@ -41,21 +62,48 @@ def tau_tile(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
+    ONCE: tl.constexpr,  # rank <= BR
 ):
     """s B A of one tile in fp32, zero outside of the matrix.  # [BM, BN]"""
+    product = tl.zeros([BM, BN], dtype=tl.float32)
+    if ONCE:  # no loop here, so that the loop around it is the one whose loads are prefetched
+        product = _add_slice(product, a, b, 0, rank, rows, columns, row, column, BM, BN, BR)
+    else:
+        for start in range(0, rank, BR):
+            product = _add_slice(product, a, b, start, rank, rows, columns, row, column, BM, BN, BR)
+    return product * scale
+
+
+@triton.jit
+def _add_slice(
+    product,
+    a,
+    b,
+    start,
+    rank,
+    rows,
+    columns,
+    row,
+    column,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """product + B[:, start : start + BR] A[start : start + BR] of one tile.
+
+    fp32 is multiplied on tensor cores as three products of its upper and lower halves in tf32,
+    which loses no more than fp32 sums do.
+    """
     m = row + tl.arange(0, BM).to(tl.int64)
     n = column + tl.arange(0, BN).to(tl.int64)
-    product = tl.zeros([BM, BN], dtype=tl.float32)
-    for start in range(0, rank, BR):
-        r = start + tl.arange(0, BR)
-        inside = (m[:, None] < rows) & (r[None, :] < rank)
-        left = tl.load(b + m[:, None] * rank + r[None, :], mask=inside, other=0.0)
-        inside = (r[:, None] < rank) & (n[None, :] < columns)
-        right = tl.load(a + r[:, None] * columns + n[None, :], mask=inside, other=0.0)
-        if WIDEN:
-            left, right = left.to(tl.float32), right.to(tl.float32)
-        product = tl.dot(left, right, product, input_precision="ieee")
-    return product * scale
+    r = start + tl.arange(0, BR)
+    inside = (m[:, None] < rows) & (r[None, :] < rank)
+    left = tl.load(b + m[:, None] * rank + r[None, :], mask=inside, other=0.0)
+    inside = (r[:, None] < rank) & (n[None, :] < columns)
+    right = tl.load(a + r[:, None] * columns + n[None, :], mask=inside, other=0.0)
+    if WIDEN:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, product, input_precision="tf32x3")
 
 
 @triton.jit
