@@ -97,7 +97,7 @@ def ema_update_lora_(
         new = base.double() + scale * (lora_b.double() @ lora_a.double())
         return _store(average, ema_reference(average.double(), new, alpha), bits)
     wide = compute_dtype([average, base, lora_a])
-    for rows in row_tiles(*base.shape):
+    for rows in row_tiles(*base.shape, base.device):
         new = task_vector_tile(lora_a, lora_b, scale, rows, wide).add_(base[rows])
         _store(average[rows], torch.lerp(average[rows].to(wide), new, alpha), bits)
 

@@ -64,7 +64,7 @@ def quantize_nf4(matrix: Tensor) -> Nf4Matrix:
     out = empty_nf4(tuple(matrix.shape), matrix.dtype, matrix.device)
     writer = _Writer(out)
     flat = matrix.reshape(-1)
-    for entries in row_tiles(flat.numel(), 1):
+    for entries in row_tiles(flat.numel(), 1, flat.device):
         writer.write(flat[entries])
     writer.close()
     return out
@@ -122,7 +122,7 @@ def ties_merge_lora_nf4(
 
     bounds = [just_below(threshold, dtype) for threshold in thresholds]
     writer = _Writer(out)
-    for rows in row_tiles(*shape):
+    for rows in row_tiles(*shape, base.device):
         span = rows.start * shape[1], rows.stop * shape[1]
         old = _read(base, *span).view(-1, shape[1]) if coded else base[rows]
         merged = merged_tile(old, rows, tau_tile, bounds, weights, lam, dtype)

@@ -20,8 +20,9 @@ of one part, keep their logits instead. The weight's gradient is computed only i
 requires one; the teacher's side never gets any. Banned entries enter as a bias of -1e30 of the
 matrix product: p is 0 there, and nothing has to be masked.
 
-The Triton kernels (policy_head_triton.py) form the same sums and gradients. Left out: second
-derivatives. A NaN or infinity in a hidden state propagates to its own row.
+On a GPU the products are the matrix library's too, and Triton kernels (policy_head_triton.py) form
+the same sums and gradients in one pass over each part's logits. Left out: second derivatives. A NaN
+or infinity in a hidden state propagates to its own row.
 """
 
 from collections.abc import Sequence
@@ -40,7 +41,9 @@ TEACHER_OUTPUTS = ("teacher_logprob", "reverse_kl", "forward_kl")
 OUTPUTS = STUDENT_OUTPUTS + TEACHER_OUTPUTS
 DIFFERENTIABLE = ("logprob", "entropy", "reverse_kl", "forward_kl")
 CHUNK_ELEMENTS = 1 << 21  # logits held at once: 8 MB in fp32, for each of student and teacher
-CUDA_CHUNK_ELEMENTS = 1 << 26  # a GPU needs larger chunks to be busy: 128 MB of dz in bf16
+# A GPU needs larger chunks to be busy: 168 MB of fp32 logits a side, and 84 MB of dz in bf16. So
+# 256 tokens over a vocabulary of 151,936 are one part.
+CUDA_CHUNK_ELEMENTS = 5 << 23
 KEPT_ELEMENTS = 1 << 22  # up to this many logits in all, keep them for the backward
 ALIGNED = 128  # parts of the vocabulary are multiples of it
 
@@ -69,8 +72,8 @@ def policy_head(
     default = CUDA_CHUNK_ELEMENTS if hidden.is_cuda else CHUNK_ELEMENTS
     how = choose_impl(impl, hidden.device, has_triton=True)
     triton = how == "triton" and hidden.dtype != torch.float64
-    small = targets.numel() * weight.shape[0] <= KEPT_ELEMENTS
-    keep = small and chunk_elements is None and not triton
+    kept = CUDA_CHUNK_ELEMENTS if hidden.is_cuda else KEPT_ELEMENTS
+    keep = targets.numel() * weight.shape[0] <= kept and chunk_elements is None
     head = _Head(temperature, banned, want, chunk_elements or default, keep, triton)
     if how == "reference":
         return _reference(hidden, weight, targets, teacher_hidden, teacher_weight, bias, head)
@@ -139,6 +142,14 @@ class Sides:
                 x /= head.temperature
             logits.append(x)
         return (*logits, None)[:2]
+
+    def products(self, part: slice) -> tuple[Tensor, Tensor]:
+        """h W^T of one part in fp32 for the Triton kernels; no teacher: its place is not read."""
+        weight = self.weight[part]
+        student = _product(self.hidden, weight.T)
+        if self.teacher_hidden is None:
+            return student, student
+        return student, _product(self.teacher_hidden, self.teacher_weight[part].T)
 
 
 @dataclass
@@ -257,17 +268,18 @@ class _OnlineHead(torch.autograd.Function):
         sides = Sides(hidden, weight, bias, targets, teacher_hidden, teacher_weight)
         ctx.head, ctx.logits = head, None
         ctx.set_materialize_grads(False)  # an output that the loss does not use has gradient None
+        parts = _parts(hidden, weight, head)
         if head.triton:
             from .policy_head_triton import head_sums
 
-            sums = head_sums(sides, head)
+            sums, logits = head_sums(sides, head, parts)
         else:
             sums = None
-            for part in _parts(hidden, weight, head):
+            for part in parts:
                 logits = sides.logits(part, head)
                 more = _part_sums(*logits, targets, part, head.want)
                 sums = more if sums is None else _stack(sums, more).join()
-            ctx.logits = logits if head.keep else None
+        ctx.logits = logits if head.keep else None
         never = None if head.banned is None else head.banned[targets]
         values, rows = sums.outputs(never)
         ctx.save_for_backward(hidden, weight, bias, targets, teacher_hidden, teacher_weight, rows)
@@ -298,7 +310,7 @@ class _OnlineHead(torch.autograd.Function):
         if head.triton:
             from .policy_head_triton import part_gradients
 
-            gradient = part_gradients(sides, head, rows)
+            gradient = part_gradients(sides, head, rows, ctx.logits)
         else:
 
             def gradient(part: slice) -> Tensor:
@@ -314,18 +326,28 @@ class _OnlineHead(torch.autograd.Function):
                 _add_product(grad_hidden, dz, weight[part])
             if needs_weight:
                 _add_product(grad_weight[part], dz.T, hidden)
+            del dz  # before the next part's is formed
         grads = zip((grad_hidden, grad_weight, grad_bias), inputs, strict=False)
         return *(None if g is None else g.to(x.dtype) for g, x in grads), None, None, None, None
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in fp32, not rounded to the dtype of 16-bit inputs in between."""
+    if left.dtype == torch.float32:
+        return left @ right
+    if left.is_cpu:  # the interpreter's tests; a CPU has no such product
+        return left.float() @ right.float()
+    return torch.mm(left, right, out_dtype=torch.float32)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right; the sum over parts of the vocabulary is in total's dtype."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    elif left.is_cuda:
-        total += torch.mm(left, right, out_dtype=total.dtype)
-    else:
+    elif left.is_cpu:
         total += left @ right
+    else:
+        total += _product(left, right)
 
 
 def _parts(hidden: Tensor, weight: Tensor, head: _Head) -> list[slice]:

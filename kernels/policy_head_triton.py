@@ -1,15 +1,15 @@
-"""The Triton kernels of the policy head: online sums over the vocabulary, and d loss / d logits.
+"""The Triton kernels of the policy head: what is done to a chunk of logits between the products.
 
-Forward: a program takes a block of rows and a part of the vocabulary, forms the logits z and the
-teacher's u block by block, and keeps the sums of `policy_head.Sums` in registers; when a block
-brings a larger logit, they shrink. The parts are joined as in PyTorch. Backward: a kernel forms the
-logits of a part of the vocabulary again and writes dz in the dtype of the head; the product with
-the head is left to the matrix library. Neither direction holds [T, V].
+The products are the matrix library's, h W^T of a part of the vocabulary for each side, in fp32 and
+without rounding in between; what it writes is read once and given up. Forward: a program takes a
+row of the chunk, or a share of it, and adds it to the sums of `policy_head.Sums`, which stay in
+memory from part to part; when a block brings a larger logit, they shrink. Shares are joined as in
+PyTorch. Backward: dz of the chunk, in the dtype of the head, for the product with the head.
 
 Importing this needs triton. Left out: fp64, which policy_head.py computes with PyTorch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -17,240 +17,186 @@ import triton.language as tl
 from torch import Tensor
 
 from .policy_head import Sides, Sums, ban_bias
-from .tiles_triton import WIDEN, rounded
+from .tiles_triton import rounded
 
-BLOCK_T, BLOCK_D = 128, 64  # rows and entries of the vocabulary, width
-SMALL = 32  # blocks of the interpreter, which pays by the program, and of short inputs
-PROGRAMS = 264  # at least so many: two for each of a large GPU's processors
-SUMS = 9  # numbers a row that the forward keeps
-LOWEST = tl.constexpr(-3.0e38)  # below any logit, and finite: no inf - inf
+BLOCK = 1024  # entries of the vocabulary that a program holds at once
+PROGRAMS = 1056  # at least so many: eight for each of a large GPU's processors
+SUMS = 9  # numbers a row: m p pz z_target n q pd qd u_target
+LOWEST = -3.0e38  # below any logit, and finite: no inf - inf
+MASKED = tl.constexpr(LOWEST)
 
 
 @triton.jit
 def _logits(
-    hidden,  # [T, D]
-    weight,  # [V, D]
-    bias,  # [V] float32, zero where there is none
+    products,  # [T, width] float32
+    bias,  # [V] float32
     inverse_temperature,
-    t,  # [BT] rows
-    v,  # [BV] entries of the vocabulary
-    T,
-    V,
-    D,
-    BT: tl.constexpr,
-    BV: tl.constexpr,
-    BD: tl.constexpr,
+    row,
+    column,  # [BLOCK]
+    start,  # first entry of the vocabulary in this chunk
+    width,
+    BIASED: tl.constexpr,
 ):
-    """(h W^T + bias) / temperature of one block; LOWEST beyond the vocabulary.  # [BT, BV]"""
-    product = tl.zeros([BT, BV], dtype=tl.float32)
-    for start in range(0, D, BD):
-        d = start + tl.arange(0, BD)
-        inside = (t[:, None] < T) & (d[None, :] < D)
-        h = tl.load(hidden + t[:, None].to(tl.int64) * D + d[None, :], mask=inside, other=0.0)
-        inside = (v[None, :] < V) & (d[:, None] < D)
-        w = tl.load(weight + v[None, :].to(tl.int64) * D + d[:, None], mask=inside, other=0.0)
-        if WIDEN:
-            h, w = h.to(tl.float32), w.to(tl.float32)
-        product = tl.dot(h, w, product, input_precision="ieee")
-    more = tl.load(bias + v, mask=v < V, other=0.0)
-    return tl.where(v[None, :] < V, (product + more[None, :]) * inverse_temperature, LOWEST)
+    """(h W^T + bias) / temperature of one block of a row; MASKED beyond the chunk.  # [BLOCK]"""
+    known = column < width
+    z = tl.load(products + row * width + column, mask=known, other=0.0)
+    if BIASED:
+        z += tl.load(bias + start + column, mask=known, other=0.0)
+    return tl.where(known, z * inverse_temperature, MASKED)
 
 
 @triton.jit
-def _forward(
-    hidden,
-    weight,
-    teacher_hidden,
-    teacher_weight,
+def _add_chunk(
+    student,  # [T, width] float32
+    teacher,
     bias,
     targets,  # [T] int64
-    parts,  # [splits, 9, T] float32, as in `Sums`: m p pz z_target n q pd qd u_target
+    sums,  # [shares, 9, T] float32
     inverse_temperature,
+    start,
+    width,
+    share,  # entries of a row that one program adds
     T,
-    V,
-    D,
-    teacher_D,
-    blocks_per_split,
     TEACHER: tl.constexpr,
-    BT: tl.constexpr,
-    BV: tl.constexpr,
-    BD: tl.constexpr,
+    BIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
-    target = tl.load(targets + t, mask=t < T, other=-1)
-    m = tl.full([BT], LOWEST, dtype=tl.float32)
-    n = tl.full([BT], LOWEST, dtype=tl.float32)
-    sum_p = tl.zeros([BT], dtype=tl.float32)
-    sum_pz = tl.zeros([BT], dtype=tl.float32)
-    sum_q = tl.zeros([BT], dtype=tl.float32)
-    sum_pd = tl.zeros([BT], dtype=tl.float32)
-    sum_qd = tl.zeros([BT], dtype=tl.float32)
-    z_target = tl.zeros([BT], dtype=tl.float32)
-    u_target = tl.zeros([BT], dtype=tl.float32)
-    first = tl.program_id(1) * blocks_per_split
-    for block in range(first, min(first + blocks_per_split, tl.cdiv(V, BV))):
-        v = block * BV + tl.arange(0, BV)
-        known = v[None, :] < V
-        hit = v[None, :] == target[:, None]
-        z = _logits(hidden, weight, bias, inverse_temperature, t, v, T, V, D, BT, BV, BD)
-        z_target += tl.sum(tl.where(hit, z, 0.0), 1)
-        new_m = tl.maximum(m, tl.max(z, 1))
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row) - start
+    at = sums + tl.program_id(1).to(tl.int64) * 9 * T + row
+    m, sum_p, sum_pz = tl.load(at), tl.load(at + T), tl.load(at + 2 * T)
+    z_target = tl.load(at + 3 * T)
+    if TEACHER:
+        n, sum_q, sum_pd = tl.load(at + 4 * T), tl.load(at + 5 * T), tl.load(at + 6 * T)
+        sum_qd, u_target = tl.load(at + 7 * T), tl.load(at + 8 * T)
+    first = tl.program_id(1) * share
+    for begin in range(first, min(first + share, width), BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        known = column < width
+        hit = known & (column == target)  # the target may lie in the next part
+        z = _logits(student, bias, inverse_temperature, row, column, start, width, BIASED)
+        z_target += tl.sum(tl.where(hit, z, 0.0), 0)
+        new_m = tl.maximum(m, tl.max(z, 0))
         shrink = tl.exp(m - new_m)
-        shifted = tl.where(known, z - new_m[:, None], 0.0)
+        shifted = tl.where(known, z - new_m, 0.0)
         p = tl.where(known, tl.exp(shifted), 0.0)
-        sum_pz = shrink * (sum_pz + sum_p * (m - new_m)) + tl.sum(p * shifted, 1)
-        sum_p = shrink * sum_p + tl.sum(p, 1)
+        sum_pz = shrink * (sum_pz + sum_p * (m - new_m)) + tl.sum(p * shifted, 0)
+        sum_p = shrink * sum_p + tl.sum(p, 0)
         m = new_m
         if TEACHER:
-            u = _logits(
-                teacher_hidden,
-                teacher_weight,
-                bias,
-                inverse_temperature,
-                t,
-                v,
-                T,
-                V,
-                teacher_D,
-                BT,
-                BV,
-                BD,
-            )
-            u_target += tl.sum(tl.where(hit, u, 0.0), 1)
+            u = _logits(teacher, bias, inverse_temperature, row, column, start, width, BIASED)
+            u_target += tl.sum(tl.where(hit, u, 0.0), 0)
             d = z - u
-            sum_pd = shrink * sum_pd + tl.sum(p * d, 1)
-            new_n = tl.maximum(n, tl.max(u, 1))
+            sum_pd = shrink * sum_pd + tl.sum(p * d, 0)
+            new_n = tl.maximum(n, tl.max(u, 0))
             shrink = tl.exp(n - new_n)
-            q = tl.where(known, tl.exp(u - new_n[:, None]), 0.0)
-            sum_q = shrink * sum_q + tl.sum(q, 1)
-            sum_qd = shrink * sum_qd - tl.sum(q * d, 1)
+            q = tl.where(known, tl.exp(u - new_n), 0.0)
+            sum_q = shrink * sum_q + tl.sum(q, 0)
+            sum_qd = shrink * sum_qd - tl.sum(q * d, 0)
             n = new_n
-    at = parts + tl.program_id(1).to(tl.int64) * 9 * T + t
-    row = t < T
-    tl.store(at, m, mask=row)
-    tl.store(at + T, sum_p, mask=row)
-    tl.store(at + 2 * T, sum_pz, mask=row)
-    tl.store(at + 3 * T, z_target, mask=row)
-    tl.store(at + 4 * T, n, mask=row)
-    tl.store(at + 5 * T, sum_q, mask=row)
-    tl.store(at + 6 * T, sum_pd, mask=row)
-    tl.store(at + 7 * T, sum_qd, mask=row)
-    tl.store(at + 8 * T, u_target, mask=row)
+    tl.store(at, m)
+    tl.store(at + T, sum_p)
+    tl.store(at + 2 * T, sum_pz)
+    tl.store(at + 3 * T, z_target)
+    if TEACHER:
+        tl.store(at + 4 * T, n)
+        tl.store(at + 5 * T, sum_q)
+        tl.store(at + 6 * T, sum_pd)
+        tl.store(at + 7 * T, sum_qd)
+        tl.store(at + 8 * T, u_target)
 
 
 @triton.jit
 def _grad_logits(
-    hidden,
-    weight,
-    teacher_hidden,
-    teacher_weight,
+    student,  # [T, width] float32
+    teacher,
     bias,
-    targets,
+    targets,  # [T] int64
     rows,  # [8, T] float32, as in `policy_head._part_gradient`
     dz,  # [T, width]
     inverse_temperature,
-    start,  # first entry of the vocabulary in this chunk
+    start,
     width,
     T,
-    V,
-    D,
-    teacher_D,
     TEACHER: tl.constexpr,
-    BT: tl.constexpr,
-    BV: tl.constexpr,
-    BD: tl.constexpr,
+    BIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
-    column = tl.program_id(1) * BV + tl.arange(0, BV)
-    v = start + column
-    row = t < T
-    target = tl.load(targets + t, mask=row, other=-1)
-    a = tl.load(rows + t, mask=row, other=0.0)
-    entropy = tl.load(rows + 2 * T + t, mask=row, other=0.0)
-    of_logprob = tl.load(rows + 4 * T + t, mask=row, other=0.0)
-    of_entropy = tl.load(rows + 5 * T + t, mask=row, other=0.0)
-    z = _logits(hidden, weight, bias, inverse_temperature, t, v, T, V, D, BT, BV, BD)
-    log_p = z - a[:, None]
-    p = tl.exp(log_p)
-    x = -of_entropy[:, None] * (log_p + entropy[:, None]) - of_logprob[:, None]
-    more = tl.where(v[None, :] == target[:, None], of_logprob[:, None], 0.0)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = rows + row
+    a, entropy = tl.load(at), tl.load(at + 2 * T)
+    of_logprob, of_entropy = tl.load(at + 4 * T), tl.load(at + 5 * T)
+    z = _logits(student, bias, inverse_temperature, row, column, start, width, BIASED)
+    log_p = z - a
+    x = -of_entropy * (log_p + entropy) - of_logprob
+    more = tl.where(column == tl.load(targets + row) - start, of_logprob, 0.0)
     if TEACHER:
-        b = tl.load(rows + T + t, mask=row, other=0.0)
-        reverse = tl.load(rows + 3 * T + t, mask=row, other=0.0)
-        of_reverse = tl.load(rows + 6 * T + t, mask=row, other=0.0)
-        of_forward = tl.load(rows + 7 * T + t, mask=row, other=0.0)
-        u = _logits(
-            teacher_hidden,
-            teacher_weight,
-            bias,
-            inverse_temperature,
-            t,
-            v,
-            T,
-            V,
-            teacher_D,
-            BT,
-            BV,
-            BD,
-        )
-        log_q = u - b[:, None]
-        x += of_reverse[:, None] * (log_p - log_q - reverse[:, None]) + of_forward[:, None]
-        more -= of_forward[:, None] * tl.exp(log_q)
-    gradient = p * x + more
-    inside = row[:, None] & (column[None, :] < width)
-    at = t[:, None].to(tl.int64) * width + column[None, :]
-    tl.store(dz + at, rounded(gradient, dz.dtype.element_ty, 0, 0, False), mask=inside)
+        b, reverse = tl.load(at + T), tl.load(at + 3 * T)
+        of_reverse, of_forward = tl.load(at + 6 * T), tl.load(at + 7 * T)
+        u = _logits(teacher, bias, inverse_temperature, row, column, start, width, BIASED)
+        log_q = u - b
+        x += of_reverse * (log_p - log_q - reverse) + of_forward
+        more -= of_forward * tl.exp(log_q)
+    gradient = rounded(tl.exp(log_p) * x + more, dz.dtype.element_ty, 0, 0, False)
+    tl.store(dz + row * width + column, gradient, mask=column < width)
 
 
-def head_sums(sides: Sides, head) -> Sums:
-    """The sums over the whole vocabulary, in one launch."""
-    matrices, sizes, blocks = _arguments(sides, head)
-    rows, vocabulary = sizes[:2]
-    across, count = triton.cdiv(rows, blocks["BT"]), triton.cdiv(vocabulary, blocks["BV"])
-    splits = min(count, max(1, PROGRAMS // max(across, 1)))
-    per_split = triton.cdiv(count, splits)
-    splits = triton.cdiv(count, per_split)
-    parts = sides.hidden.new_empty(splits, SUMS, rows, dtype=torch.float32)
-    if rows:
-        shape = (1 / head.temperature, *sizes, per_split)
-        _forward[(across, splits)](*matrices, parts, *shape, **blocks)
-    m, p, pz, z_target, *teacher = parts.unbind(1)  # [splits, T] each
+Products = tuple[Tensor, Tensor]  # h W^T of student and teacher  # [T, width] each
+
+
+def head_sums(sides: Sides, head, parts: Sequence[slice]) -> tuple[Sums, Products | None]:
+    """The sums over the whole vocabulary, part after part, and the last part's products."""
+    count, vocabulary = len(sides.hidden), len(sides.weight)
+    shares = max(1, min(triton.cdiv(PROGRAMS, max(count, 1)), triton.cdiv(vocabulary, BLOCK)))
+    sums = sides.hidden.new_zeros(shares, SUMS, count, dtype=torch.float32)
+    sums[:, (0, 4)] = LOWEST
+    others, constants = _constants(sides, head)
+    products = None
+    for part in parts if count else ():
+        width = part.stop - part.start
+        share = BLOCK * triton.cdiv(triton.cdiv(width, shares), BLOCK)
+        place = (1 / head.temperature, part.start, width, share, count)
+        grid = (count, triton.cdiv(width, share))
+        products = None  # before there are new ones
+        products = sides.products(part)
+        _add_chunk[grid](*products, *others, sums, *place, **constants)
+    m, p, pz, z_target, *teacher = sums.unbind(1)  # [shares, T] each
     n, q, pd, qd, u_target = teacher if head.needs_teacher else [None] * 5
-    return Sums(m, p, pz, z_target, n, q, pd, qd, u_target).join()
+    return Sums(m, p, pz, z_target, n, q, pd, qd, u_target).join(), products
 
 
-def part_gradients(sides: Sides, head, rows: Tensor) -> Callable[[slice], Tensor]:
-    """`policy_head._part_gradient` of any part, from the inputs, in the dtype of the head."""
-    matrices, sizes, blocks = _arguments(sides, head)
+def part_gradients(
+    sides: Sides, head, rows: Tensor, kept: Products | None
+) -> Callable[[slice], Tensor]:
+    """`policy_head._part_gradient` of any part in the dtype of the head.
+
+    From `kept` products where there is only one part, else from the inputs.
+    """
+    others, constants = _constants(sides, head)
 
     def gradient(part: slice) -> Tensor:
-        width = part.stop - part.start
-        dz = sides.weight.new_empty(sizes[0], width)
-        if sizes[0]:
-            grid = (triton.cdiv(sizes[0], blocks["BT"]), triton.cdiv(width, blocks["BV"]))
-            place = (1 / head.temperature, part.start, width)
-            _grad_logits[grid](*matrices, rows, dz, *place, *sizes, **blocks)
+        count, width = len(sides.hidden), part.stop - part.start
+        dz = sides.weight.new_empty(count, width)
+        if count:
+            place = (1 / head.temperature, part.start, width, count)
+            grid = (count, triton.cdiv(width, BLOCK))
+            products = kept or sides.products(part)
+            _grad_logits[grid](*products, *others, rows, dz, *place, **constants)
         return dz
 
     return gradient
 
 
-def _arguments(sides: Sides, head) -> tuple[tuple, tuple, dict]:
-    """Matrices, sizes T, V, D, D', and constants of both kernels."""
-    hidden, weight = sides.hidden.contiguous(), sides.weight.contiguous()
-    others = hidden, weight  # not read
-    if head.needs_teacher:
-        others = sides.teacher_hidden.contiguous(), sides.teacher_weight.contiguous()
-    bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
-    if sides.bias is not None:
-        bias += sides.bias
-    if head.banned is not None:
-        bias += ban_bias(head.banned, torch.float32)
-    small = len(hidden) <= SMALL or hidden.device.type == "cpu"
-    size = SMALL if small else BLOCK_T
-    depth = BLOCK_D if hidden.element_size() == 2 else BLOCK_D // 2
-    blocks = dict(TEACHER=head.needs_teacher, BT=size, BV=size, BD=depth)
-    if not small:
-        blocks["num_warps"] = 8  # two tiles of 128 x 128 sums fill the registers of eight
-    matrices = (hidden, weight, *others, bias, sides.targets.contiguous())
-    return matrices, (len(hidden), *weight.shape, others[0].shape[1]), blocks
+def _constants(sides: Sides, head) -> tuple[tuple[Tensor, Tensor], dict]:
+    """Bias with ban [V] (not read where there is neither) and targets; what is known beforehand."""
+    biased = sides.bias is not None or head.banned is not None
+    bias = sides.targets  # any address
+    if biased:
+        bias = torch.zeros(len(sides.weight), dtype=torch.float32, device=sides.weight.device)
+        if sides.bias is not None:
+            bias += sides.bias
+        if head.banned is not None:
+            bias += ban_bias(head.banned, torch.float32)
+    constants = dict(TEACHER=head.needs_teacher, BIASED=biased, BLOCK=BLOCK)
+    return (bias, sides.targets.contiguous()), constants

@@ -93,7 +93,7 @@ def trim_threshold(
         return ties_triton.trim_threshold(lora_a, lora_b, float(scale), k)
 
     def tiles() -> Iterator[Tensor]:
-        for rows in row_tiles(*shape):
+        for rows in row_tiles(*shape, lora_a.device):
             yield task_vector_tile(lora_a, lora_b, scale, rows, dtype)
 
     return kth_largest_magnitude(tiles, shape[0] * shape[1], density)
@@ -133,7 +133,8 @@ def ties_merge_lora(
         own = compute_dtype([lora_a[i], lora_b[i]])  # as its threshold was computed
         return task_vector_tile(lora_a[i], lora_b[i], scales[i], rows, own).to(dtype)
 
-    return merge_tiles(base, out, row_tiles(*base.shape), tau_tile, thresholds, weights, lam, dtype)
+    tiles = row_tiles(*base.shape, base.device)
+    return merge_tiles(base, out, tiles, tau_tile, thresholds, weights, lam, dtype)
 
 
 @torch.no_grad()
@@ -163,7 +164,7 @@ def ties_merge(
         return flat[i][entries].to(dtype)
 
     merged = torch.empty_like(base, memory_format=torch.contiguous_format).view(-1)
-    spans = row_tiles(base.numel(), 1)
+    spans = row_tiles(base.numel(), 1, base.device)
     merge_tiles(base.reshape(-1), merged, spans, tau_tile, thresholds, weights, lam, dtype)
     return out.copy_(merged.view(base.shape))
 
@@ -189,7 +190,7 @@ def linear_merge_lora(
         return out.copy_(linear_merge_reference(base.double(), tau, weights, lam))
     dtype = compute_dtype([*lora_a, *lora_b])
     shares = [w * s / sum(weights) for w, s in zip(weights, scales, strict=True)]
-    for rows in row_tiles(*base.shape):
+    for rows in row_tiles(*base.shape, base.device):
         mean = torch.zeros(base[rows].shape, dtype=dtype, device=base.device)
         for a, b, share in zip(lora_a, lora_b, shares, strict=True):
             mean.addmm_(b[rows].to(dtype), a.to(dtype), alpha=share)
@@ -204,7 +205,7 @@ def dense_trim_threshold(task_vector: Tensor, density: float) -> Tensor:
     flat, dtype = task_vector.reshape(-1), compute_dtype([task_vector])
 
     def tiles() -> Iterator[Tensor]:
-        for entries in row_tiles(flat.numel(), 1):
+        for entries in row_tiles(flat.numel(), 1, flat.device):
             yield flat[entries].to(dtype)
 
     return kth_largest_magnitude(tiles, flat.numel(), density)
@@ -278,7 +279,7 @@ class StreamingTies:
             (tuple(sums.shape[1:]), sums.device),
         )
         decays = self.weighting == "ema" and not first
-        for rows in row_tiles(shape[0], sums[0, 0].numel()):
+        for rows in row_tiles(shape[0], sums[0, 0].numel(), device):
             tile = sums[:, rows]
             if decays:
                 tile.copy_(F.hardshrink(tile * (1 - self.alpha), FORGOTTEN))
@@ -292,7 +293,7 @@ class StreamingTies:
         sums = find_sums(self.sums, name)
         check_placed("base", base, sums[0])
         out = check_out(out, base)
-        for rows in row_tiles(base.shape[0], base[0].numel()):
+        for rows in row_tiles(base.shape[0], base[0].numel(), base.device):
             out[rows] = torch.add(base[rows], elect_and_average(sums[:, rows]), alpha=lam)
         return out
 
@@ -331,7 +332,7 @@ class StreamingLinear:
             self.means[name] = torch.zeros(shape, dtype=dtype, device=lora_a.device)
         mean = self.means[name]
         check_same("pushed matrix", (shape, lora_a.device), "mean", (mean.shape, mean.device))
-        for rows in row_tiles(*shape):
+        for rows in row_tiles(*shape, mean.device):
             mean[rows].lerp_(task_vector_tile(lora_a, lora_b, scale, rows, dtype), share)
         self.counts[name] = count
 

@@ -14,14 +14,16 @@ from torch import Tensor
 from .reference import kept_count
 
 TILE_ELEMENTS = 1 << 15  # a tile and its four sums, 640 KB in fp32, stay in a core's cache
+CUDA_TILE_ELEMENTS = 1 << 22  # on a GPU a tile must keep it busy for longer than a launch takes
 MIN_TILE_ROWS = 32  # a thinner tile would spend its time re-reading A
 SORTED_SELECTION = 1 << 22  # up to this many entries the k-th largest is selected in memory
 RADIX_BITS = 16
 
 
-def row_tiles(rows: int, columns: int) -> Iterator[slice]:
-    """Cut [rows, columns] into row tiles. Depends on the shape alone: every pass cuts alike."""
-    step = max(MIN_TILE_ROWS, TILE_ELEMENTS // max(columns, 1))
+def row_tiles(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
+    """Cut [rows, columns] into row tiles. Depends on shape and device: every pass cuts alike."""
+    elements = TILE_ELEMENTS if device.type == "cpu" else CUDA_TILE_ELEMENTS
+    step = max(MIN_TILE_ROWS, elements // max(columns, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

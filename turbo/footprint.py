@@ -27,9 +27,10 @@ covered matrices, and products in bf16:
                  both its sides, of the layer's output and input; D' bytes of the stream.
     all layers   with checkpointing the stream x of each layer, L D' T, and one layer at work; else
                  L layers' working sets.
-    head         `kernels.policy_head` on N scored tokens: a chunk of d loss / d logits in bf16, at
-                 most CUDA_CHUNK_ELEMENTS; the gradient of its input in fp32, a product to add to
-                 it, both sides' inputs and the gradient in bf16: C + 4 N D + 4 N D + 3 * 2 N D.
+    head         `kernels.policy_head` on N scored tokens: a chunk of C = min(N V,
+                 CUDA_CHUNK_ELEMENTS) logits, of both sides in fp32, and of d loss / d logits in
+                 bf16; the gradient of its input in fp32, a product to add to it, both sides' inputs
+                 and the gradient in bf16: 8 C + 2 C + 4 N D + 4 N D + 3 * 2 N D.
 
 Left out, all small: the critic, vectors of one number a token, tables of the rotary embedding, the
 attention mask. Left out and not small: attention that writes its scores, 2 H S bytes a token and
@@ -38,7 +39,7 @@ layer for S keys; SDPA and FlashAttention do not, `turbo.model` on a CPU does.
 
 from turbo.kernels.nf4 import BLOCK
 from turbo.kernels.policy_head import CUDA_CHUNK_ELEMENTS
-from turbo.kernels.tiles import MIN_TILE_ROWS, TILE_ELEMENTS
+from turbo.kernels.tiles import CUDA_TILE_ELEMENTS, MIN_TILE_ROWS
 from turbo.shapes import TextShape
 
 BF16, FP32 = 2, 4
@@ -162,12 +163,12 @@ def read_bytes(shape: TextShape, tokens: int, wide: bool) -> int:
 
 
 def head_bytes(shape: TextShape, tokens: int, backward: bool) -> int:
-    """`policy_head` on so many scored tokens with a teacher; without backward, its inputs alone."""
-    inputs = 2 * BF16 * tokens * shape.hidden
+    """`policy_head` on so many scored tokens with a teacher, forward alone or with its backward."""
+    chunk = min(CUDA_CHUNK_ELEMENTS, tokens * shape.vocabulary)
+    forward = 2 * FP32 * chunk + 2 * BF16 * tokens * shape.hidden
     if not backward:
-        return inputs
-    chunk = BF16 * min(CUDA_CHUNK_ELEMENTS, tokens * shape.vocabulary)
-    return chunk + inputs + tokens * shape.hidden * (2 * FP32 + BF16)
+        return forward
+    return forward + BF16 * chunk + tokens * shape.hidden * (2 * FP32 + BF16)
 
 
 def read_back_bytes(shape: TextShape, nf4: bool) -> int:
@@ -178,7 +179,7 @@ def read_back_bytes(shape: TextShape, nf4: bool) -> int:
 def merge_bytes(shape: TextShape, rank: int, history: int, master: bool) -> int:
     """The factors of so many checkpoints of the largest matrix, and a tile of the merge."""
     columns = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
-    tile = BYTES_PER_TILE_ENTRY * max(MIN_TILE_ROWS * columns, TILE_ELEMENTS)
+    tile = BYTES_PER_TILE_ENTRY * max(MIN_TILE_ROWS * columns, CUDA_TILE_ELEMENTS)
     return history * history_entry_bytes(rank, shape.largest_features, master) + tile
 
 

@@ -196,7 +196,7 @@ def test_threshold_is_exactly_the_kth_largest(monkeypatch, selection, dtype, den
         monkeypatch.setattr(tiles, "SORTED_SELECTION", 0)
     _, (a,), (b,), (scale,) = make_factors(1, 127, 507, 4, dtype=dtype)
     a[:, 3] = 0.0
-    rows = tiles.row_tiles(127, 507)
+    rows = tiles.row_tiles(127, 507, torch.device("cpu"))
     tau = torch.cat([tiles.task_vector_tile(a, b, scale, r, dtype) for r in rows])
     k = round(density * tau.numel())
     threshold = ties.trim_threshold(a, b, scale, density)

@@ -169,17 +169,39 @@ def run_head(inputs, impl, with_ban, **options):
 
 
 @pytest.mark.parametrize("with_ban", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 33), (40, 70, 101), (9, 3, 507)])
-def test_head_and_every_gradient_equal_the_reference(shape, with_ban):
+@pytest.mark.parametrize(
+    ("shape", "width"),  # of a part of the vocabulary
+    [
+        ((1, 1, 1), 1),
+        ((5, 7, 33), 64),
+        ((40, 70, 101), 64),
+        ((9, 3, 507), 64),
+        ((2, 3, 4100), 2048),  # a row is of several programs
+        ((2, 3, 4100), None),
+    ],
+)
+def test_head_and_every_gradient_equal_the_reference(shape, width, with_ban):
     inputs = head_inputs(*shape)
     exact, exact_grads = run_head(inputs, "reference", with_ban)
-    got, grads = run_head(inputs, "triton", with_ban, chunk_elements=64 * shape[0])
+    chunk = None if width is None else width * shape[0]
+    got, grads = run_head(inputs, "triton", with_ban, chunk_elements=chunk)
     for name in OUTPUTS:
         value, wanted = vars(got)[name], vars(exact)[name]
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), wanted.double(), rtol=2e-5, atol=2e-5)
     for grad, wanted in zip(grads, exact_grads, strict=True):
         torch.testing.assert_close(grad, wanted.to(grad), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("chunk", "passes"), [(None, 1), (64 * 5, 4)])
+def test_products_of_one_part_are_kept_for_the_backward(chunk, passes, monkeypatch):
+    formed = []
+    products = policy_head.Sides.products
+    monkeypatch.setattr(
+        policy_head.Sides, "products", lambda *args: formed.append(1) or products(*args)
+    )
+    run_head(head_inputs(5, 7, 90), "triton", False, chunk_elements=chunk)
+    assert len(formed) == passes
 
 
 def test_head_in_bf16_is_as_exact_as_eager_bf16():
