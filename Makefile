@@ -1,4 +1,4 @@
-.PHONY: help install test test-fast test-gpu test-faults test-fuzz test-browser lint format bench bench-kernels bench-gpu bench-gpu-model results screenshot metrics memory tour wheel ci clean
+.PHONY: help install test test-fast test-gpu gpu test-faults test-fuzz test-browser lint format bench compiled bench-kernels bench-gpu bench-gpu-model results screenshot metrics memory tour wheel ci clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ bench: ## the speed of training updates, beside the published recipe's, and of A
 	python -m bench.train_step
 	python -m bench.alfworld
 
+compiled: ## what Triton's compiler makes of the kernels for GPUs, into kernels/README.md; no GPU
+	python -m bench.compiled --write
+
 bench-kernels: ## the kernels against their rivals, into bench/results/ and kernels/README.md
 	for what in ties ema nf4 policy_head; do python -m bench.$$what; done
 	python -m bench.report --write
@@ -45,6 +48,15 @@ bench-gpu: ## all that needs a GPU, within 25 minutes; a part that fails stops n
 	-timeout 120 python -m bench.ema
 	-timeout 120 python -m bench.nf4
 	-timeout 840 python -m bench.policy_head
+	-python -m bench.report --write
+
+# For a GPU that is at hand for a quarter of an hour
+gpu: ## the kernels' tests and the rows that decide, within 9 minutes
+	-timeout 120 python -m pytest -q -n 0 -m gpu tests/kernels
+	-timeout 130 python -m bench.ties --repeats 3
+	-timeout 60 python -m bench.ema --repeats 3
+	-timeout 200 python -m bench.policy_head --widths 3584 --rows 1024 8192 --chunks 8388608 134217728
+	-timeout 30 python -m bench.nf4 --repeats 3
 	-python -m bench.report --write
 
 LARGE = --model qwen2.5-vl-7b --random-weights --only kl --no-memory

@@ -58,13 +58,14 @@ def mean_reverse_kl(out: PolicyHeadOutput) -> tuple[Tensor, ...]:
     return (out.reverse_kl.mean(),)
 
 
-def ours(*want: str) -> Head:
+def ours(*want: str, chunk_elements: int | None = None) -> Head:
     """The kernel, asked for some of its outputs."""
 
     def call(hidden, weight, targets, teacher):
         if want == ("logprob",):
             teacher = None
-        out = policy_head(hidden, weight, targets, teacher_hidden=teacher, want=want)
+        options = dict(teacher_hidden=teacher, want=want, chunk_elements=chunk_elements)
+        out = policy_head(hidden, weight, targets, **options)
         return tuple(getattr(out, name) for name in want)
 
     return call
@@ -145,9 +146,10 @@ def liger_distillation(hidden, weight, targets, teacher) -> tuple[Tensor, ...]:
     return (loss(hidden, weight, teacher, weight, targets),)
 
 
+ALL_THREE = ("logprob", "entropy", "reverse_kl")
 TASKS: dict[str, dict[str, Variant]] = {
     "policy_head": {
-        "ours": Variant(ours("logprob", "entropy", "reverse_kl"), all_three),
+        "ours": Variant(ours(*ALL_THREE), all_three),
         "eager": Variant(eager, all_three),
         "torch.compile": Variant(compiled, all_three),
     },

@@ -154,34 +154,51 @@ def memory(c: Config, device: str) -> None:
 
 
 def whole_model(c: Config) -> None:
-    """All text matrices of a 7B model, 30 checkpoints: a merge, and one checkpoint's thresholds."""
-    count, rank, dtype, device = 30, 128, torch.bfloat16, "cuda"
-    layer = [make(shape, rank, count, dtype, device) for shape in QWEN_7B.values()]
-    out = [torch.empty_like(base) for base, *_ in layer]
-    known = [
-        [trim_threshold(x, y, 1.0, DENSITY) for x, y in zip(a, b, strict=True)]
-        for _, a, b, _ in layer
-    ]
+    """All text matrices of a 7B model, 30 checkpoints: a merge, and one checkpoint's thresholds.
 
-    for (base, a, b, scales), levels in zip(layer, known, strict=True):
-        check_rows(ties_merge_lora(base, a, b, scales, [1.0] * count, levels), base, a, b, levels)
-
-    def merge() -> None:
-        for _ in range(28):  # the same seven matrices stand for every layer
-            for (base, a, b, scales), levels, into in zip(layer, known, out, strict=True):
-                ties_merge_lora(base, a, b, scales, [1.0] * count, levels, out=into)
-
-    def thresholds() -> None:
-        for _ in range(28):
-            for _, a, b, _ in layer:
-                trim_threshold(a[0], b[0], 1.0, DENSITY)
-
+    As the trainer calls them: the history has looked at the factors and knows the thresholds. Also
+    with factors in fp32, and with factors that wait in pinned memory, as in the history.
+    """
+    count, rank, device = 30, 128, "cuda"
     flops = 28 * sum(2 * rows * columns * rank for rows, columns in QWEN_7B.values())
-    rate = product_rate(dtype, device)
+    rate = product_rate(torch.bfloat16, device)
     options = dict(device=device, repeats=c.repeats, save=c.save)
-    shape = f"qwen2.5-vl-7b r={rank} bfloat16"
-    race("ties", f"{shape} K={count}", {"ours": merge}, floor=count * flops / rate, **options)
-    race("ties-threshold", shape, {"ours": thresholds}, floor=flops / rate, **options)
+    merges, thresholds = {}, {}
+    for dtype, called in ((torch.bfloat16, ""), (torch.float32, ", factors fp32")):
+        layer = [make(shape, rank, count, torch.bfloat16, device) for shape in QWEN_7B.values()]
+        if dtype == torch.float32:
+            layer = [(w, [x.float() for x in a], [y.float() for y in b], s) for w, a, b, s in layer]
+        known = [
+            [float(trim_threshold(x, y, 1.0, DENSITY)) for x, y in zip(a, b, strict=True)]
+            for _, a, b, _ in layer
+        ]
+        for (base, a, b, scales), levels in zip(layer, known, strict=True):
+            check_rows(
+                ties_merge_lora(base, a, b, scales, [1.0] * count, levels), base, a, b, levels
+            )
+        pinned = [
+            (w, [x.cpu().pin_memory() for x in a], [y.cpu().pin_memory() for y in b], s)
+            for w, a, b, s in layer
+        ]
+
+        def merge(layer: list = layer, known: list = known) -> None:
+            for _ in range(28):  # the same seven matrices stand for every layer
+                for (base, a, b, scales), levels in zip(layer, known, strict=True):
+                    a, b = ([x.to(device, non_blocking=True) for x in side] for side in (a, b))
+                    weights = [1.0] * count
+                    ties_merge_lora(base, a, b, scales, weights, levels, check_finite=False)
+
+        def threshold(layer: list = layer) -> None:
+            for _ in range(28):
+                for _, a, b, _ in layer:
+                    trim_threshold(a[0], b[0], 1.0, DENSITY, check_finite=False)
+
+        merges[f"ours{called}"] = merge
+        merges[f"ours{called}, in pinned memory"] = lambda p=pinned, k=known, m=merge: m(p, k)
+        thresholds[f"ours{called}"] = threshold
+    shape = f"qwen2.5-vl-7b r={rank}"
+    race("ties", f"{shape} K={count}", merges, floor=count * flops / rate, **options)
+    race("ties-threshold", shape, thresholds, floor=flops / rate, **options)
 
 
 def main(argv: list[str] | None = None) -> int:

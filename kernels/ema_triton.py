@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles_triton import TRITON_DTYPES, addresses, rounded, tau_tile, tiling
+from .tiles_triton import FUSED, TRITON_DTYPES, addresses, rounded, tau_tile, tiling
 
 BLOCK = 4096
 
@@ -143,6 +143,7 @@ def ema_list_(
             ALIGNED=all(tensor.data_ptr() % 16 == 0 for tensor in (*old, *fresh)),
             STOCHASTIC=seed is not None and kind[0] == torch.bfloat16,
             BLOCK=BLOCK,
+            **FUSED,
         )
         launched += count
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .policy_head import Sides, Sums, ban_bias
-from .tiles_triton import rounded
+from .tiles_triton import FUSED, rounded
 
 BLOCK = 1024  # entries of the vocabulary that a program holds at once
 PROGRAMS = 1056  # at least so many: eight for each of a large GPU's processors
@@ -198,5 +198,5 @@ def _constants(sides: Sides, head) -> tuple[tuple[Tensor, Tensor], dict]:
             bias += sides.bias
         if head.banned is not None:
             bias += ban_bias(head.banned, torch.float32)
-    constants = dict(TEACHER=head.needs_teacher, BIASED=biased, BLOCK=BLOCK)
+    constants = dict(TEACHER=head.needs_teacher, BIASED=biased, BLOCK=BLOCK, **FUSED)
     return (bias, sides.targets.contiguous()), constants

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles_triton import TRITON_DTYPES, addresses, rounded, tau_tile, tiling
+from .tiles_triton import FUSED, TRITON_DTYPES, addresses, rounded, tau_tile, tiling
 
 DIGITS = ((23, 8), (15, 8), (7, 8), (0, 7))  # (shift, bits) of each counting pass over 31 bits
 PROGRAMS = 1024  # that count: enough for any GPU, few enough that adding up costs nothing
@@ -188,7 +188,7 @@ def trim_threshold(lora_a: Tensor, lora_b: Tensor, scale: float, k: int) -> Tens
     for (shift, bits), counted in zip(DIGITS, counts, strict=True):
         matrix = (*factors, scale, rows, columns, prefix, counted, tiles, across)
         _count[(min(tiles, PROGRAMS),)](*matrix, SHIFT=shift, BITS=bits, **blocks)
-        _choose[(1,)](counted, prefix, left, BITS=bits)
+        _choose[(1,)](counted, prefix, left, BITS=bits, **FUSED)
     return prefix.view(torch.float32)[0]
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_COLUMNS = 64  # of every tile: a block of NF4
+FUSED = dict(enable_fp_fusion=True)  # multiply-adds; Triton 3.10 changes the default
 MIN_RANK = 16  # the least depth of a product that tensor cores take
 
 # The interpreter takes bf16 for integers in a product; in fp32 the products are the same.
@@ -46,6 +47,7 @@ def tiling(factors: Sequence[Tensor], rank: int) -> dict:
         ONCE=rank <= depth,
         num_warps=8,
         num_stages=2 if is_16_bit else 3,
+        **FUSED,
     )
 
 

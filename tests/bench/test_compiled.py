@@ -19,7 +19,7 @@ NEEDS = pytest.mark.skipif(
 
 def run(*flags, cache):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
     command = [sys.executable, "-m", "bench.compiled", *flags]
     return subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=compiled.ROOT
