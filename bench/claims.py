@@ -193,6 +193,12 @@ CLAIMS = (
         ),
     ),
     Claim(
+        "gtr",
+        "The free teacher does as well as an external corrector, which here is always right: an "
+        "endpoint that answers from the exact solver.",
+        (*pairs("calm", "kl", "gtr"), *pairs("calm", "sft", "gtr"), *pairs("calm", "gtr", "none")),
+    ),
+    Claim(
         "rejection",
         "Reinforcement beats fine-tuning on one's own successes.",
         (*pairs("calm", "kl", "rejection"), *pairs("calm", "none", "rejection")),

@@ -21,6 +21,14 @@ PANELS = (
     ("thought_entropy", "entropy of a thought token, nats"),
     ("self_bleu", "self-BLEU of the thoughts"),
 )
+SHARES = ("success_rate", "reasoning_score", "self_bleu")  # 1 at most; nothing here is below 0
+# README's picture: a panel each of success and right thoughts in one regime
+HEADLINE = "harsh"
+HEADLINE_METHODS = {
+    "kl": "KL to the merged teacher",
+    "none": "plain PPO",
+    "sft": "imitates what the merged teacher writes",
+}
 # The paper's claims are about final success, so that is what is compared.
 ABOUT = """Written by `python -m bench.study` from [runs.csv](runs.csv): {done} of the {planned}
 runs of [its table](../../bench/study.toml) are complete. The runs of a regime have the same number
@@ -53,6 +61,41 @@ def band(runs: Sequence[StudyRun], name: str) -> tuple[np.ndarray, np.ndarray, n
     return grid, values.mean(0), half
 
 
+def draw_curves(axis, name: str, label: str, methods: dict[str, list[StudyRun]]) -> None:
+    """One metric of some methods: the mean over seeds and its 95 % band, a colour a method."""
+    for colour, (method, runs) in zip(COLOURS, methods.items(), strict=False):
+        x, mean, half = band(runs, name)
+        axis.plot(x, mean, color=colour, label=f"{method} ({len(runs)})")
+        low, high = np.maximum(mean - half, 0.0), mean + half
+        if name in SHARES:
+            high = np.minimum(high, 1.0)
+        axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+    axis.set(xlabel="environment steps (thousands)", ylabel=label)
+    axis.grid(alpha=0.3)
+
+
+def draw_headline(methods: dict[str, list[StudyRun]], path: Path) -> None:
+    """Success and right thoughts without guidance and with it; 1200 x 450 pixels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import PercentFormatter
+
+    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), dpi=100, layout="constrained")
+        named = {words: methods[name] for name, words in HEADLINE_METHODS.items()}
+        for axis, (name, label) in zip(axes, PANELS[:2], strict=True):
+            draw_curves(axis, name, label, named)
+            axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axis.set_ylim(bottom=0)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(named), frameon=False)
+        figure.savefig(path, metadata={"Software": None})
+        plt.close(figure)
+
+
 def draw_regime(title: str, methods: dict[str, list[StudyRun]], path: Path) -> None:
     """Four panels of curves over environment steps, a colour a method; 1200 x 800 pixels."""
     import matplotlib
@@ -62,12 +105,7 @@ def draw_regime(title: str, methods: dict[str, list[StudyRun]], path: Path) -> N
 
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), dpi=100)
     for axis, (name, label) in zip(axes.flat, PANELS, strict=True):
-        for colour, (method, runs) in zip(COLOURS, methods.items(), strict=False):
-            x, mean, half = band(runs, name)
-            axis.plot(x, mean, color=colour, label=f"{method} ({len(runs)})")
-            axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, lw=0)
-        axis.set(xlabel="environment steps (thousands)", ylabel=label)
-        axis.grid(alpha=0.3)
+        draw_curves(axis, name, label, methods)
     axes.flat[0].legend(fontsize=8)
     figure.suptitle(f"{title}: mean and 95 % band over seeds (their number in brackets)")
     figure.tight_layout()
@@ -206,6 +244,8 @@ def write_page(out: Path, runs: Sequence[StudyRun], planned: int) -> None:
         methods = by_method(runs, name)
         if not methods:
             continue
+        if name == HEADLINE and set(HEADLINE_METHODS) <= set(methods):
+            draw_headline(methods, out / "headline.png")
         lines += [f"## {regime['title']}", "", regime["about"], "", f"`{regime['flags']}`", ""]
         shown = {m: r for m, r in methods.items() if m in regime.get("drawn", [])} or methods
         draw_regime(regime["title"], shown, out / f"{name}.png")

@@ -25,7 +25,7 @@ from bench.claims import (
     steadier,
     value_of,
 )
-from bench.study_page import band, write_page
+from bench.study_page import band, draw_curves, write_page
 from bench.study_runs import StudyRun, read_runs, read_table, write_runs
 from turbo.envs.make import make, tiny_kwargs
 from turbo.measure import fresh_deals
@@ -209,6 +209,29 @@ def test_data_come_back(tmp_path):
     assert found["r/one/0"].settings == {"seed": 0} and len(found["r/one/0"].curve) == 1
     assert "entropy" not in found["r/one/0"].records[0]
     assert read_runs(tmp_path / "absent") == {}
+
+
+def test_the_headline_is_drawn_once_its_methods_are_there(tmp_path, table, monkeypatch):
+    monkeypatch.setattr("bench.study_page.HEADLINE", "short")
+    runs = [run_of(method, s, 0.3, "short") for method in ("none", "kl") for s in range(2)]
+    for run in runs:
+        run.curve[0]["reasoning_score"] = 0.5
+    write_page(tmp_path, runs, 9)
+    assert not (tmp_path / "headline.png").exists()
+    runs += [run_of("sft", s, 0.3 + 0.6 * s, "short") for s in range(2)]  # a band beyond 0 and 1
+    write_page(tmp_path, runs, 9)
+    assert (tmp_path / "headline.png").stat().st_size > 1e4
+
+
+def test_bands_of_shares_end_where_shares_do():
+    from matplotlib import pyplot as plt
+
+    runs = [run_of("one", s, 0.05 + 0.9 * s) for s in range(2)]
+    figure, axis = plt.subplots()
+    draw_curves(axis, "success_rate", "success", {"one": runs})
+    y = axis.collections[0].get_paths()[0].vertices[:, 1]
+    plt.close(figure)
+    assert y.min() == 0.0 and y.max() == 1.0
 
 
 def test_the_page_says_what_has_not_been_run(tmp_path, table):
