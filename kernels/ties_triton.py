@@ -25,8 +25,20 @@ from .tiles_triton import FUSED, TRITON_DTYPES, addresses, rounded, tau_tile, ti
 
 DIGITS = ((23, 8), (15, 8), (7, 8), (0, 7))  # (shift, bits) of each counting pass over 31 bits
 PROGRAMS = 1024  # that count: enough for any GPU, few enough that adding up costs nothing
-SQUARE = tl.constexpr(16)  # tiles along the side of a square
+SQUARE = tl.constexpr(16)  # tiles across, of 64 columns; the 8 below each other have 128 rows
 ALIGNMENT = 16  # bytes of an address, and entries of a rank: then copies are of 16 bytes
+
+
+@triton.jit
+def place():
+    """This program's tile in the grid [down, across], such that neighbours in time are in space.
+
+    A GPU starts programs along the first axis of the grid first.
+    """
+    across, down = tl.swizzle2d(
+        tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), SQUARE
+    )
+    return down, across
 
 
 @triton.jit
@@ -48,8 +60,7 @@ def merged_tile(
     ONCE: tl.constexpr,
 ):
     """This program's tile of base + lam * TIES in base's dtype: values, rows, columns of it."""
-    down, across = tl.num_programs(0), tl.num_programs(1)
-    down, across = tl.swizzle2d(tl.program_id(0), tl.program_id(1), down, across, SQUARE)
+    down, across = place()
     row, column = down * BM, across * BN
     positive = tl.zeros([BM, BN], dtype=tl.float32)
     negative = tl.zeros([BM, BN], dtype=tl.float32)

@@ -99,6 +99,25 @@ def test_strided_tensors_merge_like_their_copies():
     assert torch.equal(got, plain)
 
 
+@pytest.mark.parametrize("grid", [(40, 24), (7, 3), (33, 17), (1, 40)])
+def test_programs_that_run_together_work_on_a_square(grid):
+    from tests.kernels.place_kernel import note_places
+
+    count = grid[0] * grid[1]
+    places = torch.full((count, 2), -1, device=DEVICE)
+    note_places[grid](places)
+    assert len({tuple(p) for p in places.tolist()}) == count  # each tile once
+    assert places.min() == 0 and places.amax(0).tolist() == [n - 1 for n in grid]
+    together = 128
+    for first in range(0, count - together + 1, together):
+        spans = places[first : first + together]
+        down, across = (spans.amax(0) - spans.amin(0) + 1).tolist()
+        stripe = int(spans[0, 1]) // 16
+        if stripe == int(spans[-1, 1]) // 16:  # not where a stripe ends
+            width = min(16, grid[1] - 16 * stripe)  # the last one may be thin
+            assert across <= width and down <= together // width + 2
+
+
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"impl='triton'.*got cpu.*TRITON_INTERPRET"):
