@@ -43,7 +43,7 @@ class Config:
     """Compile every Triton kernel for GPUs that need not be there, and look at the result."""
 
     arch: tuple[int, ...] = tuple(LIMITS)
-    """compute capabilities times ten: 80 is an A100's, 89 an L40's or RTX 4090's, 90 an H100's"""
+    """number of each architecture: 80 is an A100's, 89 an L40's or RTX 4090's, 90 an H100's"""
     only: str = ""
     """kernels whose name contains this (empty: all)"""
     json: bool = False

@@ -1,4 +1,4 @@
-"""Validation of the merge kernels' arguments: ValueError naming argument, expected and got.
+"""Validation of the kernels' arguments: ValueError naming argument, expected and got.
 
 Left out: anything the operation itself would reject with a clear message.
 """
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .reference import IGNORED_TARGET
 
 
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -194,3 +196,60 @@ def check_out(out: Tensor | None, base: Tensor) -> Tensor:
     got = (tuple(out.shape), out.dtype, out.device)
     check_same("out", got, "base", (tuple(base.shape), base.dtype, base.device))
     return out
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """A tensor's shape, dtype and device."""
+    got = (tuple(tensor.shape), tensor.dtype, tensor.device)
+    if got != (shape, dtype, device):
+        raise ValueError(f"{name}: expected {shape}, {dtype} on {device}, got {got}")
+
+
+def check_head_inputs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    bias: Tensor | None,
+    banned: Tensor | None,
+) -> None:
+    """All of the policy head's arguments but the teacher's."""
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if tensor.dim() != 2 or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name}: expected a floating point matrix, "
+                f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            )
+    (rows, width), vocabulary = hidden.shape, weight.shape[0]
+    dtype, device = hidden.dtype, hidden.device
+    check_tensor("weight", weight, (vocabulary, width), dtype, device)
+    check_tensor("targets", targets, (rows,), torch.int64, device)
+    if bias is not None:
+        check_tensor("bias", bias, (vocabulary,), dtype, device)
+    if banned is not None:
+        check_tensor("banned", banned, (vocabulary,), torch.bool, device)
+        if banned.all():
+            raise ValueError("banned: expected at least one entry that is not banned, got none")
+    good = (targets == IGNORED_TARGET) | ((targets >= 0) & (targets < vocabulary))
+    if not good.all():
+        raise ValueError(
+            f"targets: expected {IGNORED_TARGET} or 0..{vocabulary - 1}, "
+            f"got {targets[~good][:5].tolist()}"
+        )
+
+
+def check_head_teacher(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+) -> None:
+    """The policy head's teacher, beside inputs that are checked."""
+    if teacher_weight.dim() != 2:
+        raise ValueError(f"teacher_weight: expected [V, D'], got {tuple(teacher_weight.shape)}")
+    dtype, device = hidden.dtype, hidden.device
+    shape = (weight.shape[0], teacher_weight.shape[1])
+    check_tensor("teacher_weight", teacher_weight, shape, dtype, device)
+    shape = (hidden.shape[0], teacher_weight.shape[1])
+    check_tensor("teacher_hidden", teacher_hidden, shape, dtype, device)

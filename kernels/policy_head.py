@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .checks import check_head_inputs, check_head_teacher
 from .dispatch import choose_impl
 from .reference import IGNORED_TARGET, PolicyHeadOutput, policy_head_reference
 
@@ -64,10 +65,10 @@ def policy_head(
 ) -> PolicyHeadOutput:
     """The wanted outputs, in fp32 (fp64 for fp64 inputs); the others are None and cost nothing."""
     want = _check_want(want, teacher_hidden is not None)
-    _check_inputs(hidden, weight, targets, temperature, bias, banned)
+    check_head_inputs(hidden, weight, targets, temperature, bias, banned)
     if teacher_hidden is not None:
         teacher_weight = weight if teacher_weight is None else teacher_weight
-        _check_teacher(hidden, weight, teacher_hidden, teacher_weight)
+        check_head_teacher(hidden, weight, teacher_hidden, teacher_weight)
         teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
     default = CUDA_CHUNK_ELEMENTS if hidden.is_cuda else CHUNK_ELEMENTS
     how = choose_impl(impl, hidden.device, has_triton=True)
@@ -386,57 +387,3 @@ def _check_want(want: Sequence[str] | None, has_teacher: bool) -> tuple[str, ...
     if not set(want) <= set(possible):
         raise ValueError(f"teacher_hidden: expected a tensor for want={want}, got None")
     return want
-
-
-def _check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
-    got = (tuple(tensor.shape), tensor.dtype, tensor.device)
-    if got != (shape, dtype, device):
-        raise ValueError(f"{name}: expected {shape}, {dtype} on {device}, got {got}")
-
-
-def _check_inputs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float,
-    bias: Tensor | None,
-    banned: Tensor | None,
-) -> None:
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if tensor.dim() != 2 or not tensor.is_floating_point():
-            raise ValueError(
-                f"{name}: expected a floating point matrix, "
-                f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
-            )
-    (rows, width), vocabulary = hidden.shape, weight.shape[0]
-    dtype, device = hidden.dtype, hidden.device
-    _check_tensor("weight", weight, (vocabulary, width), dtype, device)
-    _check_tensor("targets", targets, (rows,), torch.int64, device)
-    if bias is not None:
-        _check_tensor("bias", bias, (vocabulary,), dtype, device)
-    if banned is not None:
-        _check_tensor("banned", banned, (vocabulary,), torch.bool, device)
-        if banned.all():
-            raise ValueError("banned: expected at least one entry that is not banned, got none")
-    good = (targets == IGNORED_TARGET) | ((targets >= 0) & (targets < vocabulary))
-    if not good.all():
-        raise ValueError(
-            f"targets: expected {IGNORED_TARGET} or 0..{vocabulary - 1}, "
-            f"got {targets[~good][:5].tolist()}"
-        )
-
-
-def _check_teacher(
-    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
-) -> None:
-    if teacher_weight.dim() != 2:
-        raise ValueError(f"teacher_weight: expected [V, D'], got {tuple(teacher_weight.shape)}")
-    dtype, device = hidden.dtype, hidden.device
-    shape = (weight.shape[0], teacher_weight.shape[1])
-    _check_tensor("teacher_weight", teacher_weight, shape, dtype, device)
-    shape = (hidden.shape[0], teacher_weight.shape[1])
-    _check_tensor("teacher_hidden", teacher_hidden, shape, dtype, device)
