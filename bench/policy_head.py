@@ -38,7 +38,7 @@ class Config:
     vocabulary: int = VOCABULARY
     """entries of the vocabulary V"""
     chunks: tuple[int, ...] = ()
-    """logits that ours may hold at once for each side, a variant for each (empty: its own)"""
+    """number of logits that ours may hold at once, a variant for each (empty: its own)"""
     repeats: int = 3
     """timed turns"""
     dtype: str = ""
