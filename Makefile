@@ -60,17 +60,17 @@ gpu: ## the kernels' tests and the rows that decide, within 9 minutes
 	-python -m bench.report --write
 
 LARGE = --model qwen2.5-vl-7b --random-weights --only kl --no-memory
-LARGE += --envs 64 --steps 128 --max-new-tokens 100
+LARGE += --envs 64 --max-new-tokens 100 --updates 2
 
 gpu-model: ## whole updates of a model of 7B, without and with decode graphs, within 9 minutes
-	-timeout 260 python -m bench.train_step $(LARGE) --updates 1 --recipe-steps 0
-	-timeout 260 python -m bench.train_step $(LARGE) --updates 1 --recipe-steps 0 --decode-graphs
+	-timeout 260 python -m bench.train_step $(LARGE) --steps 64 --recipe-steps 0
+	-timeout 260 python -m bench.train_step $(LARGE) --steps 64 --recipe-steps 0 --decode-graphs
 
 # The last line holds the published recipe's two models beside ours: some 80 GB
 bench-gpu-model: ## whole updates of a model of 7B, also beside the published recipe: 22 minutes
-	-timeout 440 python -m bench.train_step $(LARGE) --updates 2 --recipe-steps 0
-	-timeout 440 python -m bench.train_step $(LARGE) --updates 2 --recipe-steps 0 --decode-graphs
-	-timeout 440 python -m bench.train_step $(LARGE) --updates 2 --recipe-steps 4
+	-timeout 440 python -m bench.train_step $(LARGE) --steps 128 --recipe-steps 0
+	-timeout 440 python -m bench.train_step $(LARGE) --steps 128 --recipe-steps 0 --decode-graphs
+	-timeout 440 python -m bench.train_step $(LARGE) --steps 128 --recipe-steps 4
 
 results: ## train and draw what the README shows, into docs/results/; resumes
 	@set -e; for what in points24 ezpoints collapse; do python -m bench.learn --what $$what; done
