@@ -104,7 +104,8 @@ def compiling(arch: int) -> Iterator[list]:
     from triton.runtime.jit import JITFunction
 
     found: list = []
-    run, driver_before = JITFunction.run, driver._active
+    active = "_active" if hasattr(driver, "_active") else "active"  # before Triton 3.5
+    run, driver_before = JITFunction.run, getattr(driver, active)
 
     def only_compile(self, *args, grid, warmup, **options):
         found.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **options)))
@@ -115,7 +116,7 @@ def compiling(arch: int) -> Iterator[list]:
         yield found
     finally:
         JITFunction.run = run
-        driver._active = driver_before
+        setattr(driver, active, driver_before)
 
 
 def launches() -> dict[str, Callable[[], object]]:
@@ -147,11 +148,12 @@ def launches() -> dict[str, Callable[[], object]]:
         tensors = [empty(ROWS, COLUMNS, dtype=dtype)]
         ema_triton.ema_list_(tensors, tensors, 0.5, 0)
 
-    def head(teacher: bool) -> None:
+    def head(teacher: bool) -> None:  # with a ban where there is a teacher, as the trainer has it
         hidden, weight = empty(TOKENS, COLUMNS), empty(VOCABULARY, COLUMNS)
         other = (hidden, weight) if teacher else (None, None)
         sides = Sides(hidden, weight, None, empty(TOKENS, dtype=torch.int64), *other)
-        options = _Head(1.0, None, OUTPUTS if teacher else STUDENT_OUTPUTS, 1 << 24, False, True)
+        banned = empty(VOCABULARY, dtype=torch.bool) if teacher else None
+        options = _Head(1.0, banned, OUTPUTS if teacher else STUDENT_OUTPUTS, 1 << 24, False, True)
         part, rows = slice(0, 1 << 14), empty(8, TOKENS, dtype=torch.float32)
         policy_head_triton.head_sums(sides, options, [part])
         policy_head_triton.part_gradients(sides, options, rows, None)(part)
@@ -169,7 +171,7 @@ def launches() -> dict[str, Callable[[], object]]:
         "bf16 from factors bf16": lambda: ema_lora(bf16),
         "bf16 from factors fp32": lambda: ema_lora(fp32),
         "student alone": lambda: head(False),
-        "with teacher": lambda: head(True),
+        "with teacher and ban": lambda: head(True),
     }
 
 
@@ -252,6 +254,9 @@ def main(argv: list[str] | None = None) -> int:
     c = read_settings(Config, argv, "bench.compiled")
     if odd := [arch for arch in c.arch if arch not in LIMITS]:
         print(f"error: --arch must be of {sorted(LIMITS)}, got {odd[0]}", file=sys.stderr)
+        return 2
+    if c.write and (c.only or set(c.arch) != set(LIMITS)):
+        print("error: --write takes the whole table: leave --only and --arch out", file=sys.stderr)
         return 2
     try:
         from triton.runtime.interpreter import InterpretedFunction

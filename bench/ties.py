@@ -157,7 +157,8 @@ def whole_model(c: Config) -> None:
     """All text matrices of a 7B model, 30 checkpoints: a merge, and one checkpoint's thresholds.
 
     As the trainer calls them: the history has looked at the factors and knows the thresholds. Also
-    with factors in fp32, and with factors that wait in pinned memory, as in the history.
+    with factors in fp32 (the floor is still that of bf16, whose products are a third), and with
+    factors that wait in pinned memory, as in the history.
     """
     count, rank, device = 30, 128, "cuda"
     flops = 28 * sum(2 * rows * columns * rank for rows, columns in QWEN_7B.values())

@@ -267,7 +267,7 @@ class _OnlineHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, teacher_hidden, teacher_weight, head):
         sides = Sides(hidden, weight, bias, targets, teacher_hidden, teacher_weight)
-        ctx.head, ctx.logits = head, None
+        ctx.head = head
         ctx.set_materialize_grads(False)  # an output that the loss does not use has gradient None
         parts = _parts(hidden, weight, head)
         if head.triton:
@@ -280,10 +280,12 @@ class _OnlineHead(torch.autograd.Function):
                 logits = sides.logits(part, head)
                 more = _part_sums(*logits, targets, part, head.want)
                 sums = more if sums is None else _stack(sums, more).join()
-        ctx.logits = logits if head.keep else None
         never = None if head.banned is None else head.banned[targets]
         values, rows = sums.outputs(never)
-        ctx.save_for_backward(hidden, weight, bias, targets, teacher_hidden, teacher_weight, rows)
+        # Saved so that the backward gives the logits up, not whoever holds the loss.
+        kept = logits if head.keep else (None, None)
+        inputs = hidden, weight, bias, targets, teacher_hidden, teacher_weight
+        ctx.save_for_backward(*inputs, rows, *kept)
         outputs = tuple(values[name] for name in head.want)
         teacher_only = [
             o for name, o in zip(head.want, outputs, strict=True) if name == "teacher_logprob"
@@ -294,8 +296,9 @@ class _OnlineHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):
-        *inputs, rows = ctx.saved_tensors
+        *inputs, rows, z, u = ctx.saved_tensors
         sides, head = Sides(*inputs), ctx.head
+        kept = None if z is None else (z, u)
         hidden, weight, bias, targets = inputs[:4]
         named = dict(zip(head.want, grad_outputs, strict=True))
         zero = torch.zeros_like(rows[0])
@@ -311,11 +314,11 @@ class _OnlineHead(torch.autograd.Function):
         if head.triton:
             from .policy_head_triton import part_gradients
 
-            gradient = part_gradients(sides, head, rows, ctx.logits)
+            gradient = part_gradients(sides, head, rows, kept)
         else:
 
             def gradient(part: slice) -> Tensor:
-                logits = ctx.logits or sides.logits(part, head)
+                logits = kept or sides.logits(part, head)
                 return _part_gradient(*logits, targets, part, rows)
 
         for part in _parts(hidden, weight, head):

@@ -56,6 +56,7 @@ def test_every_kernel_compiles_into_what_it_was_written_for(arch, tmp_path):
 def test_bad_flags_are_told_in_one_line(tmp_path):
     for flags, wanted in (
         (["--arch", "75"], "error: --arch must be of [80, 89, 90], got 75"),
+        (["--write", "--arch", "80"], "error: --write takes the whole table"),
         (["--arch", "80", "--only", "nothing"], "error: --only 'nothing' is in the name"),
     ):
         done = run(*flags, cache=tmp_path)
