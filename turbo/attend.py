@@ -1,11 +1,12 @@
-"""What rows attend to: keys and values of shared prompt prefixes, and masks.
+"""What rows attend to: keys and values of shared prompt prefixes, masks, heads that share keys.
 
-Left out: attention itself (`turbo.fused`, `turbo.modules`), caches that grow (`turbo.decode`).
+Left out: attention of the built-in models (`turbo.fused`), caches that grow (`turbo.decode`).
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from turbo.batch import round_up
@@ -28,6 +29,26 @@ def additive(blocked: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to scores so that `blocked` keys are not attended to; finite."""
     low = -3e4 if dtype == torch.float16 else -1e30
     return torch.zeros(blocked.shape, dtype=dtype, device=blocked.device).masked_fill_(blocked, low)
+
+
+def grouped_attention(
+    query: Tensor,  # [R, G Hkv, L, hd]
+    key: Tensor,  # [R, Hkv, S, hd]
+    value: Tensor,  # [R, Hkv, S, hd]
+    mask: Tensor,  # additive, [R or 1, 1, L, S]
+    scale: float | None,
+) -> Tensor:
+    """softmax(scale q k^T + mask) v, where G query heads share a head of keys.  # [R, G Hkv, L, hd]
+
+    The G heads' queries stand behind one another as if they were G L queries of one head, so that
+    keys and values are read once and not repeated G times first. For few queries: the mask is.
+    """
+    rows, heads, length, hd = query.shape
+    shared = key.shape[1]
+    folded = query.reshape(rows, shared, heads // shared * length, hd)
+    mask = mask.repeat(1, 1, heads // shared, 1)  # [R or 1, 1, G L, S]
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
+    return out.reshape(rows, heads, length, hd)
 
 
 @dataclass

@@ -15,6 +15,9 @@ Rows do not wait for each other: every environment has a slot in the cache and i
 in its answer, and one pass serves rows that read a prompt with a long guess beside rows that take
 one token (in groups of similar length).
 
+On a GPU a pass over few tokens of most slots runs on all of them, in their order, and reads the
+cache where it is: copying it costs more than rows that nobody asked for.
+
 With `--decode-graphs` passes over few tokens are recorded and replayed (`turbo.graphs`). The cache
 then grows in larger steps, and rows and lengths take few sizes, so that shapes recur.
 
@@ -73,6 +76,7 @@ CACHED = 32  # places of the cache are reserved in multiples of this,
 RECORDED = 128  # or of this where passes are recorded
 LOGITS = 1 << 26  # logits that are held at once while answers are sampled, about
 AFTER_REFUSAL = 4  # tokens guessed behind a refused guess, beside as many as were right before it
+MOST = 0.75  # share of the slots from which on all of them run, where the cache is read in place
 SHORT = 8  # inputs of at most so many tokens run together, apart from longer ones
 
 
@@ -179,15 +183,17 @@ class Decoder:
         Returns normed hidden states [N', D] where a token is predicted, and counts per row.
         """
         inputs = [r.pending + r.draft for r in rows]
-        count, length = self.cache.size(len(rows), max(map(len, inputs)))
-        inputs += [[]] * (count - len(rows))
-        padded = [t + [self.vlm.pad] * (length - len(t)) for t in inputs]
+        layout = self.cache.layout(rows, max(map(len, inputs)))
+        length = layout.length
+        padded = [[self.vlm.pad] * length for _ in range(layout.count)]
+        for place, tokens in zip(layout.places, inputs, strict=True):
+            padded[place][: len(tokens)] = tokens
         ids = torch.tensor(padded, device=self.vlm.device)
-        hidden = self.cache.run(self.weights, ids, rows)
+        hidden = self.cache.run(self.weights, ids, rows, layout)
         counts = [len(r.draft) + 1 for r in rows]
         select = [
-            i * length + j
-            for i, r in enumerate(rows)
+            place * length + j
+            for place, r in zip(layout.places, rows, strict=True)
             for j in range(len(r.pending) - 1, len(r.pending) + len(r.draft))
         ]
         select += [0] * (round_up(len(select), 64) - len(select))
@@ -265,6 +271,16 @@ def _similar(rows: list[_Row], size: int) -> list[list[_Row]]:
     return [[rows[i] for i in group] for group in micro_batches(lengths, size)]
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """How rows stand in the batch of a pass."""
+
+    places: list[int]  # of each row
+    count: int  # rows that are computed
+    length: int  # tokens that are computed of each
+    whole: bool = False  # row i of the batch is slot i, for all slots
+
+
 class _Cache:
     """Keys and values per slot, of prefix and the rest: per layer [slots, Hkv, width, hd]."""
 
@@ -289,15 +305,21 @@ class _Cache:
         for own, new in zip(self.values, prefix.values, strict=True):
             own[slot, :, : self.past] = new[number]
 
-    def size(self, rows: int, length: int) -> tuple[int, int]:
-        """Rows and tokens of a pass that computes `rows` of up to `length` tokens."""
+    def layout(self, rows: list[_Row], length: int) -> _Layout:
+        """The batch of a pass over `rows`, of up to `length` tokens each; the rest is padding."""
+        places, count = list(range(len(rows))), round_up(len(rows))
         if length > SHORT:
-            return round_up(rows), round_up(length, 8)
+            return _Layout(places, count, round_up(length, 8))
         if self.graphs is None:
-            return round_up(rows), round_up(length, 2)
-        most = min(self.slots, 4 * self.vlm.batches.decode)
-        step = round_up(-(-most // 4))  # few sizes: every one is a graph
-        return -(-rows // step) * step, max(2, 1 << (length - 1).bit_length())
+            length = round_up(length, 2)
+        else:  # few sizes: every one is a graph
+            length = max(2, 1 << (length - 1).bit_length())
+            most = min(self.slots, 4 * self.vlm.batches.decode)
+            step = round_up(-(-most // 4))
+            count = -(-len(rows) // step) * step
+        if self.vlm.text.in_place and len(rows) >= MOST * self.slots and rows[0].position:
+            return _Layout([row.slot for row in rows], self.slots, length, whole=True)
+        return _Layout(places, count, length)
 
     def forget_graphs(self) -> None:
         """Where there are any; their memory is free again."""
@@ -315,32 +337,35 @@ class _Cache:
             self.width = used
         return used
 
-    def _take(self, cache: Tensor, slot: Tensor, used: int) -> Tensor:
+    def _take(self, cache: Tensor, slot: Tensor, used: int, whole: bool) -> Tensor:
         """[R, Hkv, used, hd] of the slots; whole slots are copied four times as fast as parts."""
+        if whole:
+            return cache[: self.slots, :, :used]
         return cache.index_select(0, slot) if used == self.width else cache[slot, :, :used]
 
-    def run(self, weights: Weights, ids: Tensor, rows: list[_Row]) -> Tensor:
+    def run(self, weights: Weights, ids: Tensor, rows: list[_Row], layout: _Layout) -> Tensor:
         """Hidden states [R, L, D] of ids [R, L] behind what each row has in the cache.
 
         They are cached too.
         """
         text, length = self.vlm.text, ids.shape[1]
-        blank = len(ids) - len(rows)
-        device, far = ids.device, max(row.position for row in rows)
-        slot = torch.tensor([row.slot for row in rows] + [self.slots] * blank, device=device)
-        start = torch.tensor([row.position for row in rows] + [0] * blank, device=device)
+        far = max(row.position for row in rows)
+        slots, starts = [self.slots] * len(ids), [0] * len(ids)  # blank rows write to the last slot
+        for place, row in zip(layout.places, rows, strict=True):
+            slots[place], starts[place] = row.slot, row.position
+        slot, start = (torch.tensor(numbers, device=ids.device) for numbers in (slots, starts))
         used = self.reserve(self.past + far + length)
         if far == 0:  # a prompt is read: everything lies in one piece
             return self._run_fresh(weights, text.embed(weights, ids), slot)
         inputs = (ids, slot, start)
+        step = partial(self._run_behind, weights, used, layout.whole)
         if self.graphs is None or length > SHORT:
-            return self._run_behind(weights, used, *inputs)
+            return step(*inputs)
         text.use(weights)  # refuses weights that are gone, also where nothing but a replay follows
-        step = partial(self._run_behind, weights, used)
-        return self.graphs.run((*ids.shape, used), step, inputs)
+        return self.graphs.run((*ids.shape, used, layout.whole), step, inputs)
 
     def _run_behind(
-        self, weights: Weights, used: int, ids: Tensor, slot: Tensor, start: Tensor
+        self, weights: Weights, used: int, whole: bool, ids: Tensor, slot: Tensor, start: Tensor
     ) -> Tensor:
         """Hidden states of ids [R, L] in the slots [R] from the places start [R] on.
 
@@ -363,7 +388,7 @@ class _Cache:
             pair = []
             for cache, new in ((self.keys[i], k), (self.values[i], v)):
                 cache.view(-1, hd).index_copy_(0, place, new.reshape(-1, hd))
-                pair.append(self._take(cache, slot, used))
+                pair.append(self._take(cache, slot, used, whole))
             return pair[0], pair[1]
 
         return text.forward(weights, x, rope, mask, attend)

@@ -79,6 +79,7 @@ class FusedText:
     keys = KEYS
     flash = False
     record = None  # decode steps are not recorded
+    in_place = False  # decoding gathers the cache of the rows that run
     small = True  # dense copies of the weights, and all prefixes at once, can be afforded
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):

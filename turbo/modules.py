@@ -20,7 +20,9 @@ Keys and values pass through the caller's `attend` (the decoder believes that it
 prompt prefixes are shared and rows stand where they like, whatever the family.
 
 Prompts and answers that are read whole attend causally by FlashAttention-2, where it is installed
-and on a GPU; everything else by PyTorch's own attention with a mask.
+and on a GPU; everything else by PyTorch's own attention with a mask. Where few tokens of a row are
+decoded, query heads that share keys attend together: transformers would repeat the whole cache for
+every query head first, several times what the weights of a pass take.
 
 Left out: vision and prompts (`turbo.model`, `turbo.families`), the merge of teachers
 (`turbo.merging`).
@@ -34,8 +36,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
+from turbo.attend import grouped_attention
 from turbo.graphs import Record
 from turbo.kernels.nf4 import (
     Nf4Matrix,
@@ -48,6 +53,8 @@ from turbo.kernels.ties import linear_merge_lora
 from turbo.lora import Lora
 
 BASE, ADAPTED, SCRATCH = "base", "adapted", "scratch"
+ATTENTION = "turbo_sdpa"  # our name for it in transformers
+FEW = 16  # tokens of a row up to which heads are grouped
 
 Matrix = Tensor | Nf4Matrix
 
@@ -159,6 +166,16 @@ def bnb_read(bnb, matrix: Nf4Matrix) -> Tensor:
     return bnb.dequantize_4bit(matrix.codes[:, None], state)
 
 
+def attention(module, query, key, value, mask, dropout=0.0, scaling=None, **options):
+    """What transformers' decoders call: [R, H, L, hd] and keys in, [R, L, H, hd] out."""
+    few = query.shape[2] <= FEW and not torch.is_grad_enabled()
+    if few and mask is not None and key.shape[1] < query.shape[1]:
+        out = grouped_attention(query, key, value, mask, scaling)
+        return out.transpose(1, 2).contiguous(), None
+    more = dict(dropout=dropout, scaling=scaling, **options)
+    return sdpa_attention_forward(module, query, key, value, mask, **more)
+
+
 class _Attend:
     """What the decoder takes for its cache: every layer's keys and values go to `attend`."""
 
@@ -187,6 +204,7 @@ class ModuleText:
 
     keys = 1
     small = False  # prefixes run a few at a time, within the budget of tokens
+    in_place = False  # the cache is read where it is, see `turbo.decode`
 
     def __init__(
         self,
@@ -209,7 +227,9 @@ class ModuleText:
         self.content, self.owner = 0, None  # what the scratch holds, and for whom
         half = self.dtype in (torch.bfloat16, torch.float16)
         self.flash = self.device.type == "cuda" and half and is_flash_attn_2_available()
-        self.decoder.set_attn_implementation("sdpa")
+        self.in_place = self.device.type == "cuda"
+        AttentionInterface.register(ATTENTION, attention)
+        self.decoder.set_attn_implementation(ATTENTION)
         self._adapt(model, quantize)
         model.to(self.device)
         self.checkpointing(checkpointing)
@@ -307,7 +327,7 @@ class ModuleText:
         """Hidden states [R, L, D] behind the final norm."""
         self.use(w)
         if self.flash:
-            kind = "flash_attention_2" if mask is None else "sdpa"
+            kind = "flash_attention_2" if mask is None else ATTENTION
             self.decoder.config._attn_implementation = kind
         if mask is not None:
             mask = mask[None, None] if mask.dim() == 2 else mask[:, 0]

@@ -5,6 +5,7 @@ never lie below it. The largest shapes run on fake tensors, which have no data.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from transformers import AutoModelForImageTextToText
 
 from turbo import footprint as size
 from turbo import shapes
+from turbo.decode import _Cache
 from turbo.kernels import policy_head as head
 from turbo.kernels.nf4 import quantize_nf4
 from turbo.kernels.tiles import MIN_TILE_ROWS, merged_tile
 from turbo.lora import new_lora
+from turbo.modules import ModuleText
 from turbo.shapes import TextShape, text_shape
 
 RANK = 32  # no factor of the tiny models has fewer than 4,096 numbers
@@ -297,6 +300,30 @@ def test_chunk_of_the_head():
         for backward, each, others in ((False, 2 * 4, 2 * 2), (True, 2 * 4 + 2, 2 * 2 + 2 * 4 + 2)):
             planned = size.head_bytes(shape, tokens, backward) - tokens * shape.hidden * others
             assert each * chunk <= planned <= 1.1 * each * chunk
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_decode_pass_makes_no_copies_of_the_cache(whole, monkeypatch):
+    """64 rows of 896 places at the published shape; transformers' own attention held 945 MB."""
+    monkeypatch.setattr(nn.Module, "to", lambda self, *args, **options: self)  # fakes cannot
+    heads, places, hd, slots, layers = 4, 896, 128, 64, 2
+
+    def cache():
+        shape = slots + 1, heads, places, hd
+        return [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(layers)]
+
+    with FakeTensorMode():
+        model = build(few_layers(shapes.published("qwen2.5-vl-7b"), layers))
+        text = ModuleText(model)
+        own = _Cache(SimpleNamespace(text=text), slots)
+        own.keys, own.values, own.width, own.past = cache(), cache(), places, 512
+        ids, slot, start = (torch.zeros(slots, n, dtype=torch.int64) for n in (2, 1, 1))
+        known = [*model.parameters(), *own.keys, *own.values, ids, slot, start]
+        with LiveBytes(*known) as live, torch.no_grad():
+            own._run_behind(text.weights(), places, whole, ids, slot[:, 0], start[:, 0])
+    keys = 2 * slots * heads * places * hd  # of one layer
+    gathered = 0 if whole else 2 * keys  # and values
+    assert gathered <= live.peak < gathered + keys / 2
 
 
 class NoLaunch:

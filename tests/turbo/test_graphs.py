@@ -13,8 +13,9 @@ from family_models import FAMILIES, model
 from test_decode import decoder_for, finish
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from turbo import train
-from turbo.decode import RECORDED, Request
+from turbo import modules, train
+from turbo.attend import grouped_attention
+from turbo.decode import RECORDED, Request, _Cache
 from turbo.graphs import Graphs
 
 
@@ -35,6 +36,25 @@ class Recorder:
             return recorded(*inputs)
 
         return replay
+
+
+@pytest.mark.parametrize("groups", [1, 2, 7])
+def test_grouped_heads_attend_as_if_keys_were_repeated(groups):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    rows, shared, length, keys, hd = 3, 2, 5, 11, 4
+    query, key = normal(rows, groups * shared, length, hd), normal(rows, shared, keys, hd)
+    value, mask = normal(rows, shared, keys, hd), normal(rows, 1, length, keys)
+    repeated = [x.repeat_interleave(groups, 1) for x in (key, value)]
+    scores = 0.3 * query @ repeated[0].transpose(2, 3) + mask
+    wanted = scores.softmax(-1) @ repeated[1]
+    got = grouped_attention(query, key, value, mask, 0.3)
+    torch.testing.assert_close(got, wanted)
+    got = grouped_attention(query, key, value, mask[:1], 0.3)
+    assert (got[1:] - wanted[1:]).abs().max() > 1e-3  # every row has its own mask
 
 
 def test_a_step_is_recorded_the_second_time_and_replayed_on_new_inputs():
@@ -102,6 +122,37 @@ def test_recorded_decoding_samples_the_same_answers(vlm):
     assert {length for _, length in recorder.sizes} <= {2, 4, 8}
 
 
+@pytest.mark.parametrize("record", [False, True])
+def test_the_cache_is_read_where_it_is(vlm, record, monkeypatch):
+    """As on a GPU: most slots run together, whole, and no key is copied for them."""
+    lora, options = tiny_models.noisy_lora(vlm), dict(steps=12, envs=12, max_new_tokens=20)
+    with torch.no_grad():
+        plain = tiny_models.play(vlm, lora, **options)
+    vlm.text.in_place, layouts, grouped = True, [], []
+    recorder, layout, attend = Recorder(), _Cache.layout, modules.grouped_attention
+    if record:
+        vlm.text.record = lambda: recorder
+
+    def note(self, rows, length):
+        layouts.append((len(rows), layout(self, rows, length)))
+        return layouts[-1][1]
+
+    monkeypatch.setattr(_Cache, "layout", note)
+    monkeypatch.setattr(modules, "grouped_attention", lambda *a: grouped.append(1) or attend(*a))
+    with torch.no_grad():
+        placed = tiny_models.play(vlm, lora, **options)
+    assert [s.tokens for s in placed.steps] == [s.tokens for s in plain.steps]
+    for one, two in zip(plain.steps, placed.steps, strict=True):
+        torch.testing.assert_close(one.logprobs, two.logprobs, rtol=0, atol=1e-4)
+        torch.testing.assert_close(one.hidden, two.hidden, rtol=0, atol=1e-3)
+    whole = [(rows, found) for rows, found in layouts if found.whole]
+    assert len(whole) > len(layouts) / 4
+    assert all(found.count == 12 and rows >= 9 for rows, found in whole)
+    c = vlm.text.decoder.config
+    assert bool(grouped) == (c.num_key_value_heads < c.num_attention_heads)
+    assert recorder.replays > 0 or not record
+
+
 def test_a_base_in_nf4_is_recorded_unmerged():
     vlm = model("qwen2_5_vl", quantize="nf4")
     lora = tiny_models.noisy_lora(vlm)
@@ -138,6 +189,22 @@ def asked():
     suffix = vlm.encode(tiny_models.suffix_text(text.state))
     say = [vlm.encode(c)[0] for c in "xyzw"]  # never the end
     return tiny_models.with_banned(vlm, say), (picture, text.fixed, suffix)
+
+
+def test_slots_that_nobody_asked_run_too_and_stay_as_they_are(asked):
+    vlm, prompt = asked
+    said = []
+    for vlm.text.in_place in (False, True):
+        decoder = decoder_for(vlm, prompt, 4, temperature=1.0, max_new=12)
+        kept = decoder.cache.keys[0][1].clone()
+        for slot in (0, 2, 3):
+            decoder.ask(slot, Request(prompt[2], lambda w: w))
+        said.append(finish(decoder))
+        after = decoder.cache.keys[0][1]
+        assert torch.equal(after[:, : kept.shape[1]], kept) and not after[:, kept.shape[1] :].any()
+    for slot, plain in said[0].items():
+        assert said[1][slot].tokens == plain.tokens
+        assert said[1][slot].logprobs == pytest.approx(plain.logprobs, abs=1e-4)
 
 
 def test_a_cache_that_moves_is_recorded_anew(asked):
