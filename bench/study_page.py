@@ -154,8 +154,12 @@ def percent(f) -> str:
     """A mean and its interval, in percent."""
     if not f.seeds:
         return ""
-    tail = "" if math.isnan(f.low) else f" [{100 * f.low:.1f}, {100 * f.high:.1f}]"
-    return f"{100 * f.mean:.1f}{tail}"
+
+    def told(share: float) -> str:
+        return f"{round(100 * share, 1) + 0.0:.1f}"  # + 0.0: no minus before a zero
+
+    tail = "" if math.isnan(f.low) else f" [{told(f.low)}, {told(f.high)}]"
+    return told(f.mean) + tail
 
 
 def regime_table(methods: dict[str, list[StudyRun]]) -> list[str]:

@@ -18,6 +18,7 @@ from bench.claims import (
     T975,
     TEACHER,
     Comparison,
+    Finding,
     compare,
     compare_passes,
     rising,
@@ -25,7 +26,7 @@ from bench.claims import (
     steadier,
     value_of,
 )
-from bench.study_page import band, draw_curves, write_page
+from bench.study_page import band, draw_curves, percent, write_page
 from bench.study_runs import StudyRun, read_runs, read_table, write_runs
 from turbo.envs.make import make, tiny_kwargs
 from turbo.measure import fresh_deals
@@ -197,6 +198,11 @@ def test_what_is_not_in_the_table_is_refused(tmp_path, table, capsys):
     assert "'shorter' is not in the table: long, long/none, short" in capsys.readouterr().err
     assert main(tmp_path, "--no-train") == 1
     assert "no run is complete" in capsys.readouterr().err
+
+
+def test_no_difference_is_not_told_as_less_than_none():
+    assert percent(Finding(3, -1e-9, -0.02, 0.0004)) == "0.0 [-2.0, 0.0]"
+    assert percent(Finding(1, 0.123, math.nan, math.nan)) == "12.3"
 
 
 def test_data_come_back(tmp_path):
