@@ -62,10 +62,15 @@ def band(runs: Sequence[StudyRun], name: str) -> tuple[np.ndarray, np.ndarray, n
 
 
 def draw_curves(axis, name: str, label: str, methods: dict[str, list[StudyRun]]) -> None:
-    """One metric of some methods: the mean over seeds and its 95 % band, a colour a method."""
+    """One metric of some methods: the mean over seeds and its 95 % band, a colour a method.
+
+    Of two seeds no band is drawn: it would fill the picture.
+    """
     for colour, (method, runs) in zip(COLOURS, methods.items(), strict=False):
         x, mean, half = band(runs, name)
         axis.plot(x, mean, color=colour, label=f"{method} ({len(runs)})")
+        if len(runs) < 3:
+            continue
         low, high = np.maximum(mean - half, 0.0), mean + half
         if name in SHARES:
             high = np.minimum(high, 1.0)

@@ -232,9 +232,10 @@ def test_the_headline_is_drawn_once_its_methods_are_there(tmp_path, table, monke
 def test_bands_of_shares_end_where_shares_do():
     from matplotlib import pyplot as plt
 
-    runs = [run_of("one", s, 0.05 + 0.9 * s) for s in range(2)]
+    runs = [run_of("one", s, 0.05 + 0.45 * s) for s in range(3)]
     figure, axis = plt.subplots()
-    draw_curves(axis, "success_rate", "success", {"one": runs})
+    draw_curves(axis, "success_rate", "success", {"two seeds": runs[:2], "three": runs})
+    assert len(axis.lines) == 2 and len(axis.collections) == 1
     y = axis.collections[0].get_paths()[0].vertices[:, 1]
     plt.close(figure)
     assert y.min() == 0.0 and y.max() == 1.0
