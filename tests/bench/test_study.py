@@ -178,7 +178,7 @@ def test_the_grid_is_trained_in_pieces(tmp_path, table, capsys):
     assert "4 of 5 runs are complete" in capsys.readouterr().out
     page = (tmp_path / "out" / "README.md").read_text()
     assert "| kl | 2 |" in page and (tmp_path / "out" / "short.png").stat().st_size > 1e4
-    assert main(tmp_path, "--minutes", "0.6") == 0
+    assert main(tmp_path, "--minutes", "0.8") == 0
     assert "long/none/0: saved, to be resumed" in capsys.readouterr().out
     (long,) = (tmp_path / "runs").glob("long-none-seed0-????????")
     updates = len((long / "metrics.jsonl").read_text().splitlines())
