@@ -204,7 +204,6 @@ class ModuleText:
 
     keys = 1
     small = False  # prefixes run a few at a time, within the budget of tokens
-    in_place = False  # the cache is read where it is, see `turbo.decode`
 
     def __init__(
         self,
@@ -227,7 +226,7 @@ class ModuleText:
         self.content, self.owner = 0, None  # what the scratch holds, and for whom
         half = self.dtype in (torch.bfloat16, torch.float16)
         self.flash = self.device.type == "cuda" and half and is_flash_attn_2_available()
-        self.in_place = self.device.type == "cuda"
+        self.in_place = self.device.type == "cuda"  # how the cache is read, see `turbo.decode`
         AttentionInterface.register(ATTENTION, attention)
         self.decoder.set_attn_implementation(ATTENTION)
         self._adapt(model, quantize)
