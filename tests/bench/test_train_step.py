@@ -135,7 +135,7 @@ def test_a_model_of_random_weights(tmp_path, monkeypatch, capsys):
     vlm = random_model(str(model), torch.float32, Engine("modules", "cpu"))
     # one token of all 8 environments for every time that the weights are read
     floor = figures["tokens_per_second"] / 8 * train_step.weight_bytes(vlm) / 1e9
-    assert figures["decode_floor_share"] == pytest.approx(floor)
+    assert figures["decode_floor_share"] == pytest.approx(floor, rel=1e-5)  # six digits are written
     assert figures["times_the_recipe"] > 0 and (RECIPE, "decode_floor_share") not in found
     assert "answers=8" in rows[0]["shape"] and "guidance=kl" in rows[0]["variant"]
     assert RECIPE in capsys.readouterr().out
