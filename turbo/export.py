@@ -32,6 +32,7 @@ from torch import Tensor
 
 from turbo import checkpoint, families
 from turbo.card import Facts, card
+from turbo.coded import read_dense
 from turbo.config import TrainConfig, from_saved
 from turbo.flags import conclude, read_flags
 from turbo.formats import (
@@ -46,7 +47,6 @@ from turbo.kernels.nf4 import Nf4Matrix
 from turbo.log import read_jsonl
 from turbo.lora import Lora, new_lora
 from turbo.model import VisionLanguageModel
-from turbo.modules import read_dense
 from turbo.run import env_maker, rollout_options
 from turbo.teacher import Teacher
 

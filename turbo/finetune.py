@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from turbo.checkpoint import versions, write_json
+from turbo.coded import read_dense
 from turbo.config import TrainConfig
 from turbo.demos import backward_demos, demonstrate, pictures_of
 from turbo.formats import generation_config, save_model
@@ -25,7 +26,7 @@ from turbo.hub import observation, open_model
 from turbo.lora import Lora, new_lora
 from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel
-from turbo.modules import merge_policy, read_dense
+from turbo.modules import merge_policy
 from turbo.parallel import Crew
 from turbo.run import env_maker, held_out, prompt_style
 from turbo.sft_config import SftConfig

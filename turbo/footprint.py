@@ -11,7 +11,8 @@ covered matrices, and products in bf16:
                  each for what LoRA does not cover. The scratch buffer: W alone, as in the base.
     factors      a matrix [out, in] has A [r, in] and B [out, r]: n = r F numbers of 4 bytes, or of
                  2 + 4 with an fp32 master. Gradients 4 n or 2 n; two moments 8 n, or in 8 bits
-                 2 (n + 4 n/256). A layer's products copy fp32 factors to bf16: 2 n/L.
+                 2 (n + 4 n/256). A layer's products copy fp32 factors to bf16: 2 n/L; a policy that
+                 plays over a base in NF4 holds copies of all, 2 n.
     cache        a token leaves a key and a value in each layer: 2 * 2 L K.
     one layer    autograd keeps, per token (base weights are frozen: products with them keep none
                  of their inputs, the LoRA branch A x keeps x):

@@ -194,11 +194,13 @@ def _passing(shape: TextShape, s: Settings) -> list[Term]:
     if not master:
         kept += size.cast_bytes(shape, rank, layers)
     back = size.read_back_bytes(shape, s.nf4)
+    narrow = 0 if master or not s.nf4 else size.cast_bytes(shape, rank, shape.layers)
     answers = s.envs * (s.suffix_tokens + s.max_new_tokens)
     prompts = (s.envs + KEPT) * s.prompt_tokens
     modelled = {
         "KV of prompts": {"decode": size.cache_bytes(shape, prompts)},
         "KV of answers": {"decode": size.cache_bytes(shape, answers)},
+        "LoRA in bf16": {"decode": narrow},
         "picture features": {"decode": size.feature_bytes(shape, prompts)},
         "activations": {"decode": read, "score": read, "train": kept},
         "NF4 matrix read back": dict.fromkeys(("decode", "score", "train"), back),

@@ -29,8 +29,9 @@ Left out: vision and prompts (`turbo.model`, `turbo.families`), the merge of tea
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -41,22 +42,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
 from turbo.attend import grouped_attention
+from turbo.coded import Matrix, linear, merge_ground, room_like
 from turbo.graphs import Record
-from turbo.kernels.nf4 import (
-    Nf4Matrix,
-    dequantize_nf4,
-    empty_nf4,
-    nf4_levels,
-    quantize_nf4,
-)
+from turbo.kernels.nf4 import quantize_nf4
 from turbo.kernels.ties import linear_merge_lora
 from turbo.lora import Lora
 
 BASE, ADAPTED, SCRATCH = "base", "adapted", "scratch"
 ATTENTION = "turbo_sdpa"  # our name for it in transformers
 FEW = 16  # tokens of a row up to which heads are grouped
-
-Matrix = Tensor | Nf4Matrix
 
 
 @dataclass(frozen=True)
@@ -117,55 +111,6 @@ class _State:
     scale: float = 1.0
 
 
-def linear(x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
-    """x W^T + bias for a frozen matrix, dense or in NF4."""
-    if isinstance(weight, Nf4Matrix):
-        return _CodedLinear.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
-class _CodedLinear(torch.autograd.Function):
-    """A product with a matrix in NF4; read back once forward and once backward, and never kept."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.weight = weight
-        return F.linear(x, read(weight).to(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ read(ctx.weight).to(grad.dtype), None, None
-
-
-def read(matrix: Nf4Matrix) -> Tensor:
-    """The dense matrix [out, in]; on a GPU by bitsandbytes' kernel, where it is installed."""
-    if matrix.device.type == "cuda":
-        try:
-            from bitsandbytes import functional as bnb
-        except ImportError:
-            return dequantize_nf4(matrix)
-        return bnb_read(bnb, matrix)
-    return dequantize_nf4(matrix)
-
-
-def read_dense(matrix: Matrix) -> Tensor:
-    """A dense matrix as it is, or what codes stand for."""
-    return read(matrix) if isinstance(matrix, Nf4Matrix) else matrix.detach()
-
-
-def bnb_read(bnb, matrix: Nf4Matrix) -> Tensor:
-    """The dense matrix [out, in] by `bitsandbytes.functional`, whose layout this is."""
-    state = bnb.QuantState(
-        absmax=matrix.absmax,
-        shape=torch.Size(matrix.shape),
-        code=nf4_levels(matrix.device),
-        blocksize=64,
-        quant_type="nf4",
-        dtype=matrix.dtype,
-    )
-    return bnb.dequantize_4bit(matrix.codes[:, None], state)
-
-
 def attention(module, query, key, value, mask, dropout=0.0, scaling=None, **options):
     """What transformers' decoders call: [R, H, L, hd] and keys in, [R, L, H, hd] out."""
     few = query.shape[2] <= FEW and not torch.is_grad_enabled()
@@ -222,6 +167,9 @@ class ModuleText:
         self.dtype, self.device = self.head.weight.dtype, torch.device(device)
         self._state, self.linears, self.coded = _State(), {}, quantize
         _refuse_other_heads(model, c, self.head)
+        # The argument that the layers' keys and values go through: `cache` in newer transformers
+        names = signature(self.decoder.forward).parameters
+        self.cache = "cache" if "cache" in names else "past_key_values"
         self.record = record
         self.content, self.owner = 0, None  # what the scratch holds, and for whom
         half = self.dtype in (torch.bfloat16, torch.float16)
@@ -271,10 +219,20 @@ class ModuleText:
         return ModuleWeights(role, self.head.weight, lora=lora)
 
     def merged(self, w: ModuleWeights) -> ModuleWeights:
-        """Weights to decode with: the policy merged into the scratch, or those that need not be."""
-        if w.role != ADAPTED or self.coded:
+        """Weights to decode with: the policy merged into the scratch, or those that need not be.
+
+        Over a base in NF4 it plays unmerged, with factors that are rounded here once and not at
+        every pass.
+        """
+        if w.role != ADAPTED:
             return w
         lora = w.lora
+        if self.coded:
+            kind = self.dtype
+            narrow = {
+                n: (a.detach().to(kind), b.detach().to(kind)) for n, (a, b) in lora.factors.items()
+            }
+            return replace(w, lora=Lora(narrow, lora.scale, lora.rank))
 
         def merge(name: str, base: Matrix, out: Matrix) -> None:
             merge_policy(base, *lora.factors[name], lora.scale, out)
@@ -291,8 +249,8 @@ class ModuleText:
         self.content += 1
         for name, module in self.linears.items():
             if module.scratch is None:
-                module.scratch = _room(module)
-            merge(name, _under(module.base), module.scratch)
+                module.scratch = room_like(module.base)
+            merge(name, merge_ground(module.base), module.scratch)
         self.owner = owner
         return ModuleWeights(SCRATCH, self.head.weight, self.content)
 
@@ -335,8 +293,8 @@ class ModuleText:
             inputs_embeds=x.to(self.dtype),
             position_ids=rope.expand(*rope.shape[:-2], x.shape[0], -1),
             attention_mask=mask,
-            past_key_values=_Attend(attend),
             use_cache=False,  # none of its own
+            **{self.cache: _Attend(attend)},
             **(seen or {}),
         )
         return out.last_hidden_state
@@ -384,21 +342,6 @@ def _checkpoint(state: _State, function: Callable, *args) -> Tensor:
         return function(*inputs)
 
     return checkpoint(again, *args, use_reentrant=False)
-
-
-def _under(base: Matrix) -> Tensor:
-    """What task vectors are added to in the scratch: the base, or zeros where it is in NF4."""
-    if isinstance(base, Nf4Matrix):
-        return torch.zeros(base.shape, dtype=base.dtype, device=base.device)
-    return base.detach()
-
-
-def _room(module: AdaptedLinear) -> Matrix:
-    """A matrix like the base's, for the scratch."""
-    base = module.base
-    if isinstance(base, Nf4Matrix):
-        return empty_nf4(base.shape, base.dtype, base.device)
-    return torch.empty_like(base, requires_grad=False)
 
 
 @torch.no_grad()

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from turbo.checkpoint import section
+from turbo.coded import read_dense
 from turbo.config import TrainConfig
 from turbo.history import History, Snapshot
 from turbo.lora import Lora
 from turbo.merging import StreamingTeacher, merge_matrix, merge_teacher
 from turbo.model import VisionLanguageModel, Weights
-from turbo.modules import read_dense
 
 
 class Teacher:

@@ -1,16 +1,20 @@
 """turbo/families.py, turbo/modules.py: every family equals transformers' own model."""
 
+import warnings
+
 import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
-from family_models import FAMILIES, load_plain, model, own_logits
+from family_models import FAMILIES, folder, load_plain, model, own_logits
 from tiny_models import new_env
 
 from turbo import prompts
+from turbo.coded import bnb_product, bnb_read, product
 from turbo.kernels.nf4 import dequantize_nf4, quantize_nf4
 from turbo.kernels.ties import ties_merge_lora
-from turbo.modules import SCRATCH, bnb_read
+from turbo.model import Engine, load
+from turbo.modules import SCRATCH
 from turbo.teacher import Teacher
 
 TEXT = '{"thoughts": "12+3=15, so 4", "action": "+"}'
@@ -62,6 +66,13 @@ def test_logits_are_those_of_transformers(vlm, merged):
     assert (ours[2, : len(rows[2])] - other).abs().max() > 1e-2
     base = our_logits(vlm, None, pictures, [0, 1, 1], rows)
     assert (ours - base).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_nothing_that_transformers_will_drop_is_used(vlm):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        our_logits(vlm, None, shown(1), [0], [vlm.encode(TEXT)])
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -242,6 +253,39 @@ def test_codes_are_read_by_bitsandbytes_too():
     for dtype in (torch.float32, torch.bfloat16):
         coded = quantize_nf4(torch.randn(48, 192).to(dtype))
         torch.testing.assert_close(bnb_read(bnb, coded), dequantize_nf4(coded), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_codes_are_multiplied_by_bitsandbytes_too(dtype, biased):
+    pytest.importorskip("bitsandbytes")
+    if not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
+        pytest.skip("bitsandbytes before 0.50")
+    torch.manual_seed(0)
+    coded, x = quantize_nf4(torch.randn(48, 192).to(dtype)), torch.randn(2, 3, 192).to(dtype)
+    bias = torch.randn(48).to(dtype) if biased else None
+    close = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2**-6, 0.1)}[dtype]
+    got, wanted = bnb_product(x, coded, bias), product(x, coded, bias)
+    assert got.shape == (2, 3, 48) and got.dtype == dtype
+    torch.testing.assert_close(got, wanted, rtol=close[0], atol=close[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_policy_over_codes_plays_with_factors_rounded_once(family):
+    vlm = load(folder(family), torch.bfloat16, Engine("modules", "cpu", "nf4"))
+    lora = tiny_models.noisy_lora(vlm)
+    whole, narrow = vlm.weights(lora), vlm.merged(vlm.weights(lora))
+    assert {f.dtype for f in lora.parameters()} == {torch.float32}
+    assert {f.dtype for f in narrow.lora.parameters()} == {torch.bfloat16}
+    ids = torch.tensor([vlm.encode(TEXT)])
+    features, grid = vlm.see(shown(1))
+    hidden = [vlm.suffix(w, ids, vlm.prefix(w, features, "x", grid)) for w in (whole, narrow)]
+    assert torch.equal(*hidden)
+    old = [f.clone() for f in narrow.lora.parameters()]
+    for factor in lora.parameters():  # the policy learns on: what plays is what it was
+        factor.mul_(2)
+    assert all(map(torch.equal, old, narrow.lora.parameters()))
 
 
 def test_specials_are_never_sampled(vlm):

@@ -9,7 +9,9 @@ from family_models import FAMILIES, folder
 from test_families import shown
 
 from turbo import checkpoint, train
+from turbo.coded import product
 from turbo.hub import memory_plan
+from turbo.kernels.nf4 import dequantize_nf4, quantize_nf4
 from turbo.log import read_jsonl
 from turbo.memory import GB
 from turbo.model import Engine, load
@@ -40,6 +42,18 @@ def test_logits_are_those_of_the_cpu(family, quantize):
     exact = 2e-3 if quantize == "none" else 0.1  # sums in another order change single codes
     for one, two in zip(found[:2], found[2:], strict=True):
         assert (one - two).abs().max() < exact * max(1.0, float(one.std()))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16, 64, 512, 2000])
+@pytest.mark.parametrize("shape", [(3584, 18944), (18944, 3584), (512, 3584)])
+def test_products_with_codes(shape, rows):
+    torch.manual_seed(0)
+    coded = quantize_nf4(torch.randn(shape, dtype=torch.bfloat16, device="cuda"))
+    x = torch.randn(rows, shape[1], dtype=torch.bfloat16, device="cuda")
+    bias = torch.randn(shape[0], dtype=torch.bfloat16, device="cuda")
+    exact = x.double() @ dequantize_nf4(coded).double().T + bias.double()
+    error = product(x, coded, bias).double() - exact
+    assert error.abs().mean() < 2**-8 * exact.abs().mean()
 
 
 @torch.no_grad()
