@@ -113,9 +113,10 @@ def rounded(x, dtype: tl.constexpr, seed, entry, STOCHASTIC: tl.constexpr):
     """fp32 x in `dtype`: to nearest, or for bf16 stochastically (see ema.py).
 
     bf16 is what is left of fp32 without its lower half: to nearest (ties to even) half a unit is
-    added before the cut, stochastically 16 random bits. Infinities and NaN stay what they are.
+    added before the cut, stochastically 16 random bits. Infinities and NaN stay what they are. A
+    GPU rounds to nearest by itself; the interpreter only cuts.
     """
-    if dtype == tl.bfloat16:
+    if dtype == tl.bfloat16 and (STOCHASTIC or WIDEN):
         bits = x.to(tl.int32, bitcast=True)
         if STOCHASTIC:
             more = (tl.randint(seed, entry) & 0xFFFF).to(tl.int32)
