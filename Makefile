@@ -37,6 +37,7 @@ bench: ## the speed of training updates, beside the published recipe's, and of A
 	python -m bench.alfworld
 
 compiled: ## what Triton's compiler makes of the kernels for GPUs, into kernels/README.md; no GPU
+	python -m pytest -n 0 -m 'long or not long' tests/bench/test_compiled.py
 	python -m bench.compiled --write
 
 bench-kernels: ## the kernels against their rivals, into bench/results/ and kernels/README.md

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import tempfile
 
 import pytest
 import torch
@@ -14,6 +15,14 @@ settings.load_profile("unhurried")  # unless --hypothesis-profile names another 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 torch.set_num_threads(1)  # two processes share the cores; more threads would only contend
+
+
+def pytest_configure(config):
+    """A folder for what is made once for all test processes (tiny_models.py)."""
+    if not hasattr(config, "workerinput"):
+        shared = tempfile.TemporaryDirectory(prefix="gtr-turbo-tests-")
+        os.environ["GTR_TURBO_TESTS"] = shared.name
+        config.add_cleanup(shared.cleanup)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,11 +1,13 @@
-"""Nano models for the tests, made once a process; transformers' own forward pass to compare with.
+"""Nano models for the tests; transformers' own forward pass to compare with.
 
 `random_folder` holds a model as it is initialised: it answers nonsense. `fitted_folder` holds one
 that has seen expert answers of numberline for some seconds: part of its answers are legal.
 """
 
 import copy
+import fcntl
 import functools
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -36,8 +38,7 @@ def new_folder(name: str) -> Path:
     return Path(_scratch().name) / name
 
 
-def _save(module, name: str) -> Path:
-    folder = new_folder(name)
+def _save(module, folder: Path) -> Path:
     module.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     tiny.image_processor().save_pretrained(folder)
@@ -53,19 +54,30 @@ def tokenizer():
 @functools.cache
 def random_folder() -> Path:
     """A random nano model, float32, in Hugging Face format."""
-    return _save(tiny.new_model("nano", tokenizer(), 0), "random")
+    return _save(tiny.new_model("nano", tokenizer(), 0), new_folder("random"))
 
 
 @functools.cache
 def fitted_folder() -> Path:
-    """A nano model after a few optimiser steps on expert answers of numberline."""
+    """A nano model after a few optimiser steps on expert answers of numberline.
+
+    The first test process that asks makes it for all.
+    """
+    folder = Path(os.environ["GTR_TURBO_TESTS"]) / "fitted"
+    with folder.with_suffix(".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        return folder if folder.exists() else _fit(folder)
+
+
+def _fit(folder: Path) -> Path:
     torch.set_num_threads(1)
     module = tiny.new_model("nano", tokenizer(), 0)
     vlm = VisionLanguageModel(module, tokenizer(), tiny.image_processor(), torch.float32, "new")
     rates = dict(learning_rate=4e-3, muon_learning_rate=2e-2)
     settings = SftConfig(env=GAME, steps=90, deals=12, states=2, **rates)
     sft.train_language(vlm, new_env(), Crew(), settings, lambda text: None)
-    return _save(module, "fitted")
+    _save(module, folder.with_suffix(".partial")).rename(folder)
+    return folder
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from trainer import FLAGS, finish, start
+from trainer import FLAGS, SHORT, finish, start
 
 from turbo import checkpoint, train
 from turbo.log import read_jsonl
@@ -15,7 +15,7 @@ from turbo.log import read_jsonl
 @pytest.mark.slow
 def test_a_failed_save_is_tried_again_and_told_and_loses_nothing(tmp_path):
     run = tmp_path / "run"
-    status, _, err = finish(start(run, "--updates", "1"))
+    status, _, err = finish(start(run, *SHORT, "--updates", "1"))
     assert status == 0, err
     size = (run / "checkpoints/00000001/state.safetensors").stat().st_size
     more = ["--updates", "3", "--resume", str(run)]
@@ -60,9 +60,9 @@ def test_what_a_checkpoint_takes_is_known(tmp_path):
             ["--guidance", "sft", "--sft-rows", "8"],
         )
     ):
-        flags = [*FLAGS.split(), "--model", str(tiny_models.fitted_folder()), "--updates", "4"]
+        flags = [*FLAGS.split(), *SHORT, "--model", str(tiny_models.fitted_folder())]
         path = tmp_path / str(i)
-        assert train.main(["numberline", "--out", str(path), *flags, *more]) == 0
+        assert train.main(["numberline", "--out", str(path), *flags, "--updates", "4", *more]) == 0
         c = train.TrainConfig(**checkpoint.read_run(path)["config"])
         written = sum(f.stat().st_size for f in (path / "checkpoints/00000004").iterdir())
         told = Run(c, path, Crew()).checkpoint_bytes()

@@ -1,7 +1,7 @@
 """Killed at any moment: what is resumed ends in the very bits of a run that nobody disturbed.
 
 `make test-faults` kills a run 40 times, by SIGKILL, at random moments and while a checkpoint is
-being written. One kill of each kind is among the other tests.
+being written. One kill of the latter kind is among the other tests.
 """
 
 import random
@@ -9,10 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from trainer import finish, result, start
+from trainer import SHORT, finish, result, start
 
 UPDATES = 160
-SHORT = ["--envs", "4", "--group-size", "2", "--steps-per-update", "4", "--teacher-sample", "2"]
 
 
 def kill(process, run: Path, rng: random.Random, while_saving: bool) -> bool:
@@ -41,21 +40,21 @@ def kill(process, run: Path, rng: random.Random, while_saving: bool) -> bool:
 def undisturbed(tmp_path_factory):
     """A run without an interruption."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    status, _, err = finish(start(run, "--updates", "8"))
+    status, _, err = finish(start(run, "--updates", "4"))
     assert status == 0, err
-    return result(run, 8)
+    return result(run, 4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("while_saving", [False, True])
+@pytest.mark.parametrize("while_saving", [pytest.param(False, marks=pytest.mark.long), True])
 def test_one_kill(tmp_path, undisturbed, while_saving):
     run = tmp_path / "run"
-    assert kill(start(run, "--updates", "8"), run, random.Random(1), while_saving)
+    assert kill(start(run, "--updates", "4"), run, random.Random(1), while_saving)
     fresh = not list((run / "checkpoints").glob("????????"))  # killed before the first one
-    again = start(run, "--updates", "8", *(["--overwrite"] if fresh else []), resume=not fresh)
+    again = start(run, "--updates", "4", *(["--overwrite"] if fresh else []), resume=not fresh)
     status, _, err = finish(again)
     assert status == 0, err
-    assert result(run, 8) == undisturbed
+    assert result(run, 4) == undisturbed
 
 
 @pytest.mark.long

@@ -28,7 +28,10 @@ def running(path, *more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, "1"), (signal.SIGTERM, "2")])
+@pytest.mark.parametrize(
+    ("number", "workers"),
+    [pytest.param(signal.SIGINT, "1", marks=pytest.mark.long), (signal.SIGTERM, "2")],
+)
 def test_a_long_rollout_is_abandoned_within_ten_seconds(tmp_path, number, workers):
     run = tmp_path / "run"
     process = running(run, *BIG, "--updates", "3", "--workers", workers)
@@ -47,7 +50,7 @@ def test_a_long_rollout_is_abandoned_within_ten_seconds(tmp_path, number, worker
 @pytest.mark.slow
 def test_an_abandoned_evaluation_is_made_up_for(tmp_path):
     """Stopped while it is evaluated before training, a run ends as one that was not."""
-    more = ["--updates", "2", "--eval-episodes", "100", "--envs", "8"]
+    more = ["--updates", "2", "--eval-episodes", "32", "--envs", "8"]
     whole, run = tmp_path / "whole", tmp_path / "run"
     status, _, err = finish(start(whole, *more))
     assert status == 0, err
