@@ -8,7 +8,6 @@ import os
 import pty
 import re
 import select
-import signal
 import subprocess
 import sys
 import termios
@@ -56,14 +55,9 @@ ADVICE = Advice("collapse suspected", "right thoughts fell", "guide them")
 
 
 @pytest.fixture(autouse=True)
-def signals():
-    """A run takes over Ctrl-C; the tests give it back."""
-    tiny_models.fitted_folder()  # made before anything that is printed counts
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(n) for n in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
+def made():
+    """The model, before anything that is printed counts."""
+    tiny_models.fitted_folder()
 
 
 def command(out, *more):

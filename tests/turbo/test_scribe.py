@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import signal
 
-import pytest
 import tiny_models
 
 from turbo import train
@@ -14,16 +12,6 @@ FLAGS = """
     --minibatch 16 --lora-rank 4 --save-every 1 --keep 9 --eval-episodes 0 --teacher-sample 0
     --temperature 0.8 --learning-rate 0.005 --kl-coef 1e-7 --updates 5
 """
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """A run takes over Ctrl-C; the tests give it back."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(n) for n in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
 
 
 def test_a_warning_is_printed_once_recorded_and_known_after_a_resume(tmp_path, capsys):

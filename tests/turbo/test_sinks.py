@@ -2,7 +2,6 @@
 a missing package is refused before training, a log that fails stops nothing."""
 
 import json
-import signal
 import socket
 import sqlite3
 import sys
@@ -19,16 +18,6 @@ FLAGS = """
     --workers 1 --dtype float32 --envs 8 --group-size 4 --steps-per-update 16 --max-new-tokens 40
     --minibatch 16 --lora-rank 4 --save-every 1 --eval-episodes 0 --teacher-sample 4
 """
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """A run takes over Ctrl-C; the tests give it back."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(n) for n in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -28,16 +28,6 @@ SMALL = """
 """
 
 
-@pytest.fixture(autouse=True)
-def signals():
-    """A run takes over Ctrl-C; the tests give it back."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(n) for n in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
-
-
 def start(out, *more, model=None, game="numberline"):
     folder = model or tiny_models.fitted_folder()
     return train.main([game, "--model", str(folder), "--out", str(out), *SMALL.split(), *more])
