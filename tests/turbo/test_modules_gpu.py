@@ -88,7 +88,7 @@ def trained(out, *flags: str) -> list[dict]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_on_the_gpu(tmp_path, family, flags):
     small = "--lora-rank 4 --envs 8 --group-size 4 --steps-per-update 12 --max-new-tokens 16"
-    small += " --updates 2 --epochs 1 --minibatch 8 --skip-certain 0 --micro-tokens 600"
+    small += " --updates 2 --epochs 1 --minibatch 8 --skip-certain 0 --micro-tokens 700"
     arguments = ["--model", str(folder(family)), "--advantage", "gae", *small.split()]
     records = trained(tmp_path / "run", *arguments, *flags.split())
     assert len(records) == 2
