@@ -1,4 +1,4 @@
-.PHONY: help install test test-fast test-gpu gpu gpu-model test-pretend test-faults test-fuzz test-browser lint format bench compiled bench-kernels bench-gpu bench-gpu-model results screenshot metrics memory tour wheel ci clean
+.PHONY: help install test test-fast test-gpu gpu gpu-model test-long test-pretend test-faults test-fuzz test-browser lint format bench compiled bench-kernels bench-gpu bench-gpu-model results screenshot metrics memory tour wheel ci clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -14,6 +14,9 @@ test-fast: ## without the tests that train
 
 test-gpu: ## the tests that need a CUDA device, in one process
 	python -m pytest -n 0 -m gpu
+
+test-long: ## what takes minutes, but for make test-faults
+	python -m pytest -m long --timeout 0 --ignore tests/reliability
 
 test-pretend: ## runs and benchmarks on a GPU that is not there, with the Triton kernels: minutes
 	python -m pytest -m 'long or not long' --timeout 0 tests/turbo/test_pretend_gpu.py tests/bench/test_pretend_bench.py

@@ -16,6 +16,8 @@ settings.load_profile("unhurried")  # unless --hypothesis-profile names another 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 torch.set_num_threads(1)  # two processes share the cores; more threads would only contend
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs behind it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # our processes would inherit it
 
 
 def pytest_configure(config):

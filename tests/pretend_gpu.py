@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -148,10 +149,9 @@ def check_devices(function, args: tuple, tensors: list[torch.Tensor]) -> None:
 
 @contextmanager
 def pretend_gpu() -> Iterator[None]:
-    """Inside, there is a GPU of 80 GB."""
-    import bitsandbytes  # noqa: F401  before there seems to be a GPU: it looks for one
-    from triton.runtime.interpreter import GridExecutor
-
+    """Inside, there is a GPU of 80 GB. Skips a test where Triton or bitsandbytes is missing."""
+    pytest.importorskip("bitsandbytes")  # before there seems to be a GPU: it looks for one
+    GridExecutor = pytest.importorskip("triton.runtime.interpreter").GridExecutor
     launch = GridExecutor.__call__
 
     def on_host(self, *args, **kwargs):

@@ -171,7 +171,7 @@ def main(tmp_path, *options):
     return study.main([*places, *options])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_grid_is_trained_in_pieces(tmp_path, table, capsys):
     """Some runs are trained, one is cut by the time limit; then the data alone are enough."""
     assert main(tmp_path, "--only", "short", "--jobs", "2") == 0
