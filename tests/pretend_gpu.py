@@ -88,6 +88,8 @@ class Calls(TorchFunctionMode):
         if args and isinstance(args[0], OnGpu):
             if function is torch.Tensor.to:  # to where it is already: the tensor itself
                 args, kwargs = tree_map(_hidden, (args, kwargs))
+            if function == torch.Tensor.data.__set__:
+                args[0].held = args[1].held
             if function is torch.Tensor.tolist:
                 return args[0].held.tolist()
             if function in (torch.Tensor.numpy, torch.Tensor.__array__):

@@ -1,14 +1,10 @@
-"""Every benchmark runs on a GPU that is not there (pretend_gpu.py), at small sizes: what `make gpu`
-and `make gpu-model` call has been called before."""
-
-import json
-import shutil
+"""The kernels' benchmarks run on a GPU that is not there (pretend_gpu.py), at small sizes: what
+`make gpu` calls has been called before. Left out: `bench.train_step`."""
 
 import pytest
-from family_models import folder
 from pretend_gpu import pretend_gpu
 
-from bench import ema, nf4, policy_head, ties, train_step
+from bench import ema, nf4, policy_head, ties
 from turbo.kernels import dispatch
 
 pytestmark = pytest.mark.long
@@ -17,7 +13,7 @@ pytestmark = pytest.mark.long
 @pytest.fixture(autouse=True)
 def rates(monkeypatch):
     """The GPU's, which take large products to measure."""
-    for module in (ties, ema, nf4, policy_head, train_step):
+    for module in (ties, ema, nf4, policy_head):
         for name in ("product_rate", "copy_rate"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, lambda *a: 1e9)
@@ -54,18 +50,3 @@ def test_nf4(capsys):
 def test_policy_head(capsys):
     flags = "--rows 16 --widths 32 --vocabulary 300 --chunks 1024 --repeats 1 --no-save"
     ran(policy_head.main, flags, capsys)
-
-
-@pytest.mark.parametrize("more", ["", "--quantize nf4"])
-def test_train_step(tmp_path, monkeypatch, capsys, more):
-    monkeypatch.setattr(dispatch, "_installed", lambda: False)
-    monkeypatch.setattr(train_step, "results_file", lambda: tmp_path / "gpu.csv")
-    monkeypatch.setattr(train_step, "ROOT", tmp_path)
-    model = shutil.copytree(folder("qwen2_5_vl"), tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-    config["text_config"]["max_position_embeddings"] = 2048  # the whole rules are 700 tokens
-    (model / "config.json").write_text(json.dumps(config))
-    flags = f"--model {model} --random-weights --only kl --recipe-steps 2 --no-memory {more}"
-    flags += " --steps 8 --envs 8 --max-new-tokens 8 --updates 2"
-    out = ran(train_step.main, flags, capsys)
-    assert "guidance=kl" in out and "published recipe" in out
