@@ -8,6 +8,7 @@ import tempfile
 import pytest
 import torch
 from hypothesis import settings
+from kept_signals import kept_signals
 
 settings.register_profile("fuzz", deadline=None, max_examples=2_500)  # make test-fuzz
 # Other work may share the cores; 16 tests of hostile input with 130 cases each are over 2,000.
@@ -39,11 +40,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def signals():
     """A run takes over Ctrl-C; the tests give it back."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(n) for n in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
+    with kept_signals():
+        yield
 
 
 @pytest.fixture(scope="session")

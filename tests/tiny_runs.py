@@ -1,10 +1,10 @@
 """A run of the nano model for tests of what reads run directories; made once a process."""
 
 import functools
-import signal
 from pathlib import Path
 
 import tiny_models
+from kept_signals import kept_signals
 
 from turbo import train
 
@@ -18,12 +18,9 @@ FLAGS = """
 @functools.cache
 def trained(name: str, *more: str) -> Path:
     """The directory of a real run on numberline, with these flags; tests leave it as it is."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(n) for n in numbers]
     out = tiny_models.new_folder(f"runs/{name}")
     model = str(tiny_models.fitted_folder())
     flags = ["--out", str(out), "--model", model, *FLAGS.split(), *more]
-    assert train.main(["numberline", *flags]) == 0
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
+    with kept_signals():
+        assert train.main(["numberline", *flags]) == 0
     return out

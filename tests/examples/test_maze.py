@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -48,10 +47,7 @@ def outside(tmp_path, monkeypatch):
     shutil.copy(FILE, tmp_path / "labyrinth.py")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    before = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)]
-    yield tmp_path
-    for number, handler in before:
-        signal.signal(number, handler)
+    return tmp_path
 
 
 def test_the_built_in_model_does_not_know_it(outside, capsys):

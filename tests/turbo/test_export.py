@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from kept_signals import kept_signals
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -112,17 +112,7 @@ print(json.dumps(told))
 
 
 @pytest.fixture(scope="module")
-def signals():
-    """A run takes over Ctrl-C; it is given back."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(n) for n in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def place(signals, tmp_path_factory) -> Path:
+def place(tmp_path_factory) -> Path:
     """Runs, their exports, and what a fresh process makes of them: once for all test processes."""
     root = tmp_path_factory.getbasetemp()
     root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "test_export"
@@ -131,8 +121,9 @@ def place(signals, tmp_path_factory) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / "told.json").exists():
             save_model(root / "model")
-            make_runs(root / "runs", root / "model")
-            make_exports(root / "exports", root / "runs")
+            with kept_signals():
+                make_runs(root / "runs", root / "model")
+                make_exports(root / "exports", root / "runs")
             told = load_exports(root)
             (root / "told.json").write_text(json.dumps(told))
     return root

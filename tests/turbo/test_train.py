@@ -8,6 +8,7 @@ import signal
 import pytest
 import tiny_models
 import torch
+from kept_signals import kept_signals
 from safetensors.torch import load_file
 
 from examples.corrector_server import serve
@@ -68,11 +69,9 @@ def assert_same_run(one, two, update):
 def run(tmp_path_factory):
     """Four updates with the teacher in the loss, evaluated at both ends and after the second."""
     path = tmp_path_factory.mktemp("train") / "run"
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     options = ["--updates", "4", "--eval-episodes", "4", "--eval-every", "2"]
-    assert start(path, *options) == 0
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-        signal.signal(number, handler)
+    with kept_signals():
+        assert start(path, *options) == 0
     return path
 
 
