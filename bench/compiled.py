@@ -95,10 +95,11 @@ class AbsentGpu:
 
 
 @contextmanager
-def compiling(arch: int) -> Iterator[list]:
+def compiling(arch: int, only: str = "") -> Iterator[list]:
     """Inside, a launch of a kernel compiles it for the architecture and launches nothing.
 
-    Gives the list of (name, compiled kernel) to which each launch appends.
+    Gives the list of (name, compiled kernel) to which each launch appends. Kernels that do not have
+    `only` in their name are not compiled either.
     """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -108,7 +109,9 @@ def compiling(arch: int) -> Iterator[list]:
     run, driver_before = JITFunction.run, getattr(driver, active)
 
     def only_compile(self, *args, grid, warmup, **options):
-        found.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **options)))
+        name = self.fn.__name__
+        if only in name:
+            found.append((name, run(self, *args, grid=grid, warmup=True, **options)))
 
     driver.set_active(AbsentGpu(arch))
     JITFunction.run = only_compile
@@ -123,7 +126,8 @@ def launches() -> dict[str, Callable[[], object]]:
     """What is launched for which inputs, on tensors without data."""
     from turbo.kernels import ema_triton, nf4_triton, policy_head_triton, ties_triton
     from turbo.kernels.nf4 import empty_nf4
-    from turbo.kernels.policy_head import OUTPUTS, STUDENT_OUTPUTS, Sides, _Head
+    from turbo.kernels.policy_head import OUTPUTS, STUDENT_OUTPUTS
+    from turbo.kernels.policy_head_sums import Head, Sides
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -153,10 +157,11 @@ def launches() -> dict[str, Callable[[], object]]:
         other = (hidden, weight) if teacher else (None, None)
         sides = Sides(hidden, weight, None, empty(TOKENS, dtype=torch.int64), *other)
         banned = empty(VOCABULARY, dtype=torch.bool) if teacher else None
-        options = _Head(1.0, banned, OUTPUTS if teacher else STUDENT_OUTPUTS, 1 << 24, False, True)
+        want = OUTPUTS if teacher else STUDENT_OUTPUTS
+        options = Head(1.0, banned, want, 1 << 24, keep=False, how="triton")
         part, rows = slice(0, 1 << 14), empty(8, TOKENS, dtype=torch.float32)
-        policy_head_triton.head_sums(sides, options, [part])
-        policy_head_triton.part_gradients(sides, options, rows, None)(part)
+        policy_head_triton.head_sums(sides, options, [part], sides.products)
+        policy_head_triton.part_gradients(sides, options, rows, sides.products)(part)
 
     bf16, fp32 = torch.bfloat16, torch.float32
     dense, coded = empty(ROWS, COLUMNS), empty_nf4((ROWS, COLUMNS), bf16, torch.device("meta"))
@@ -210,9 +215,9 @@ def compile_all(c: Config) -> list[Code]:
     codes = []
     for arch in c.arch:
         for inputs, launch in launches().items():
-            with compiling(arch) as found:
+            with compiling(arch, c.only) as found:
                 launch()
-            once = {name: kernel for name, kernel in reversed(found) if c.only in name}
+            once = dict(reversed(found))
             for name in reversed(once):
                 codes.append(look(once[name], name, inputs, arch))
     return codes

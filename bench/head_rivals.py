@@ -6,8 +6,10 @@ Three tasks, since most rivals know a part of ours only:
     logprob      the log-probability alone
     reverse KL   the mean over the rows of the exact divergence to the teacher
 
-A loss has no other outputs, so it is compared by its value and its gradient. The settings are each
-rival's own defaults, but for what the task needs, and cut-cross-entropy drops no small gradients.
+A loss has no other outputs, so it is compared by its value and its gradient. Ours is there twice: a
+function whose outputs may enter any loss, and `policy_head_loss`, which is given the loss, as the
+rivals that are losses have theirs, and is raced with gradients alone. The settings are each rival's
+own defaults, but for what the task needs, and cut-cross-entropy drops no small gradients.
 
 Left out: measuring (`bench.policy_head`).
 """
@@ -20,9 +22,11 @@ from torch import Tensor
 
 from bench.race import needs_cuda
 from turbo.kernels.policy_head import policy_head
+from turbo.kernels.policy_head_loss import policy_head_loss
 from turbo.kernels.reference import PolicyHeadOutput
 
-Head = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]  # hidden, W, targets, teacher
+# hidden, W, targets, teacher; and the loss of the outputs, for what is given it
+Head = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Variant:
 
     call: Head
     truth: Callable[[PolicyHeadOutput], tuple[Tensor, ...]]
+    given_loss: bool = False  # the call takes the loss and returns its value
 
 
 def all_three(out: PolicyHeadOutput) -> tuple[Tensor, ...]:
@@ -67,6 +72,23 @@ def ours(*want: str, chunk_elements: int | None = None) -> Head:
         options = dict(teacher_hidden=teacher, want=want, chunk_elements=chunk_elements)
         out = policy_head(hidden, weight, targets, **options)
         return tuple(getattr(out, name) for name in want)
+
+    return call
+
+
+def ours_given_loss(*want: str, mean: bool = False, piece_elements: int | None = None) -> Head:
+    """The kernel that forms the gradient beside the loss, which is a sum over rows."""
+
+    def call(hidden, weight, targets, teacher, loss):
+        if want == ("logprob",):
+            teacher = None
+        share = 1 / len(hidden) if mean else 1.0
+
+        def of_piece(out: PolicyHeadOutput, rows: slice) -> Tensor:
+            return loss([getattr(out, name) * share for name in want])
+
+        options = dict(teacher_hidden=teacher, want=want, piece_elements=piece_elements)
+        return policy_head_loss(hidden, weight, targets, of_piece, **options)
 
     return call
 
@@ -150,11 +172,13 @@ ALL_THREE = ("logprob", "entropy", "reverse_kl")
 TASKS: dict[str, dict[str, Variant]] = {
     "policy_head": {
         "ours": Variant(ours(*ALL_THREE), all_three),
+        "ours, given the loss": Variant(ours_given_loss(*ALL_THREE), all_three, True),
         "eager": Variant(eager, all_three),
         "torch.compile": Variant(compiled, all_three),
     },
     "policy_head logprob": {
         "ours": Variant(ours("logprob"), logprob),
+        "ours, given the loss": Variant(ours_given_loss("logprob"), logprob, True),
         "eager": Variant(eager_logprob, logprob),
         "liger fused linear cross-entropy": Variant(liger_cross_entropy, mean_nll),
         "liger GRPO": Variant(liger_grpo, mean_ratio),
@@ -162,6 +186,9 @@ TASKS: dict[str, dict[str, Variant]] = {
     },
     "policy_head reverse KL": {
         "ours": Variant(ours_reverse_kl, mean_reverse_kl),
+        "ours, given the loss": Variant(
+            ours_given_loss("reverse_kl", mean=True), mean_reverse_kl, True
+        ),
         "eager": Variant(eager_reverse_kl, mean_reverse_kl),
         "liger fused linear JSD": Variant(liger_jsd, mean_reverse_kl),
         "liger distillation": Variant(liger_distillation, mean_reverse_kl),

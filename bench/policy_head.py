@@ -5,7 +5,8 @@ the last of them alone, which is what Liger-Kernel and cut-cross-entropy offer; 
 with the gradient of the hidden states; student and teacher share the frozen head. On a CPU at
 D = 512 and T = 256 and 2,048 in fp32, on a GPU at D = 3,584 and 2,048 and T up to 8,192 in bf16.
 The floor is that of the matrix products: one a side forward, and one backward. What keeps no logits
-for the backward forms them again, five products in place of three, and reaches 60 % of it at most.
+for the backward forms them again, five products in place of three, and reaches 60 % of it at most;
+what is given the loss forms them once, and may come near the floor.
 
 On the first 64 rows, outputs and gradient are first compared with the fp64 reference.
 """
@@ -16,7 +17,15 @@ from dataclasses import dataclass
 import torch
 
 from bench.harness import read_settings
-from bench.head_rivals import ALL_THREE, PRODUCTS, TASKS, Variant, all_three, ours
+from bench.head_rivals import (
+    ALL_THREE,
+    PRODUCTS,
+    TASKS,
+    Variant,
+    all_three,
+    ours,
+    ours_given_loss,
+)
 from bench.race import agreeing, check_close, device_name, product_rate, race
 from turbo.kernels.reference import policy_head_reference
 
@@ -60,10 +69,16 @@ def checker(weight: torch.Tensor, hidden, targets, teacher):
 
     def check(variant: Variant) -> None:
         leaf = hidden.clone().requires_grad_()
-        outputs, wanted = variant.call(leaf, weight, targets, teacher), variant.truth(truth)
-        for got, true in zip(outputs, wanted, strict=True):
-            check_close(got.detach(), true.detach(), rtol=rtol, atol=atol)
-        (grad,) = torch.autograd.grad(loss(outputs), leaf)
+        wanted, inputs = variant.truth(truth), (leaf, weight, targets, teacher)
+        if variant.given_loss:
+            value = variant.call(*inputs, loss)
+            check_close(value.detach(), loss(wanted).detach(), rtol=rtol, atol=FEW * atol)
+        else:
+            outputs = variant.call(*inputs)
+            for got, true in zip(outputs, wanted, strict=True):
+                check_close(got.detach(), true.detach(), rtol=rtol, atol=atol)
+            value = loss(outputs)
+        (grad,) = torch.autograd.grad(value, leaf)
         (true,) = torch.autograd.grad(loss(wanted), exact, retain_graph=True)
         off = ((grad.double() - true).norm() / true.norm()).item()
         if not off <= of_norm:
@@ -86,14 +101,23 @@ def compare(c: Config, rows: int, width: int, dtype: torch.dtype, device: str) -
 
     def both_ways(variant: Variant) -> object:
         leaf = hidden.detach().requires_grad_()
-        return torch.autograd.grad(loss(variant.call(leaf, weight, targets, teacher)), leaf)
+        if variant.given_loss:
+            value = variant.call(leaf, weight, targets, teacher, loss)
+        else:
+            value = loss(variant.call(leaf, weight, targets, teacher))
+        return torch.autograd.grad(value, leaf)
 
     check = checker(weight, hidden[:FEW], targets[:FEW], teacher[:FEW])
     shape = f"T={rows} D={width} V={c.vocabulary} {str(dtype).removeprefix('torch.')}"
     tasks = dict(TASKS)
     for chunk in c.chunks:
-        variant = Variant(ours(*ALL_THREE, chunk_elements=chunk), all_three)
-        tasks["policy_head"] = tasks["policy_head"] | {f"ours, {chunk:,} logits at once": variant}
+        given = ours_given_loss(*ALL_THREE, piece_elements=chunk)
+        tasks["policy_head"] = tasks["policy_head"] | {
+            f"ours, {chunk:,} logits at once": Variant(
+                ours(*ALL_THREE, chunk_elements=chunk), all_three
+            ),
+            f"ours, given the loss, {chunk:,} logits": Variant(given, all_three, True),
+        }
     running = {task: agreeing(f"{task} {shape}", tasks[task], check) for task in tasks}
     del check  # and with it the reference's logits
     torch.compiler.reset()  # else it stops compiling after a few shapes, and this one is not new
@@ -101,10 +125,11 @@ def compare(c: Config, rows: int, width: int, dtype: torch.dtype, device: str) -
     for task, variants in running.items():
         ways = (("forward", forward), ("forward+backward", both_ways))
         for (name, way), products in zip(ways, PRODUCTS[task], strict=True):
+            racing = {k: v for k, v in variants.items() if way is both_ways or not v.given_loss}
             race(
                 f"{task} {name}",
                 shape,
-                {key: lambda v=v, way=way: way(v) for key, v in variants.items()},
+                {key: lambda v=v, way=way: way(v) for key, v in racing.items()},
                 device=device,
                 repeats=c.repeats,
                 floor=products * product,

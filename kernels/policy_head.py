@@ -14,11 +14,12 @@ and then grad_hidden = (dz / temperature) W. With a = log sum e^z and b = log su
     reverse_kl = sum p (z - u) - a + b     forward_kl = sum q (u - z) - b + a
 
 so running sums over the vocabulary suffice, kept relative to the largest logit seen so far
-(`Sums`). The vocabulary is taken in parts of all rows at once: W is read once a direction. Forward
-keeps only the inputs and [T] numbers, backward computes each part's logits again; small problems,
-of one part, keep their logits instead. The weight's gradient is computed only if the weight
-requires one; the teacher's side never gets any. Banned entries enter as a bias of -1e30 of the
-matrix product: p is 0 there, and nothing has to be masked.
+(policy_head_sums.py). The vocabulary is taken in parts of all rows at once: W is read once a
+direction. Forward keeps only the inputs and [T] numbers, backward computes each part's logits
+again; small problems keep their logits instead, and policy_head_loss.py, which is given the loss,
+needs no second time. The weight's gradient is computed only if the weight requires one; the
+teacher's side never gets any. Banned entries enter as a bias of -1e30 of the matrix product: p is 0
+there, and nothing has to be masked.
 
 On a GPU the products are the matrix library's too, and Triton kernels (policy_head_triton.py) form
 the same sums and gradients in one pass over each part's logits. Left out: second derivatives. A NaN
@@ -26,19 +27,26 @@ or infinity in a hidden state propagates to its own row.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import check_head_inputs, check_head_teacher
 from .dispatch import choose_impl
+from .policy_head_sums import (
+    TEACHER_OUTPUTS,
+    Head,
+    Sides,
+    add_product,
+    part_gradient,
+    part_sums,
+    stack,
+)
 from .reference import IGNORED_TARGET, PolicyHeadOutput, policy_head_reference
 
 STUDENT_OUTPUTS = ("logprob", "entropy")
-TEACHER_OUTPUTS = ("teacher_logprob", "reverse_kl", "forward_kl")
 OUTPUTS = STUDENT_OUTPUTS + TEACHER_OUTPUTS
 DIFFERENTIABLE = ("logprob", "entropy", "reverse_kl", "forward_kl")
 CHUNK_ELEMENTS = 1 << 21  # logits held at once: 8 MB in fp32, for each of student and teacher
@@ -64,201 +72,73 @@ def policy_head(
     chunk_elements: int | None = None,  # bound on logits held at once; given, none are kept
 ) -> PolicyHeadOutput:
     """The wanted outputs, in fp32 (fp64 for fp64 inputs); the others are None and cost nothing."""
+    sides, head = checked(
+        hidden,
+        weight,
+        targets,
+        temperature=temperature,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        bias=bias,
+        banned=banned,
+        want=want,
+        impl=impl,
+        chunk_elements=chunk_elements,
+    )
+    if chunk_elements is None:
+        kept = CUDA_CHUNK_ELEMENTS if hidden.is_cuda else KEPT_ELEMENTS
+        head = replace(head, keep=targets.numel() * weight.shape[0] <= kept)
+    return apply_head(sides, head)
+
+
+def checked(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    banned: Tensor | None = None,
+    want: Sequence[str] | None = None,
+    impl: str | None = None,
+    chunk_elements: int | None = None,
+) -> tuple[Sides, Head]:
+    """The arguments of `policy_head`, checked; no logits are kept."""
     want = _check_want(want, teacher_hidden is not None)
     check_head_inputs(hidden, weight, targets, temperature, bias, banned)
     if teacher_hidden is not None:
         teacher_weight = weight if teacher_weight is None else teacher_weight
         check_head_teacher(hidden, weight, teacher_hidden, teacher_weight)
         teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
-    default = CUDA_CHUNK_ELEMENTS if hidden.is_cuda else CHUNK_ELEMENTS
     how = choose_impl(impl, hidden.device, has_triton=True)
-    triton = how == "triton" and hidden.dtype != torch.float64
-    kept = CUDA_CHUNK_ELEMENTS if hidden.is_cuda else KEPT_ELEMENTS
-    keep = targets.numel() * weight.shape[0] <= kept and chunk_elements is None
-    head = _Head(temperature, banned, want, chunk_elements or default, keep, triton)
-    if how == "reference":
-        return _reference(hidden, weight, targets, teacher_hidden, teacher_weight, bias, head)
+    if how == "triton" and hidden.dtype == torch.float64:
+        how = "torch"
+    chunk = chunk_elements or (CUDA_CHUNK_ELEMENTS if hidden.is_cuda else CHUNK_ELEMENTS)
+    sides = Sides(hidden, weight, bias, targets, teacher_hidden, teacher_weight)
+    return sides, Head(temperature, banned, want, chunk, keep=False, how=how)
 
-    counted = (targets != IGNORED_TARGET).nonzero()[:, 0]  # [T'], rows that have a target
-    rows = targets.numel()
-    if counted.numel() < rows:
-        hidden, targets = hidden[counted], targets[counted]
-        teacher_hidden = None if teacher_hidden is None else teacher_hidden[counted]
+
+def apply_head(sides: Sides, head: Head, all_counted: bool = False) -> PolicyHeadOutput:
+    """The head of checked arguments; `all_counted`: every row is known to have a target."""
+    if head.how == "reference":
+        return _reference(sides, head)
+    rows, counted = sides.targets.numel(), None
+    if not all_counted:
+        counted = (sides.targets != IGNORED_TARGET).nonzero()[:, 0]  # [T'], rows with a target
+        if counted.numel() < rows:
+            sides = sides.at(counted)
+        else:
+            counted = None
+    teacher = sides.teacher_hidden, sides.teacher_weight
     if not head.needs_teacher:
-        teacher_hidden = teacher_weight = None
-    values = _OnlineHead.apply(hidden, weight, bias, targets, teacher_hidden, teacher_weight, head)
-    if counted.numel() < rows:
+        teacher = None, None
+    inputs = sides.hidden, sides.weight, sides.bias, sides.targets, *teacher
+    values = _OnlineHead.apply(*inputs, head)
+    if counted is not None:
         values = [value.new_zeros(rows).index_copy(0, counted, value) for value in values]
-    return PolicyHeadOutput(**dict(zip(want, values, strict=True)))
-
-
-@dataclass(frozen=True)
-class _Head:
-    """What does not change from row to row."""
-
-    temperature: float
-    banned: Tensor | None
-    want: tuple[str, ...]
-    chunk_elements: int
-    keep: bool  # the logits, for the backward
-    triton: bool
-
-    @property
-    def needs_teacher(self) -> bool:
-        return any(name in TEACHER_OUTPUTS for name in self.want)
-
-
-def ban_bias(banned: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to logits so that `banned` [V] is never sampled; finite.  # [V]"""
-    low = -3e4 if dtype == torch.float16 else -1e30
-    return torch.zeros(banned.shape, dtype=dtype, device=banned.device).masked_fill_(banned, low)
-
-
-@dataclass(frozen=True)
-class Sides:
-    """Both sides' inputs."""
-
-    hidden: Tensor  # [T, D]
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    targets: Tensor  # [T]
-    teacher_hidden: Tensor | None  # [T, D'], None where no output needs it
-    teacher_weight: Tensor | None  # [V, D']
-
-    def logits(self, part: slice, head: _Head) -> tuple[Tensor, Tensor | None]:
-        """Logits z and u of one part of the vocabulary, in fp32 or wider.  # [T, width]"""
-        ban = None
-        if head.banned is not None:
-            ban = ban_bias(head.banned[part], self.weight.dtype)
-        sides = [(self.hidden, self.weight)]
-        if head.needs_teacher:
-            sides.append((self.teacher_hidden, self.teacher_weight))
-        logits = []
-        for hidden, weight in sides:
-            x = F.linear(hidden, weight[part], ban)
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            if self.bias is not None:
-                x += self.bias[part]
-            if head.temperature != 1.0:
-                x /= head.temperature
-            logits.append(x)
-        return (*logits, None)[:2]
-
-    def products(self, part: slice) -> tuple[Tensor, Tensor]:
-        """h W^T of one part in fp32 for the Triton kernels; no teacher: its place is not read."""
-        weight = self.weight[part]
-        student = _product(self.hidden, weight.T)
-        if self.teacher_hidden is None:
-            return student, student
-        return student, _product(self.teacher_hidden, self.teacher_weight[part].T)
-
-
-@dataclass
-class Sums:
-    """Sums over the vocabulary, or a part of it, relative to its largest logit.  # [T] each"""
-
-    m: Tensor  # max z
-    p: Tensor  # sum e^(z-m)
-    pz: Tensor  # sum e^(z-m) (z-m)
-    z_target: Tensor
-    n: Tensor | None = None  # max u
-    q: Tensor | None = None  # sum e^(u-n)
-    pd: Tensor | None = None  # sum e^(z-m) (z-u)
-    qd: Tensor | None = None  # sum e^(u-n) (u-z)
-    u_target: Tensor | None = None
-
-    def join(self) -> "Sums":
-        """The sums of the whole vocabulary from those of its parts, fields [parts, T] -> [T]."""
-        m = self.m.amax(0)
-        shift = self.m - m
-        shrink = shift.exp()
-        pz = ((self.pz + self.p * shift) * shrink).sum(0)
-        out = Sums(m, (self.p * shrink).sum(0), pz, self.z_target.sum(0))
-        if self.n is not None:
-            out.pd, out.n = (self.pd * shrink).sum(0), self.n.amax(0)
-            shrink = (self.n - out.n).exp()
-            out.q, out.qd = (self.q * shrink).sum(0), (self.qd * shrink).sum(0)
-            out.u_target = self.u_target.sum(0)
-        return out
-
-    def outputs(self, banned: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-        """Every output, and a, b, entropy and reverse KL for the backward [4, T].
-
-        `banned` [T] marks rows whose target cannot be sampled.
-        """
-        log_p = self.p.log()  # of the sum; the largest logit is kept apart, so that digits remain
-        a, entropy = self.m + log_p, log_p - self.pz / self.p
-        b = reverse = torch.zeros_like(a)
-        out = {"logprob": (self.z_target - self.m) - log_p, "entropy": entropy}
-        if self.n is not None:
-            log_q = self.q.log()
-            b, a_less_b = self.n + log_q, (self.m - self.n) + (log_p - log_q)
-            reverse = self.pd / self.p - a_less_b
-            out["teacher_logprob"] = (self.u_target - self.n) - log_q
-            out["reverse_kl"], out["forward_kl"] = reverse, self.qd / self.q + a_less_b
-        if banned is not None:
-            for name in {"logprob", "teacher_logprob"} & set(out):
-                out[name] = out[name].masked_fill(banned, -torch.inf)
-        return out, torch.stack([a, b, entropy, reverse])
-
-
-def _part_sums(
-    z: Tensor, u: Tensor | None, targets: Tensor, part: slice, want: tuple[str, ...]
-) -> Sums:
-    """The sums of one part of the vocabulary, from its logits [T, width]; only those wanted."""
-
-    inside, place = _targets_in(part, targets)
-
-    def of_target(x: Tensor) -> Tensor:
-        return torch.where(inside, x.gather(1, place)[:, 0], 0.0)
-
-    m = z.amax(1)
-    shifted = z - m[:, None]
-    p = shifted.exp()
-    zero = torch.zeros_like(m)
-    pz = torch.linalg.vecdot(p, shifted) if "entropy" in want else zero
-    sums = Sums(m, p.sum(1), pz, of_target(z))
-    if u is None:
-        return sums
-    d = torch.sub(z, u, out=shifted)
-    sums.pd = torch.linalg.vecdot(p, d) if "reverse_kl" in want else zero
-    sums.n = u.amax(1)
-    q = torch.sub(u, sums.n[:, None], out=p).exp_()
-    sums.q, sums.u_target = q.sum(1), of_target(u)
-    sums.qd = -torch.linalg.vecdot(q, d) if "forward_kl" in want else zero
-    return sums
-
-
-def _stack(one: Sums, two: Sums) -> Sums:
-    """The sums of two parts of the vocabulary, fields [2, T]."""
-    pairs = zip(vars(one).values(), vars(two).values(), strict=True)
-    return Sums(*(None if x is None else torch.stack([x, y]) for x, y in pairs))
-
-
-def _targets_in(part: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Which targets lie in a part of the vocabulary [T], and a column of it for each [T, 1]."""
-    inside = (targets >= part.start) & (targets < part.stop)
-    return inside, (targets - part.start).clamp(0, part.stop - part.start - 1)[:, None]
-
-
-def _part_gradient(z: Tensor, u: Tensor | None, targets: Tensor, part: slice, rows: Tensor):
-    """d loss / d z of one part of the vocabulary.  # [T, width]
-
-    rows [8, T]: a, b, entropy H, reverse KL R; d loss / d logprob, H, R, forward KL: l, h, r, f.
-    The four formulas in one: dz = p ((r - h) z - r u + c) - f q + l onehot(target), where
-    c = h (a - H) - r (a - b + R) - l + f.
-    """
-    a, b, entropy, reverse, of_logprob, of_entropy, of_reverse, of_forward = rows
-    c = of_entropy * (a - entropy) - of_reverse * (a - b + reverse) - of_logprob + of_forward
-    x = torch.addcmul(c[:, None], z, (of_reverse - of_entropy)[:, None])
-    if u is not None:
-        x.addcmul_(u, of_reverse[:, None], value=-1)
-    x.mul_((z - a[:, None]).exp_())
-    inside, place = _targets_in(part, targets)
-    x.scatter_add_(1, place, torch.where(inside, of_logprob, 0.0)[:, None])
-    if u is not None and of_forward.any():
-        x.addcmul_((u - b[:, None]).exp_(), of_forward[:, None], value=-1)
-    return x
+    return PolicyHeadOutput(**dict(zip(head.want, values, strict=True)))
 
 
 class _OnlineHead(torch.autograd.Function):
@@ -269,21 +149,26 @@ class _OnlineHead(torch.autograd.Function):
         sides = Sides(hidden, weight, bias, targets, teacher_hidden, teacher_weight)
         ctx.head = head
         ctx.set_materialize_grads(False)  # an output that the loss does not use has gradient None
-        parts = _parts(hidden, weight, head)
+        parts, kept = _parts(hidden, weight, head), []
+
+        def form(part: slice) -> tuple[Tensor, Tensor | None]:
+            logits = sides.form(part, head)
+            if head.keep:
+                kept.extend(logits)
+            return logits
+
         if head.triton:
             from .policy_head_triton import head_sums
 
-            sums, logits = head_sums(sides, head, parts)
+            sums = head_sums(sides, head, parts, form)
         else:
             sums = None
             for part in parts:
-                logits = sides.logits(part, head)
-                more = _part_sums(*logits, targets, part, head.want)
-                sums = more if sums is None else _stack(sums, more).join()
+                more = part_sums(*form(part), targets, part, head.want)
+                sums = more if sums is None else stack(sums, more).join()
         never = None if head.banned is None else head.banned[targets]
         values, rows = sums.outputs(never)
         # Saved so that the backward gives the logits up, not whoever holds the loss.
-        kept = logits if head.keep else (None, None)
         inputs = hidden, weight, bias, targets, teacher_hidden, teacher_weight
         ctx.save_for_backward(*inputs, rows, *kept)
         outputs = tuple(values[name] for name in head.want)
@@ -296,9 +181,8 @@ class _OnlineHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):
-        *inputs, rows, z, u = ctx.saved_tensors
+        inputs, (rows, *kept) = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         sides, head = Sides(*inputs), ctx.head
-        kept = None if z is None else (z, u)
         hidden, weight, bias, targets = inputs[:4]
         named = dict(zip(head.want, grad_outputs, strict=True))
         zero = torch.zeros_like(rows[0])
@@ -311,72 +195,58 @@ class _OnlineHead(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=rows.dtype) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=rows.dtype) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=rows.dtype) if needs_bias else None
+        parts = _parts(hidden, weight, head)
+
+        def form(part: slice) -> tuple[Tensor, Tensor | None]:
+            at = 2 * parts.index(part)
+            return tuple(kept[at : at + 2]) if kept else sides.form(part, head)
+
         if head.triton:
             from .policy_head_triton import part_gradients
 
-            gradient = part_gradients(sides, head, rows, kept)
+            gradient = part_gradients(sides, head, rows, form)
         else:
 
             def gradient(part: slice) -> Tensor:
-                logits = kept or sides.logits(part, head)
-                return _part_gradient(*logits, targets, part, rows)
+                return part_gradient(*form(part), targets, part, rows)
 
-        for part in _parts(hidden, weight, head):
+        for part in parts:
             dz = gradient(part)
             if needs_bias:
                 grad_bias[part] = dz.sum(0, dtype=rows.dtype)
             dz = dz.to(weight.dtype)
             if needs_hidden:
-                _add_product(grad_hidden, dz, weight[part])
+                add_product(grad_hidden, dz, weight[part])
             if needs_weight:
-                _add_product(grad_weight[part], dz.T, hidden)
+                add_product(grad_weight[part], dz.T, hidden)
             del dz  # before the next part's is formed
         grads = zip((grad_hidden, grad_weight, grad_bias), inputs, strict=False)
         return *(None if g is None else g.to(x.dtype) for g, x in grads), None, None, None, None
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in fp32, not rounded to the dtype of 16-bit inputs in between."""
-    if left.dtype == torch.float32:
-        return left @ right
-    if left.is_cpu:  # the interpreter's tests; a CPU has no such product
-        return left.float() @ right.float()
-    return torch.mm(left, right, out_dtype=torch.float32)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right; the sum over parts of the vocabulary is in total's dtype."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif left.is_cpu:
-        total += left @ right
-    else:
-        total += _product(left, right)
-
-
-def _parts(hidden: Tensor, weight: Tensor, head: _Head) -> list[slice]:
+def _parts(hidden: Tensor, weight: Tensor, head: Head) -> list[slice]:
     """Parts of the vocabulary whose logits may exist at once."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     width = max(1, head.chunk_elements // max(rows, 1))
-    if head.keep or width >= vocabulary:
+    if width >= vocabulary:
         return [slice(0, vocabulary)]
     if width >= ALIGNED:
         width -= width % ALIGNED
     return [slice(at, min(at + width, vocabulary)) for at in range(0, vocabulary, width)]
 
 
-def _reference(hidden, weight, targets, teacher_hidden, teacher_weight, bias, head):
+def _reference(sides: Sides, head: Head) -> PolicyHeadOutput:
     def wide(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.double()
 
     full = policy_head_reference(
-        wide(hidden),
-        wide(weight),
-        targets,
+        wide(sides.hidden),
+        wide(sides.weight),
+        sides.targets,
         head.temperature,
-        wide(teacher_hidden),
-        wide(teacher_weight),
-        wide(bias),
+        wide(sides.teacher_hidden),
+        wide(sides.teacher_weight),
+        wide(sides.bias),
         head.banned,
     )
     return PolicyHeadOutput(**{name: vars(full)[name] for name in head.want})

@@ -2,8 +2,8 @@
 
 The products are the matrix library's, h W^T of a part of the vocabulary for each side, in fp32 and
 without rounding in between; what it writes is read once and given up. Forward: a program takes a
-row of the chunk, or a share of it, and adds it to the sums of `policy_head.Sums`, which stay in
-memory from part to part; when a block brings a larger logit, they shrink. Shares are joined as in
+row of the chunk, or a share of it, and adds it to `policy_head_sums.Sums`, which stay in memory
+from part to part; when a block brings a larger logit, they shrink. Shares are joined as in
 PyTorch. Backward: dz of the chunk, in the dtype of the head, for the product with the head.
 
 Importing this needs triton. Left out: fp64, which policy_head.py computes with PyTorch.
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .policy_head import Sides, Sums, ban_bias
+from .policy_head_sums import Sides, Sums, ban_bias
 from .tiles_triton import FUSED, rounded
 
 BLOCK = 1024  # entries of the vocabulary that a program holds at once
@@ -112,7 +112,7 @@ def _grad_logits(
     teacher,
     bias,
     targets,  # [T] int64
-    rows,  # [8, T] float32, as in `policy_head._part_gradient`
+    rows,  # [8, T] float32, as in `policy_head_sums.part_gradient`
     dz,  # [T, width]
     inverse_temperature,
     start,
@@ -145,8 +145,10 @@ def _grad_logits(
 Products = tuple[Tensor, Tensor]  # h W^T of student and teacher  # [T, width] each
 
 
-def head_sums(sides: Sides, head, parts: Sequence[slice]) -> tuple[Sums, Products | None]:
-    """The sums over the whole vocabulary, part after part, and the last part's products."""
+def head_sums(
+    sides: Sides, head, parts: Sequence[slice], form: Callable[[slice], Products]
+) -> Sums:
+    """The sums over the whole vocabulary, part after part; `form` makes a part's products."""
     count, vocabulary = len(sides.hidden), len(sides.weight)
     shares = max(1, min(triton.cdiv(PROGRAMS, max(count, 1)), triton.cdiv(vocabulary, BLOCK)))
     sums = sides.hidden.new_zeros(shares, SUMS, count, dtype=torch.float32)
@@ -159,20 +161,17 @@ def head_sums(sides: Sides, head, parts: Sequence[slice]) -> tuple[Sums, Product
         place = (1 / head.temperature, part.start, width, share, count)
         grid = (count, triton.cdiv(width, share))
         products = None  # before there are new ones
-        products = sides.products(part)
+        products = form(part)
         _add_chunk[grid](*products, *others, sums, *place, **constants)
     m, p, pz, z_target, *teacher = sums.unbind(1)  # [shares, T] each
     n, q, pd, qd, u_target = teacher if head.needs_teacher else [None] * 5
-    return Sums(m, p, pz, z_target, n, q, pd, qd, u_target).join(), products
+    return Sums(m, p, pz, z_target, n, q, pd, qd, u_target).join()
 
 
 def part_gradients(
-    sides: Sides, head, rows: Tensor, kept: Products | None
+    sides: Sides, head, rows: Tensor, form: Callable[[slice], Products]
 ) -> Callable[[slice], Tensor]:
-    """`policy_head._part_gradient` of any part in the dtype of the head.
-
-    From `kept` products where there is only one part, else from the inputs.
-    """
+    """`policy_head_sums.part_gradient` in the dtype of the head, from the products of `form`."""
     others, constants = _constants(sides, head)
 
     def gradient(part: slice) -> Tensor:
@@ -181,8 +180,7 @@ def part_gradients(
         if count:
             place = (1 / head.temperature, part.start, width, count)
             grid = (count, triton.cdiv(width, BLOCK))
-            products = kept or sides.products(part)
-            _grad_logits[grid](*products, *others, rows, dz, *place, **constants)
+            _grad_logits[grid](*form(part), *others, rows, dz, *place, **constants)
         return dz
 
     return gradient

@@ -16,12 +16,13 @@ from torch import nn
 
 import turbo.batch
 import turbo.decode
+import turbo.kernels.policy_head_loss
 import turbo.model
 import turbo.score
 from turbo.envs.base import read_json_answer
 from turbo.envs.cards import evaluate, tokenize
 from turbo.gae import gae
-from turbo.kernels.policy_head import policy_head
+from turbo.kernels.policy_head import apply_head, policy_head
 from turbo.model import ValueHead
 from turbo.parallel import Crew
 from turbo.score import final_hidden, read_answers, teacher_kl
@@ -299,7 +300,12 @@ def test_fault_10_only_answer_tokens_meet_the_vocabulary_and_environments_are_ba
             logits.append(len(x))
         return own(x, weight, *bias)
 
+    def counting_pieces(sides, *arguments):
+        rows.append(len(sides.hidden))
+        return apply_head(sides, *arguments)
+
     monkeypatch.setattr(turbo.score, "policy_head", counting)
+    monkeypatch.setattr(turbo.kernels.policy_head_loss, "apply_head", counting_pieces)
     config = tiny_models.new_config(temperature=TEMPERATURE)
     n = len(rollout.steps)
     old = old_logprobs(rollout.steps, config.thought_coef)

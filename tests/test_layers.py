@@ -15,8 +15,9 @@ MODULES = {
     # 0: usable without the rest
     0: """
         kernels.checks kernels.dispatch kernels.ema kernels.ema_triton kernels.nf4
-        kernels.nf4_triton kernels.pointwise kernels.policy_head kernels.policy_head_triton
-        kernels.reference kernels.ties kernels.ties_triton kernels.tiles kernels.tiles_triton
+        kernels.nf4_triton kernels.pointwise kernels.policy_head kernels.policy_head_loss
+        kernels.policy_head_sums kernels.policy_head_triton kernels.reference kernels.ties
+        kernels.ties_triton kernels.tiles kernels.tiles_triton
         envs.alfworld envs.alfworld_compact envs.alfworld_draw envs.alfworld_engine
         envs.alfworld_expert envs.alfworld_furniture envs.alfworld_games envs.alfworld_icons
         envs.alfworld_pddl envs.alfworld_pen envs.alfworld_process envs.alfworld_rooms

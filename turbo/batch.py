@@ -25,6 +25,7 @@ class TokenBatch:
     targets: Tensor  # [N] the answer tokens
     row: Tensor  # [N] the row of each answer token
     last_prompt: Tensor  # [R] flat index of each row's last prompt position
+    counts: list[int]  # answer tokens of each row
 
     @property
     def padded_rows(self) -> int:
@@ -68,7 +69,7 @@ def pad_rows(
     if not exact:
         select = torch.cat([select, select.new_zeros(round_up(len(select), 64) - len(select))])
     tensors = (t.to(device) for t in (ids, select, targets, row, starts))
-    return TokenBatch(len(rows), *tensors)
+    return TokenBatch(len(rows), *tensors, [len(a) for a in answers])
 
 
 def pad_to(tensor: Tensor, length: int) -> Tensor:

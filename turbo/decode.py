@@ -35,7 +35,7 @@ from torch import Tensor
 from turbo.attend import PrefixKV, additive, causal_mask
 from turbo.batch import fits, micro_batches, round_up
 from turbo.graphs import Graphs
-from turbo.kernels.policy_head import ban_bias
+from turbo.kernels.policy_head_sums import ban_bias
 from turbo.model import VisionLanguageModel, Weights
 
 

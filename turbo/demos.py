@@ -14,7 +14,7 @@ from torch import Tensor
 from turbo.backprop import backward_rows
 from turbo.envs.base import LabelledEnv
 from turbo.model import VisionLanguageModel, Weights
-from turbo.score import score_answers
+from turbo.score import loss_of_answers
 from turbo.tiny import OTHER_TARGETS
 
 
@@ -137,7 +137,9 @@ def backward_demos(
             logits = F.linear(h, w.head)[: len(batch.targets)].float()
             value = F.cross_entropy(logits, batch.targets, reduction="sum")
         else:
-            value = -score_answers(h, w.head, batch, want=("logprob",)).logprob.sum()
+            value = loss_of_answers(
+                h, w.head, batch, lambda out, *_: -out.logprob.sum(), want=("logprob",)
+            )
         total += value.item()
         count += len(batch.targets)
         return value * scale if scale != 1.0 else value

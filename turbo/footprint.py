@@ -28,10 +28,11 @@ covered matrices, and products in bf16:
                  both its sides, of the layer's output and input; D' bytes of the stream.
     all layers   with checkpointing the stream x of each layer, L D' T, and one layer at work; else
                  L layers' working sets.
-    head         `kernels.policy_head` on N scored tokens: a chunk of C = min(N V,
+    head         `kernels.policy_head_loss` on N scored tokens: a piece of C = min(N V,
                  CUDA_CHUNK_ELEMENTS) logits, of both sides in fp32, and of d loss / d logits in
-                 bf16; the gradient of its input in fp32, a product to add to it, both sides' inputs
-                 and the gradient in bf16: 8 C + 2 C + 4 N D + 4 N D + 3 * 2 N D.
+                 bf16; of its C / V rows the gradient in fp32, a product to add to it, and the
+                 gradient in bf16; of all rows both sides' inputs and the gradient in bf16:
+                 8 C + 2 C + (4 + 4 + 2) D C / V + 3 * 2 N D.
 
 Left out, all small: the critic, vectors of one number a token, tables of the rotary embedding, the
 attention mask. Left out and not small: attention that writes its scores, 2 H S bytes a token and
@@ -164,12 +165,17 @@ def read_bytes(shape: TextShape, tokens: int, wide: bool) -> int:
 
 
 def head_bytes(shape: TextShape, tokens: int, backward: bool) -> int:
-    """`policy_head` on so many scored tokens with a teacher, forward alone or with its backward."""
+    """`policy_head` on so many scored tokens with a teacher, or `policy_head_loss` with gradient.
+
+    A piece has the rows that fill a chunk, and their gradient twice in fp32 while it is summed.
+    """
     chunk = min(CUDA_CHUNK_ELEMENTS, tokens * shape.vocabulary)
     forward = 2 * FP32 * chunk + 2 * BF16 * tokens * shape.hidden
     if not backward:
         return forward
-    return forward + BF16 * chunk + tokens * shape.hidden * (2 * FP32 + BF16)
+    rows = chunk // shape.vocabulary
+    piece = BF16 * chunk + rows * shape.hidden * (2 * FP32 + BF16)
+    return forward + piece + BF16 * tokens * shape.hidden
 
 
 def read_back_bytes(shape: TextShape, nf4: bool) -> int:

@@ -37,9 +37,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.utils import is_flash_attn_2_available
 
 from turbo.attend import grouped_attention
 from turbo.coded import Matrix, linear, merge_ground, room_like
@@ -113,6 +110,8 @@ class _State:
 
 def attention(module, query, key, value, mask, dropout=0.0, scaling=None, **options):
     """What transformers' decoders call: [R, H, L, hd] and keys in, [R, L, H, hd] out."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     few = query.shape[2] <= FEW and not torch.is_grad_enabled()
     if few and mask is not None and key.shape[1] < query.shape[1]:
         out = grouped_attention(query, key, value, mask, scaling)
@@ -159,6 +158,9 @@ class ModuleText:
         checkpointing: bool = True,
         record: Callable[[], Record] | None = None,  # decode steps, see `turbo.graphs`
     ):
+        from transformers import AttentionInterface
+        from transformers.utils import is_flash_attn_2_available
+
         c = model.config.get_text_config()
         self.decoder = model.get_decoder()
         self.head = model.get_output_embeddings()

@@ -9,6 +9,7 @@ Left out: gradients (`turbo.backprop`); what the scores are used for (`turbo.tra
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from turbo.attend import PrefixKV
 from turbo.backprop import pictures_at_once, rows_of
 from turbo.batch import TokenBatch, pad_to, run_batches
 from turbo.kernels.policy_head import PolicyHeadOutput, policy_head
+from turbo.kernels.policy_head_loss import policy_head_loss
 from turbo.kl import kl_estimate, mean_over
 from turbo.model import VisionLanguageModel, Weights
 from turbo.rollout import Rollout, Step
@@ -48,9 +50,36 @@ def answer_hidden(
 
 def score_answers(hidden: Tensor, head: Tensor, batch: TokenBatch, **options) -> PolicyHeadOutput:
     """`policy_head` on the answer tokens; what a round size added beyond them is cut off."""
-    n = len(batch.targets)
     out = policy_head(hidden, head, pad_to(batch.targets, len(hidden)), **options)
+    return _first(out, len(batch.targets))
+
+
+def _first(out: PolicyHeadOutput, n: int) -> PolicyHeadOutput:
     return PolicyHeadOutput(**{k: None if v is None else v[:n] for k, v in vars(out).items()})
+
+
+def loss_of_answers(
+    hidden: Tensor,
+    head: Tensor,
+    batch: TokenBatch,
+    loss: Callable[[PolicyHeadOutput, Tensor, slice], Tensor],
+    **options,
+) -> Tensor:
+    """`policy_head_loss` of the answers, a scalar: the sum of `loss` over pieces of the rows.
+
+    `loss(outputs, row of each token, rows)` gets the tokens of the rows of a slice; the first of
+    them is row 0.
+    """
+    ends = [0, *accumulate(batch.counts)]
+    beyond = len(hidden) - ends[-1]  # what a round size added: with the last row, and cut off
+    lengths = [*batch.counts[:-1], batch.counts[-1] + beyond]
+
+    def of_piece(out: PolicyHeadOutput, rows: slice) -> Tensor:
+        row = batch.row[ends[rows.start] : ends[rows.stop]] - rows.start
+        return loss(_first(out, len(row)), row, rows)
+
+    targets = pad_to(batch.targets, len(hidden))
+    return policy_head_loss(hidden, head, targets, of_piece, lengths=lengths, **options)
 
 
 def in_batches(

@@ -11,19 +11,21 @@ Left out: the warm start itself (`turbo.sft`), LoRA and the fast forward pass (`
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessorPil,
-)
 
 from turbo import prompts
 from turbo.envs.make import make, tiny_kwargs
+
+if TYPE_CHECKING:  # half of what a command takes to start, and `--help` needs none of it
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2VLImageProcessorPil,
+    )
 
 GAMES = ("points24", "ezpoints", "numberline", "blackjack")
 VOCABULARY = 640
@@ -94,7 +96,7 @@ def expert_texts(env, rng: np.random.Generator, seed: int, options=None) -> Iter
         done = terminated or truncated
 
 
-def tokenizer_of(name: str, env, episodes: int = 300) -> PreTrainedTokenizerFast:
+def tokenizer_of(name: str, env, episodes: int = 300) -> "PreTrainedTokenizerFast":
     """The games share a tokenizer; any other environment has one of its own, of its own words."""
     if name in GAMES:
         return train_tokenizer()
@@ -115,11 +117,14 @@ def train_tokenizer(
     seed: int = 0,
     texts: Iterable[str] | None = None,
     split: str = SPLIT,
-) -> PreTrainedTokenizerFast:
+) -> "PreTrainedTokenizerFast":
     """Byte-level BPE on `texts`, or else on `corpus`, that merges nothing across `split`.
 
     Ids 0..6 are Qwen's special tokens (`prompts.SPECIAL_TOKENS`).
     """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -147,10 +152,12 @@ def train_tokenizer(
 
 
 def config(
-    size: str, tokenizer: PreTrainedTokenizerFast, positions: int = POSITIONS
-) -> Qwen2_5_VLConfig:
+    size: str, tokenizer: "PreTrainedTokenizerFast", positions: int = POSITIONS
+) -> "Qwen2_5_VLConfig":
     """A Qwen2.5-VL configuration of one of `SIZES`, with the token ids of `tokenizer`, for prompts
     and answers of at most so many tokens together."""
+    from transformers import Qwen2_5_VLConfig
+
     s = SIZES[size]
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in prompts.SPECIAL_TOKENS}
     head_dim = s["hidden"] // s["heads"]
@@ -191,14 +198,16 @@ def config(
 
 
 def new_model(
-    size: str, tokenizer: PreTrainedTokenizerFast, seed: int, positions: int = POSITIONS
-) -> Qwen2_5_VLForConditionalGeneration:
+    size: str, tokenizer: "PreTrainedTokenizerFast", seed: int, positions: int = POSITIONS
+) -> "Qwen2_5_VLForConditionalGeneration":
     """A randomly initialised model, float32."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
     torch.manual_seed(seed)
     return Qwen2_5_VLForConditionalGeneration(config(size, tokenizer, positions))
 
 
-def name_tokens(config, tokenizer: PreTrainedTokenizerFast) -> None:
+def name_tokens(config, tokenizer: "PreTrainedTokenizerFast") -> None:
     """Give a Qwen configuration of any size the special tokens of this tokenizer."""
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in prompts.SPECIAL_TOKENS}
     config.image_token_id, config.video_token_id = ids[prompts.IMAGE_PAD], ids[prompts.VIDEO_PAD]
@@ -206,8 +215,10 @@ def name_tokens(config, tokenizer: PreTrainedTokenizerFast) -> None:
     config.vision_end_token_id = ids[prompts.VISION_END]
 
 
-def image_processor(patch: int = PATCH) -> Qwen2VLImageProcessorPil:
+def image_processor(patch: int = PATCH) -> "Qwen2VLImageProcessorPil":
     """transformers' own processor; it never resizes the games, drawn at multiples of 28 pixels."""
+    from transformers import Qwen2VLImageProcessorPil
+
     return Qwen2VLImageProcessorPil(
         patch_size=patch, min_pixels=(PATCH * MERGE) ** 2, max_pixels=448 * 448
     )

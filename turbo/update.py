@@ -21,6 +21,7 @@ from turbo.config import TrainConfig
 from turbo.envs.base import MeetingEnv
 from turbo.gae import explained_variance, gae, group_advantages, state_advantages
 from turbo.guidance import Examples
+from turbo.kernels.policy_head import PolicyHeadOutput
 from turbo.kl import kl_estimate, mean_over
 from turbo.lora import Lora
 from turbo.model import VisionLanguageModel, Weights
@@ -32,7 +33,7 @@ from turbo.score import (
     final_hidden,
     guided_tokens,
     local_pictures,
-    score_answers,
+    loss_of_answers,
 )
 
 NOTHING = 1e-4  # an advantage as small as that, of about 1, is rounding: its step is not trained on
@@ -245,9 +246,12 @@ class _Minibatch:
         def loss(w: Weights, hidden: Tensor, batch: TokenBatch, rows: list[int]) -> Tensor:
             h = vlm.text.final_norm(w, hidden.flatten(0, 1).index_select(0, batch.select))
             options = dict(temperature=c.temperature, banned=vlm.banned, want=("logprob",))
-            logprob = score_answers(h, w.head, batch, **options).logprob
-            every = torch.ones_like(logprob, dtype=torch.bool)
-            value = -mean_over(logprob, every, batch.row, len(rows)).sum() / imitated.total
+            return loss_of_answers(h, w.head, batch, of_thoughts, **options)
+
+        def of_thoughts(out: PolicyHeadOutput, row: Tensor, some: slice) -> Tensor:
+            every = torch.ones_like(row, dtype=torch.bool)
+            count = some.stop - some.start
+            value = -mean_over(out.logprob, every, row, count).sum() / imitated.total
             self._add("sft_loss", value, 1.0)
             return imitated.coef * value
 
@@ -267,51 +271,61 @@ class _Minibatch:
     def loss(self, w: Weights, hidden: Tensor, batch: TokenBatch, rows: list[int]) -> Tensor:
         """This micro-batch's part of the minibatch's mean loss."""
         c, vlm = self.l.config, self.l.vlm
-        steps, index = [self.steps[i] for i in rows], self.index[rows]
-        old, advantages, returns = (
-            x[index].to(vlm.device)
-            for x in (self.data.old_logprob, self.data.advantages, self.data.returns)
-        )
-        share = len(rows) / self.total
         flat = hidden.flatten(0, 1)
         h = vlm.text.final_norm(w, flat.index_select(0, batch.select))
-        out = self._head(w, h, batch, rows)
-        thought = guided_tokens(steps, "thought").to(vlm.device)
-        logprob = step_logprob(out.logprob, thought, batch.row, len(rows), c.thought_coef)
+
+        def of_answers(out: PolicyHeadOutput, row: Tensor, some: slice) -> Tensor:
+            return self.answers_loss(out, row, rows[some])
+
+        loss = loss_of_answers(h, w.head, batch, of_answers, **self._wanted(h, rows))
+        if self.value_head is not None:
+            returns = self.data.returns[self.index[rows]].to(vlm.device)
+            values = self.value_head(vlm.text.final_norm(w, flat[batch.last_prompt]))
+            v = value_loss(values, returns)
+            share = len(rows) / self.total
+            loss = loss + c.value_coef * v * share
+            self._add("value_loss", v, share)
+        return loss
+
+    def answers_loss(self, out: PolicyHeadOutput, row: Tensor, rows: list[int]) -> Tensor:
+        """The part of the steps `rows`: the policy's objective, and the guidance as a loss."""
+        c, device = self.l.config, self.l.vlm.device
+        steps, index = [self.steps[i] for i in rows], self.index[rows]
+        old, advantages = (
+            x[index].to(device) for x in (self.data.old_logprob, self.data.advantages)
+        )
+        share = len(rows) / self.total
+        thought = guided_tokens(steps, "thought").to(device)
+        logprob = step_logprob(out.logprob, thought, row, len(rows), c.thought_coef)
         ppo = ppo_loss(logprob, old, advantages, c.clip)
         policy_loss = ppo.loss
         if c.objective == "rejection":
             every = torch.ones_like(thought)
-            policy_loss = -mean_over(out.logprob, every, batch.row, len(rows)).mean()
+            policy_loss = -mean_over(out.logprob, every, row, len(rows)).mean()
         loss = policy_loss * share
         self._add("policy_loss", policy_loss, share)
         self._add("clip_fraction", ppo.clip_fraction, share)
         self._add("approx_kl", ppo.approx_kl, share)
         if self.teacher is not None:
             tokens = self._token_kl(out)
-            mask = guided_tokens(steps, c.guidance_range).to(vlm.device)
-            kl = mean_over(tokens, mask, batch.row, len(rows)).mean()
+            mask = guided_tokens(steps, c.guidance_range).to(device)
+            kl = mean_over(tokens, mask, row, len(rows)).mean()
             loss = loss + self.beta * kl * share
             self._add("teacher_kl", kl, share)
-        if self.value_head is not None:
-            values = self.value_head(vlm.text.final_norm(w, flat[batch.last_prompt]))
-            v = value_loss(values, returns)
-            loss = loss + c.value_coef * v * share
-            self._add("value_loss", v, share)
         return loss
 
-    def _head(self, w: Weights, h: Tensor, batch: TokenBatch, rows: list[int]):
-        """Log-probs of the sampled tokens, and what the guidance needs of the teacher."""
+    def _wanted(self, h: Tensor, rows: list[int]) -> dict:
+        """What is asked of the head: log-probs, and what the guidance needs of the teacher."""
         vlm, c = self.l.vlm, self.l.config
         shared = dict(temperature=c.temperature, banned=vlm.banned)
         if self.teacher is None:
-            return score_answers(h, w.head, batch, want=("logprob",), **shared)
+            return dict(want=("logprob",), **shared)
         theirs = pad_to(self.teacher.of(self.index[rows].tolist()).to(h.device), len(h))
         kind = {"full": "reverse_kl", "forward": "forward_kl"}.get(
             c.kl_estimator, "teacher_logprob"
         )
         pair = dict(teacher_hidden=theirs, teacher_weight=self.teacher.head)
-        return score_answers(h, w.head, batch, want=("logprob", kind), **pair, **shared)
+        return dict(want=("logprob", kind), **pair, **shared)
 
     def _token_kl(self, out) -> Tensor:
         kind = self.l.config.kl_estimator

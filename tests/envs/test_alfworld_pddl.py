@@ -101,6 +101,7 @@ def test_walkthroughs_of_all_types_win(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_walkthroughs_win_in_large_rooms(tmp_path):
     path = generate(tmp_path, games=3, size="realistic")[2]  # two objects; it takes seconds
     play(path, drawn_again(path, "realistic", 2))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.kernels.devices import device_of
-from turbo.kernels import dispatch, nf4, policy_head, ties
+from turbo.kernels import dispatch, nf4, policy_head, policy_head_sums, ties
 from turbo.kernels.policy_head import OUTPUTS
 
 DEVICE = device_of("triton")
@@ -215,9 +215,9 @@ def test_head_and_every_gradient_equal_the_reference(shape, width, with_ban):
 @pytest.mark.parametrize(("chunk", "passes"), [(None, 1), (64 * 5, 4)])
 def test_products_of_one_part_are_kept_for_the_backward(chunk, passes, monkeypatch):
     formed = []
-    products = policy_head.Sides.products
+    products = policy_head_sums.Sides.products
     monkeypatch.setattr(
-        policy_head.Sides, "products", lambda *args: formed.append(1) or products(*args)
+        policy_head_sums.Sides, "products", lambda *args: formed.append(1) or products(*args)
     )
     run_head(head_inputs(5, 7, 90), "triton", False, chunk_elements=chunk)
     assert len(formed) == passes

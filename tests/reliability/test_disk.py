@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from trainer import FLAGS, SHORT, finish, start
+from trainer import FLAGS, SHORT, finish, here, start
 
 from turbo import checkpoint, train
 from turbo.log import read_jsonl
@@ -15,7 +15,7 @@ from turbo.log import read_jsonl
 @pytest.mark.slow
 def test_a_failed_save_is_tried_again_and_told_and_loses_nothing(tmp_path):
     run = tmp_path / "run"
-    status, _, err = finish(start(run, *SHORT, "--updates", "1"))
+    status, _, err = here(run, *SHORT, "--updates", "1")
     assert status == 0, err
     size = (run / "checkpoints/00000001/state.safetensors").stat().st_size
     more = ["--updates", "3", "--resume", str(run)]
@@ -27,7 +27,7 @@ def test_a_failed_save_is_tried_again_and_told_and_loses_nothing(tmp_path):
     assert "2/3 " in out and "3/3 " in out  # it trained on
     assert [p.name for p in checkpoint.checkpoints(run)] == ["00000001"]
     assert not list((run / "checkpoints").glob("*.partial"))
-    status, _, err = finish(start(run, "--updates", "3", resume=True))
+    status, _, err = here(run, "--updates", "3", resume=True)
     assert status == 0, err
     assert [r["update"] for r in read_jsonl(run / "metrics.jsonl")] == [0, 1, 1, 2, 3, 3]
 

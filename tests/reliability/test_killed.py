@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from trainer import SHORT, finish, result, start
+from trainer import SHORT, finish, here, result, start
 
 UPDATES = 160
 
@@ -40,7 +40,7 @@ def kill(process, run: Path, rng: random.Random, while_saving: bool) -> bool:
 def undisturbed(tmp_path_factory):
     """A run without an interruption."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    status, _, err = finish(start(run, "--updates", "4"))
+    status, _, err = here(run, "--updates", "4")
     assert status == 0, err
     return result(run, 4)
 
@@ -51,8 +51,8 @@ def test_one_kill(tmp_path, undisturbed, while_saving):
     run = tmp_path / "run"
     assert kill(start(run, "--updates", "4"), run, random.Random(1), while_saving)
     fresh = not list((run / "checkpoints").glob("????????"))  # killed before the first one
-    again = start(run, "--updates", "4", *(["--overwrite"] if fresh else []), resume=not fresh)
-    status, _, err = finish(again)
+    anew = ["--overwrite"] if fresh else []
+    status, _, err = here(run, "--updates", "4", *anew, resume=not fresh)
     assert status == 0, err
     assert result(run, 4) == undisturbed
 

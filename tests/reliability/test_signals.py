@@ -2,11 +2,10 @@
 status; a second one ends at once; a second writer is refused meanwhile."""
 
 import signal
-import subprocess
 import time
 
 import pytest
-from trainer import command, finish, result, start
+from trainer import SHORT, finish, here, result, start
 
 BIG = ["--steps-per-update", "20000", "--envs", "64"]  # a rollout of some minutes
 
@@ -35,8 +34,8 @@ def running(path, *more):
 def test_a_long_rollout_is_abandoned_within_ten_seconds(tmp_path, number, workers):
     run = tmp_path / "run"
     process = running(run, *BIG, "--updates", "3", "--workers", workers)
-    again = subprocess.run(command(run, resume=True), capture_output=True, text=True, check=False)
-    assert again.returncode == 2 and f"in use by process {process.pid} " in again.stderr
+    status, _, err = here(run, resume=True)
+    assert status == 2 and f"in use by process {process.pid} " in err
     began = time.monotonic()
     process.send_signal(number)
     status, out, err = finish(process, timeout=20)
@@ -52,17 +51,17 @@ def test_an_abandoned_evaluation_is_made_up_for(tmp_path):
     """Stopped while it is evaluated before training, a run ends as one that was not."""
     more = ["--updates", "2", "--eval-episodes", "32", "--envs", "8"]
     whole, run = tmp_path / "whole", tmp_path / "run"
-    status, _, err = finish(start(whole, *more))
+    status, _, err = here(whole, *more)
     assert status == 0, err
     process = running(run, *more)
     process.send_signal(signal.SIGTERM)
     status, _, err = finish(process)
     assert status == 143, err
     assert not (run / "metrics.jsonl").read_text()  # it was in its evaluation
-    status, out, err = finish(start(run, resume=True))
+    status, out, err = here(run, resume=True)
     assert status == 0 and "policy before training" in out, err
     assert result(run, 2) == result(whole, 2)
-    status, out, _ = finish(start(run, resume=True))  # nothing is left to do
+    status, out, _ = here(run, resume=True)  # nothing is left to do
     assert status == 0 and "is complete: 2 updates" in out
     assert result(run, 2) == result(whole, 2)
 
@@ -79,5 +78,5 @@ def test_a_second_signal_ends_at_once(tmp_path):
     status, _, err = finish(process, timeout=20)
     assert time.monotonic() - began < 5
     assert status in (130, 143) and "stopped at once, without saving" in err
-    status, _, err = finish(start(run, "--updates", "1", "--overwrite"))
+    status, _, err = here(run, *SHORT, "--updates", "1", "--overwrite")
     assert status == 0, err  # and its lock is free

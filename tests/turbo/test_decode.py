@@ -9,7 +9,7 @@ import torch
 from tiny_models import suffix_text
 
 from turbo.decode import Decoder, Request
-from turbo.kernels.policy_head import ban_bias
+from turbo.kernels.policy_head_sums import ban_bias
 
 LETTERS = "xyzw"  # what the models of the chi-square tests may say, beside the end
 TEMPERATURE = 0.15  # makes a random model's nearly equal probabilities uneven

@@ -30,6 +30,16 @@ def test_every_module_that_can_be_run_is_listed(capsys):
     assert {"eval", "export", "memory", "play", "replay", "sft", "train"} <= set(found)
 
 
+def test_help_and_errors_wait_for_no_model_library():
+    """transformers takes longer to import than everything else: only a model is worth it."""
+    code = (
+        "import sys, turbo.train, turbo.eval, turbo.sft, turbo.export\n"
+        "late = {'transformers', 'tokenizers', 'peft', 'matplotlib', 'torch._dynamo'}\n"
+        "assert not late & set(sys.modules), late & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_the_list_is_fast():
     """Less than a second of processor time: torch alone takes more."""
     code = (
