@@ -51,7 +51,7 @@ OUTPUTS = STUDENT_OUTPUTS + TEACHER_OUTPUTS
 DIFFERENTIABLE = ("logprob", "entropy", "reverse_kl", "forward_kl")
 CHUNK_ELEMENTS = 1 << 21  # logits held at once: 8 MB in fp32, for each of student and teacher
 # A GPU needs larger chunks to be busy: 168 MB of fp32 logits a side, and 84 MB of dz in bf16. So
-# 256 tokens over a vocabulary of 151,936 are one part.
+# 256 tokens over a vocabulary of 151,936 are one part, and one piece of policy_head_loss.py.
 CUDA_CHUNK_ELEMENTS = 5 << 23
 KEPT_ELEMENTS = 1 << 22  # up to this many logits in all, keep them for the backward
 ALIGNED = 128  # parts of the vocabulary are multiples of it
@@ -181,7 +181,8 @@ class _OnlineHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):
-        inputs, (rows, *kept) = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        saved = ctx.saved_tensors  # once: under checkpointing each reading computes them anew
+        inputs, (rows, *kept) = saved[:6], saved[6:]
         sides, head = Sides(*inputs), ctx.head
         hidden, weight, bias, targets = inputs[:4]
         named = dict(zip(head.want, grad_outputs, strict=True))

@@ -11,9 +11,11 @@ dz W, one after the other, and then its logits are given up. What is left is gra
 PPO's step-level ratio couples the tokens of a sequence and no others, so it is such a loss.
 
 W is read once a piece and product, where `policy_head` reads it once for all rows: with few rows a
-piece that would cost more than the products that are saved (kernels/README.md counts it).
+piece that would cost more than the products that are saved (kernels/README.md counts it). A head
+that is trained has its gradient summed in fp32 [V, D], one pass over it a piece.
 
-Left out: a loss whose gradient is not known until all rows are seen; second derivatives.
+Left out: a loss whose gradient is not known until all rows are seen; second derivatives; scaling of
+the loss in fp16, which comes after dz has been rounded: scale within `loss`.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,9 +29,9 @@ from .policy_head import CUDA_CHUNK_ELEMENTS, apply_head, checked
 from .policy_head_sums import Head, Sides
 from .reference import IGNORED_TARGET, PolicyHeadOutput
 
-# Logits of a piece: 134 MB in fp32 for each side. 220 rows over a vocabulary of 151,936, whose
-# products take 1.3 times as long a row as those of 1,024 rows, and those of 64 rows 2.1 times.
-PIECE_ELEMENTS = 1 << 25
+# Logits of a piece: up to 276 rows over a vocabulary of 151,936. On a CPU a row's products take 1.3
+# times as long in 220 rows as in 1,024, and 2.1 times in 64.
+PIECE_ELEMENTS = CUDA_CHUNK_ELEMENTS
 Loss = Callable[[PolicyHeadOutput, slice], Tensor]
 
 
@@ -42,26 +44,26 @@ def policy_head_loss(
     lengths: Sequence[int] | None = None,  # rows of each sequence, end to end; None: one each
     teacher_hidden: Tensor | None = None,  # [T, D']
     bias: Tensor | None = None,  # [V]
-    piece_elements: int | None = None,  # logits of a piece, for each of student and teacher
-    **options,  # the others of `policy_head`
+    piece_elements: int = PIECE_ELEMENTS,  # logits of a piece, for each of student and teacher
+    **options,  # the others of `policy_head`; `chunk_elements`: logits of a part of a piece
 ) -> Tensor:
     """The sum of `loss(outputs of a piece, its sequences)` over pieces, a scalar in fp32 or wider.
 
     `loss` gets the outputs of some sequences, those of the slice, and returns their part of the
-    whole. It is called once a piece, in order, and may add up figures for a log. Gradients go to
-    hidden, weight and bias; what else `loss` depends on gets none. A sequence that is longer than a
-    piece has a piece of its own, and its logits are formed twice.
+    whole: a sum, or a mean over a number that is known beforehand. It is called once a piece, in
+    order, and may add up figures for a log. Gradients go to hidden, weight and bias; what else
+    `loss` depends on gets none. A sequence that is longer than a piece has a piece of its own, and
+    its logits are formed twice.
     """
     lengths = [1] * len(hidden) if lengths is None else list(lengths)
     if min(lengths, default=0) < 0 or sum(lengths) != len(hidden):
         raise ValueError(
-            f"lengths: expected numbers of rows that add up to {len(hidden)}, got {lengths}"
+            f"lengths: expected numbers of rows that add up to {len(hidden)}, got {sum(lengths)} "
+            f"of {len(lengths)} sequences, the shortest {min(lengths, default=0)}"
         )
     sides, head = checked(
         hidden, weight, targets, teacher_hidden=teacher_hidden, bias=bias, **options
     )
-    if piece_elements is None:
-        piece_elements = CUDA_CHUNK_ELEMENTS if hidden.is_cuda else PIECE_ELEMENTS
     all_counted = bool((targets != IGNORED_TARGET).all())  # asked once, not for each piece
     return loss_in_pieces(sides, head, loss, lengths, piece_elements, all_counted)
 
@@ -94,7 +96,7 @@ def loss_in_pieces(
             for x, w in zip((part.hidden, part.weight, part.bias), wanted, strict=True)
         ]
         part = replace(part, hidden=leaves[0], weight=leaves[1], bias=leaves[2])
-        keep = part.targets.numel() * len(part.weight) <= piece_elements
+        keep = any(wanted) and part.targets.numel() * len(part.weight) <= piece_elements
         with torch.set_grad_enabled(any(wanted)):
             value = loss(apply_head(part, replace(head, keep=keep), all_counted), piece)
         if not isinstance(value, Tensor) or value.dim():
@@ -107,7 +109,8 @@ def loss_in_pieces(
                 grad = None if add is None else next(found)
                 if grad is not None:
                     add[place] += grad
-        del value  # and with it the piece's logits, before there are others
+            del found, grad
+        del value, leaves, part  # the piece's logits and gradients, before there are others
     return _Formed.apply(total, *inputs, *sums) if any(wanted) else total
 
 

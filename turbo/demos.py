@@ -133,16 +133,16 @@ def backward_demos(
     def loss(w, hidden, batch, rows):
         nonlocal total, count
         h = vlm.text.final_norm(w, hidden.flatten(0, 1).index_select(0, batch.select))
+        count += len(batch.targets)
         if vlm.text.small:  # the head is trained too
             logits = F.linear(h, w.head)[: len(batch.targets)].float()
-            value = F.cross_entropy(logits, batch.targets, reduction="sum")
+            value = scale * F.cross_entropy(logits, batch.targets, reduction="sum")
         else:
             value = loss_of_answers(
-                h, w.head, batch, lambda out, *_: -out.logprob.sum(), want=("logprob",)
+                h, w.head, batch, lambda out, *_: -scale * out.logprob.sum(), want=("logprob",)
             )
-        total += value.item()
-        count += len(batch.targets)
-        return value * scale if scale != 1.0 else value
+        total += value.item() / scale
+        return value
 
     backward_rows(
         vlm,

@@ -30,8 +30,8 @@ covered matrices, and products in bf16:
                  L layers' working sets.
     head         `kernels.policy_head_loss` on N scored tokens: a piece of C = min(N V,
                  CUDA_CHUNK_ELEMENTS) logits, of both sides in fp32, and of d loss / d logits in
-                 bf16; of its C / V rows the gradient in fp32, a product to add to it, and the
-                 gradient in bf16; of all rows both sides' inputs and the gradient in bf16:
+                 bf16; of the C / V rows that fill it the gradient in fp32, a product to add to it,
+                 and the gradient in bf16; of all rows both sides' inputs and gradient in bf16:
                  8 C + 2 C + (4 + 4 + 2) D C / V + 3 * 2 N D.
 
 Left out, all small: the critic, vectors of one number a token, tables of the rotary embedding, the

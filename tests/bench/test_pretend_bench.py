@@ -1,10 +1,14 @@
-"""The kernels' benchmarks run on a GPU that is not there (pretend_gpu.py), at small sizes: what
-`make gpu` calls has been called before. Left out: `bench.train_step`."""
+"""The benchmarks run on a GPU that is not there (pretend_gpu.py), at small sizes: what `make gpu`
+and `make gpu-model` call has been called before."""
+
+import json
+import shutil
 
 import pytest
+from family_models import folder
 from pretend_gpu import pretend_gpu
 
-from bench import ema, nf4, policy_head, ties
+from bench import ema, nf4, policy_head, ties, train_step
 from turbo.kernels import dispatch
 
 pytestmark = pytest.mark.long
@@ -13,7 +17,7 @@ pytestmark = pytest.mark.long
 @pytest.fixture(autouse=True)
 def rates(monkeypatch):
     """The GPU's, which take large products to measure."""
-    for module in (ties, ema, nf4, policy_head):
+    for module in (ties, ema, nf4, policy_head, train_step):
         for name in ("product_rate", "copy_rate"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, lambda *a: 1e9)
@@ -50,3 +54,23 @@ def test_nf4(capsys):
 def test_policy_head(capsys):
     flags = "--rows 16 --widths 32 --vocabulary 300 --chunks 1024 --repeats 1 --no-save"
     ran(policy_head.main, flags, capsys)
+
+
+def test_train_step(tmp_path, monkeypatch, capsys):
+    """A model of random weights, and the published recipe beside it."""
+    pytest.importorskip("peft")
+    places, device_of = [], train_step.device_of
+    monkeypatch.setattr(
+        train_step, "device_of", lambda run: places.append(device_of(run)) or places[-1]
+    )
+    monkeypatch.setattr(dispatch, "_installed", lambda: False)  # their runs: test_pretend_gpu.py
+    model = shutil.copytree(folder("qwen2_5_vl"), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 2048  # the whole rules are 700 tokens
+    (model / "config.json").write_text(json.dumps(config))
+    flags = f"--model {model} --random-weights --only kl --recipe-steps 2 --no-memory --no-save"
+    flags += " --steps 4 --envs 4 --max-new-tokens 8 --updates 2 --workers 1"
+    with pretend_gpu():
+        assert train_step.main(flags.split()) == 0
+    assert places == ["cuda"]
+    assert "published recipe" in capsys.readouterr().out

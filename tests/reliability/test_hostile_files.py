@@ -12,6 +12,7 @@ import shutil
 import pytest
 import tiny_models
 import torch
+from kept_signals import kept_signals
 from safetensors.torch import load_file, save_file
 from trainer import FLAGS
 
@@ -23,7 +24,8 @@ def made(tmp_path_factory):
     """A small run, to be copied."""
     path = tmp_path_factory.mktemp("hostile") / "run"
     flags = [*FLAGS.split(), "--model", str(tiny_models.fitted_folder()), "--updates", "1"]
-    assert train.main(["numberline", "--out", str(path), *flags]) == 0
+    with kept_signals():
+        assert train.main(["numberline", "--out", str(path), *flags]) == 0
     return path
 
 

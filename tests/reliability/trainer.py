@@ -9,6 +9,7 @@ from pathlib import Path
 
 import launch
 import tiny_models
+from kept_signals import kept_signals
 from safetensors.torch import load_file
 
 from turbo import train
@@ -61,7 +62,7 @@ def here(out: Path, *more: str, resume: bool = False) -> tuple[int, str, str]:
     """Status, output, errors of a run that nothing disturbs, in this process: no imports anew."""
     said, told = io.StringIO(), io.StringIO()
     _, _, _, *flags = command(out, *more, resume=resume)
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(told):
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(told), kept_signals():
         status = train.main(flags)
     return status, said.getvalue(), told.getvalue()
 

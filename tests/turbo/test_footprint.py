@@ -362,6 +362,7 @@ def test_peak_of_the_head_at_the_published_shape(tokens, monkeypatch):
             (gradient,) = torch.autograd.grad(loss, hidden)
             peaks = [live.peak - before]
             del out, loss, gradient
+            before = live.now
             live.reset()
             sides = Sides(hidden, weight, None, targets, teacher, weight)
             loss = loss_in_pieces(

@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 import torch
 
+import turbo.score
 import turbo.update
 from turbo.gae import gae, state_advantages
 from turbo.guidance import Examples, told
@@ -34,6 +35,23 @@ def played(fitted):
     lora = tiny_models.noisy_lora(fitted, 1, 0.02)
     rollout = tiny_models.play(fitted, lora, steps=40, format_valid=0.5, format_invalid=-0.25)
     return rollout, lora, tiny_models.shown_pictures(rollout)
+
+
+@pytest.fixture
+def pieces(fitted, monkeypatch):
+    """The head's loss is taken of one or two answers at a time; which ones, in a list."""
+    seen, whole = [], turbo.score.policy_head_loss
+
+    def in_pieces(hidden, weight, targets, loss, **options):
+        def noted(out, some):
+            seen.append(some)
+            return loss(out, some)
+
+        few = 60 * fitted.text.vocabulary
+        return whole(hidden, weight, targets, noted, piece_elements=few, **options)
+
+    monkeypatch.setattr(turbo.score, "policy_head_loss", in_pieces)
+    return seen
 
 
 def trained_head(vlm, seed=0):
@@ -105,7 +123,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("changes", CASES, ids=lambda c: "-".join(map(str, c.values())))
-def test_gradients_are_those_of_the_loss_written_down_plainly(fitted, played, changes):
+def test_gradients_are_those_of_the_loss_written_down_plainly(fitted, played, pieces, changes):
     rollout, _, shown = played
     config = tiny_models.new_config(clip=0.2, **changes)
     lora = tiny_models.noisy_lora(fitted, 2, 0.05)  # not the one that played: ratios differ from 1
@@ -123,6 +141,7 @@ def test_gradients_are_those_of_the_loss_written_down_plainly(fitted, played, ch
     learner = Learner(fitted, lora, head, Crew(), config)
     assert [id(p) for p in learner.parameters()] == [id(p) for p in parameters]
     sums = learner.gradients(rollout, data, rows, len(rows), reading, BETA)
+    assert len(pieces) > 3 and pieces[-1].start > 0
     for p, want in zip(parameters, wanted, strict=True):
         torch.testing.assert_close(p.grad, want, rtol=1e-3, atol=1e-5)
     largest = max(w.abs().max().item() for w in wanted)
@@ -140,7 +159,7 @@ def test_gradients_are_those_of_the_loss_written_down_plainly(fitted, played, ch
         assert max(guidance) > 1e-3  # a good part of the gradient is the teacher's
 
 
-def test_the_gradient_of_imitation_is_that_of_its_cross_entropy(fitted, played):
+def test_the_gradient_of_imitation_is_that_of_its_cross_entropy(fitted, played, pieces):
     rollout, _, shown = played
     config = tiny_models.new_config(guidance="sft")
     lora = tiny_models.noisy_lora(fitted, 2, 0.05)
@@ -159,6 +178,7 @@ def test_the_gradient_of_imitation_is_that_of_its_cross_entropy(fitted, played):
     imitated = Imitated(examples, chosen, 5, coef=2.0)
     data = data_of(rollout, config)
     sums = learner.gradients(rollout, data, [], 1, None, 0.0, imitated)
+    assert len(pieces) > 1
     assert sums["sft_loss"].item() == pytest.approx(total.item(), rel=1e-4)
     for p, want in zip(lora.parameters(), wanted, strict=True):
         torch.testing.assert_close(p.grad, want, rtol=1e-3, atol=1e-6)
@@ -170,7 +190,7 @@ def test_the_gradient_of_imitation_is_that_of_its_cross_entropy(fitted, played):
         torch.testing.assert_close(p.grad, want, rtol=1e-3, atol=1e-5)
 
 
-def test_rejection_sampling_is_cross_entropy_on_ones_own_successes(fitted, played):
+def test_rejection_sampling_is_cross_entropy_on_ones_own_successes(fitted, played, pieces):
     rollout, _, shown = played
     config = tiny_models.new_config(guidance="none", objective="rejection")
     with torch.no_grad():
