@@ -10,7 +10,7 @@ test: ## every test that this machine can run
 	python -m pytest
 
 test-fast: ## without the tests that train
-	python -m pytest -m 'not slow'
+	python -m pytest -m 'not slow and not long'
 
 test-gpu: ## the tests that need a CUDA device, in one process
 	python -m pytest -n 0 -m gpu

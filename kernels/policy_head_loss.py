@@ -79,6 +79,7 @@ def loss_in_pieces(
     """`policy_head_loss` of checked arguments."""
     inputs = sides.hidden, sides.weight, sides.bias
     wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
+    asked = [i for i, w in enumerate(wanted) if w]
     wide = torch.promote_types(sides.hidden.dtype, torch.float32)
     total = sides.hidden.new_zeros((), dtype=wide)
     dtypes = sides.hidden.dtype, wide, wide  # rows get their gradient from one piece each
@@ -96,22 +97,21 @@ def loss_in_pieces(
             for x, w in zip((part.hidden, part.weight, part.bias), wanted, strict=True)
         ]
         part = replace(part, hidden=leaves[0], weight=leaves[1], bias=leaves[2])
-        keep = any(wanted) and part.targets.numel() * len(part.weight) <= piece_elements
-        with torch.set_grad_enabled(any(wanted)):
+        keep = bool(asked) and part.targets.numel() * len(part.weight) <= piece_elements
+        with torch.set_grad_enabled(bool(asked)):
             value = loss(apply_head(part, replace(head, keep=keep), all_counted), piece)
         if not isinstance(value, Tensor) or value.dim():
             raise ValueError(f"loss: expected a function that returns a scalar, got {value!r}")
         total += value.detach()
-        if value.requires_grad:
-            asked = [leaf for leaf, w in zip(leaves, wanted, strict=True) if w]
-            found = iter(torch.autograd.grad(value, asked, allow_unused=True))
-            for add, place in zip(sums, (rows, ..., ...), strict=True):
-                grad = None if add is None else next(found)
+        if asked and value.requires_grad:
+            given, places = [leaves[i] for i in asked], (rows, ..., ...)
+            found = torch.autograd.grad(value, given, allow_unused=True)
+            for i, grad in zip(asked, found, strict=True):
                 if grad is not None:
-                    add[place] += grad
-            del found, grad
+                    sums[i][places[i]] += grad
+            del given, found, grad
         del value, leaves, part  # the piece's logits and gradients, before there are others
-    return _Formed.apply(total, *inputs, *sums) if any(wanted) else total
+    return _Formed.apply(total, *inputs, *sums) if asked else total
 
 
 def pieces(lengths: Sequence[int], rows: int) -> list[slice]:

@@ -4,6 +4,8 @@ The classes and the chat templates' manner are the families' own, the sizes are 
 """
 
 import functools
+import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -49,6 +51,15 @@ def folder(family: str) -> Path:
     path = new_folder(family)
     for part in make():
         part.save_pretrained(path)
+    return path
+
+
+def roomy_folder(family: str, path: Path) -> Path:
+    """A copy of such a model that takes the published preset's prompts, of some 700 tokens."""
+    shutil.copytree(folder(family), path)
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 2048
+    (path / "config.json").write_text(json.dumps(config))
     return path
 
 

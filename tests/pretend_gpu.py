@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
+from turbo.kernels import dispatch
+
 GPU, HOST, HIDDEN = torch.device("cuda:0"), torch.device("cpu"), torch.device("meta")
 MEMORY = 80 << 30
 aten = torch.ops.aten
@@ -150,8 +152,11 @@ def check_devices(function, args: tuple, tensors: list[torch.Tensor]) -> None:
 
 
 @contextmanager
-def pretend_gpu() -> Iterator[None]:
-    """Inside, there is a GPU of 80 GB. Skips a test where Triton or bitsandbytes is missing."""
+def pretend_gpu(triton: bool = True) -> Iterator[None]:
+    """Inside, there is a GPU of 80 GB; without its Triton kernels PyTorch computes, much faster.
+
+    Skips a test where Triton or bitsandbytes is missing.
+    """
     pytest.importorskip("bitsandbytes")  # before there seems to be a GPU: it looks for one
     GridExecutor = pytest.importorskip("triton.runtime.interpreter").GridExecutor
     launch = GridExecutor.__call__
@@ -174,6 +179,8 @@ def pretend_gpu() -> Iterator[None]:
     }
     patches = [patch.object(torch.cuda, name, answer) for name, answer in answers.items()]
     patches.append(patch.object(GridExecutor, "__call__", on_host))
+    if not triton:
+        patches.append(patch.object(dispatch, "_installed", lambda: False))
     patches.append(patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor))
     for one in patches:
         one.start()

@@ -29,7 +29,7 @@ covered matrices, and products in bf16:
     all layers   with checkpointing the stream x of each layer, L D' T, and one layer at work; else
                  L layers' working sets.
     head         `kernels.policy_head_loss` on N scored tokens: a piece of C = min(N V,
-                 CUDA_CHUNK_ELEMENTS) logits, of both sides in fp32, and of d loss / d logits in
+                 PIECE_ELEMENTS) logits, of both sides in fp32, and of d loss / d logits in
                  bf16; of the C / V rows that fill it the gradient in fp32, a product to add to it,
                  and the gradient in bf16; of all rows both sides' inputs and gradient in bf16:
                  8 C + 2 C + (4 + 4 + 2) D C / V + 3 * 2 N D.
@@ -41,6 +41,7 @@ layer for S keys; SDPA and FlashAttention do not, `turbo.model` on a CPU does.
 
 from turbo.kernels.nf4 import BLOCK
 from turbo.kernels.policy_head import CUDA_CHUNK_ELEMENTS
+from turbo.kernels.policy_head_loss import PIECE_ELEMENTS
 from turbo.kernels.tiles import CUDA_TILE_ELEMENTS, MIN_TILE_ROWS
 from turbo.shapes import TextShape
 
@@ -169,7 +170,8 @@ def head_bytes(shape: TextShape, tokens: int, backward: bool) -> int:
 
     A piece has the rows that fill a chunk, and their gradient twice in fp32 while it is summed.
     """
-    chunk = min(CUDA_CHUNK_ELEMENTS, tokens * shape.vocabulary)
+    most = PIECE_ELEMENTS if backward else CUDA_CHUNK_ELEMENTS
+    chunk = min(most, tokens * shape.vocabulary)
     forward = 2 * FP32 * chunk + 2 * BF16 * tokens * shape.hidden
     if not backward:
         return forward

@@ -110,12 +110,12 @@ class _State:
 
 def attention(module, query, key, value, mask, dropout=0.0, scaling=None, **options):
     """What transformers' decoders call: [R, H, L, hd] and keys in, [R, L, H, hd] out."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     few = query.shape[2] <= FEW and not torch.is_grad_enabled()
     if few and mask is not None and key.shape[1] < query.shape[1]:
         out = grouped_attention(query, key, value, mask, scaling)
         return out.transpose(1, 2).contiguous(), None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     more = dict(dropout=dropout, scaling=scaling, **options)
     return sdpa_attention_forward(module, query, key, value, mask, **more)
 

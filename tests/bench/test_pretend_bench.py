@@ -1,15 +1,11 @@
 """The benchmarks run on a GPU that is not there (pretend_gpu.py), at small sizes: what `make gpu`
 and `make gpu-model` call has been called before."""
 
-import json
-import shutil
-
 import pytest
-from family_models import folder
+from family_models import roomy_folder
 from pretend_gpu import pretend_gpu
 
 from bench import ema, nf4, policy_head, ties, train_step
-from turbo.kernels import dispatch
 
 pytestmark = pytest.mark.long
 
@@ -23,9 +19,9 @@ def rates(monkeypatch):
                 monkeypatch.setattr(module, name, lambda *a: 1e9)
 
 
-def ran(main, flags: str, capsys) -> str:
+def ran(main, flags: str, capsys, triton: bool = True) -> str:
     """What a benchmark prints; none of ours is left out, of the others only what is missing."""
-    with pretend_gpu():
+    with pretend_gpu(triton):
         assert main(flags.split()) == 0
     out = capsys.readouterr().out
     assert "a pretended GPU" in out
@@ -34,10 +30,10 @@ def ran(main, flags: str, capsys) -> str:
 
 
 def test_ties(monkeypatch, capsys):
-    monkeypatch.setattr(dispatch, "_installed", lambda: False)  # 3,360 merges, interpreted
     monkeypatch.setattr(ties, "QWEN_7B", {"q_proj": (64, 64), "k_proj": (16, 64)})
     monkeypatch.setattr(ties, "ODD", 0.05)  # every threshold is an entry, of few
-    out = ran(ties.main, "--size 64 --rank 16 --checkpoints 2 --repeats 1 --no-save", capsys)
+    flags = "--size 64 --rank 16 --checkpoints 2 --repeats 1 --no-save"
+    out = ran(ties.main, flags, capsys, triton=False)  # 3,360 merges
     assert "qwen2.5-vl-7b" in out and "pinned" in out
 
 
@@ -63,14 +59,10 @@ def test_train_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         train_step, "device_of", lambda run: places.append(device_of(run)) or places[-1]
     )
-    monkeypatch.setattr(dispatch, "_installed", lambda: False)  # their runs: test_pretend_gpu.py
-    model = shutil.copytree(folder("qwen2_5_vl"), tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-    config["text_config"]["max_position_embeddings"] = 2048  # the whole rules are 700 tokens
-    (model / "config.json").write_text(json.dumps(config))
+    model = roomy_folder("qwen2_5_vl", tmp_path / "model")
     flags = f"--model {model} --random-weights --only kl --recipe-steps 2 --no-memory --no-save"
     flags += " --steps 4 --envs 4 --max-new-tokens 8 --updates 2 --workers 1"
-    with pretend_gpu():
+    with pretend_gpu(triton=False):  # whole runs with it: test_pretend_gpu.py
         assert train_step.main(flags.split()) == 0
     assert places == ["cuda"]
     assert "published recipe" in capsys.readouterr().out

@@ -2,12 +2,10 @@
 
 import contextlib
 import csv
-import json
-import shutil
 
 import pytest
 import torch
-from family_models import folder
+from family_models import folder, roomy_folder
 
 from bench import train_step
 from bench.harness import COLUMNS
@@ -119,10 +117,7 @@ def test_a_model_of_random_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_step, "product_rate", lambda *a: 1e12)
     monkeypatch.setattr(train_step, "copy_rate", lambda *a: 1e9)
     monkeypatch.setattr(train_step, "pick_setting", lambda *a: Setting(torch.float32, 1, "cpu"))
-    model = shutil.copytree(folder("qwen2_5_vl"), tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-    config["text_config"]["max_position_embeddings"] = 2048  # the whole rules are 700 tokens
-    (model / "config.json").write_text(json.dumps(config))
+    model = roomy_folder("qwen2_5_vl", tmp_path / "model")
     flags = f"--model {model} --random-weights --only kl --recipe-steps 2 --no-memory"
     flags += " --steps 8 --envs 8 --max-new-tokens 8 --updates 2 --workers 1"
     assert train_step.main(flags.split()) == 0

@@ -12,9 +12,8 @@ import shutil
 import pytest
 import tiny_models
 import torch
-from kept_signals import kept_signals
 from safetensors.torch import load_file, save_file
-from trainer import FLAGS
+from trainer import FLAGS, here
 
 from turbo import checkpoint, train
 
@@ -23,9 +22,8 @@ from turbo import checkpoint, train
 def made(tmp_path_factory):
     """A small run, to be copied."""
     path = tmp_path_factory.mktemp("hostile") / "run"
-    flags = [*FLAGS.split(), "--model", str(tiny_models.fitted_folder()), "--updates", "1"]
-    with kept_signals():
-        assert train.main(["numberline", "--out", str(path), *flags]) == 0
+    status, _, err = here(path, "--updates", "1")
+    assert status == 0, err
     return path
 
 

@@ -7,7 +7,6 @@ from family_models import folder
 from pretend_gpu import OnGpu, pretend_gpu
 
 from turbo import checkpoint, eval, train
-from turbo.kernels import dispatch
 from turbo.log import read_jsonl
 
 SMALL = """--device cuda --engine modules --workers 1 --lora-rank 4 --envs 4 --group-size 2
@@ -60,11 +59,9 @@ def whole(family: str, flags: str):
         whole("smolvlm", "--dtype float32"),
     ],
 )
-def test_a_run(tmp_path, monkeypatch, family, flags, more):
-    if not more:
-        monkeypatch.setattr(dispatch, "_installed", lambda: False)
+def test_a_run(tmp_path, family, flags, more):
     run, model = tmp_path / "run", str(folder(family))
-    with pretend_gpu():
+    with pretend_gpu(triton=more):
         argv = ["numberline", "--model", model, "--out", str(run), *SMALL.split(), *flags.split()]
         assert train.main(argv) == 0
         if more:
