@@ -1,4 +1,4 @@
-.PHONY: help install test test-fast test-gpu gpu gpu-model test-long test-pretend test-faults test-fuzz test-browser lint format bench compiled bench-kernels bench-gpu bench-gpu-model results screenshot metrics memory tour wheel ci clean
+.PHONY: help install test test-fast test-gpu gpu gpu-model wheels test-long test-pretend test-faults test-fuzz test-browser lint format bench compiled bench-kernels bench-gpu bench-gpu-model results screenshot metrics memory tour wheel ci clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -50,34 +50,30 @@ bench-kernels: ## the kernels against their rivals, into bench/results/ and kern
 	for what in ties ema nf4 policy_head; do python -m bench.$$what; done
 	python -m bench.report --write
 
-bench-gpu: ## all that needs a GPU, within 25 minutes; a part that fails stops no other
-	-timeout 360 python -m bench.ties
-	-timeout 120 python -m bench.ema
-	-timeout 120 python -m bench.nf4
-	-timeout 840 python -m bench.policy_head
+bench-gpu: ## all kernels and their tests on a GPU, within 25 minutes; a part that fails stops no other
+	python -m bench.gpu --what kernels --minutes 25
 	-python -m bench.report --write
 
 # For a GPU that is at hand for a quarter of an hour
-gpu: ## the kernels' tests and the rows that decide, within 9 minutes
-	-timeout 120 python -m pytest -q -n 0 -m gpu tests/kernels
-	-timeout 130 python -m bench.ties --repeats 3
-	-timeout 60 python -m bench.ema --repeats 3
-	-timeout 200 python -m bench.policy_head --widths 3584 --rows 1024 8192 --chunks 8388608 134217728
-	-timeout 30 python -m bench.nf4 --repeats 3
+gpu: ## the same within 9 minutes: the rows that decide come first
+	-python -m bench.gpu --what kernels --minutes 9
 	-python -m bench.report --write
 
-LARGE = --model qwen2.5-vl-7b --random-weights --only kl --no-memory
-LARGE += --envs 64 --max-new-tokens 100 --updates 2
-
 gpu-model: ## whole updates of a model of 7B, without and with decode graphs, within 9 minutes
-	-timeout 260 python -m bench.train_step $(LARGE) --steps 64 --recipe-steps 0
-	-timeout 260 python -m bench.train_step $(LARGE) --steps 64 --recipe-steps 0 --decode-graphs
+	python -m bench.gpu --what model --minutes 9
 
-# The last line holds the published recipe's two models beside ours: some 80 GB
-bench-gpu-model: ## whole updates of a model of 7B, also beside the published recipe: 22 minutes
-	-timeout 440 python -m bench.train_step $(LARGE) --steps 128 --recipe-steps 0
-	-timeout 440 python -m bench.train_step $(LARGE) --steps 128 --recipe-steps 0 --decode-graphs
-	-timeout 440 python -m bench.train_step $(LARGE) --steps 128 --recipe-steps 4
+bench-gpu-model: ## the same, and beside the published recipe, whose two models take some 80 GB: 16 minutes
+	python -m bench.gpu --what model recipe --minutes 16
+
+# Of another machine, which has no network: its Python, and what torch and transformers do not bring
+FOR = 3.12
+WHEELS = tyro docstring-parser typeguard gymnasium farama-notifications bitsandbytes
+WHEELS += liger-kernel cut-cross-entropy
+
+wheels: ## what the benchmarks need, into .whl/, for a machine with torch, transformers and no network
+	python -m pip download -q --no-deps --only-binary=:all: --python-version $(FOR) --implementation cp \
+	    $(foreach n,2_28 2_27 2_24 2_17,--platform manylinux_$(n)_x86_64) --platform manylinux2014_x86_64 \
+	    -d .whl $(WHEELS)
 
 results: ## train and draw what the README shows, into docs/results/; resumes
 	@set -e; for what in points24 ezpoints collapse; do python -m bench.learn --what $$what; done

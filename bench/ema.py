@@ -1,9 +1,10 @@
 """The EMA of weights against PyTorch's own and timm's: `python -m bench.ema`.
 
 One list of the tiny model's shapes (many small tensors) and one of a transformer layer's (few large
-ones), in fp32 and bf16, rounded to nearest and stochastically; and the form that takes the new
-weights as base + s B A against eager PyTorch, which makes them first. The floor is two reads and
-one write at the rate of a plain copy; for the factors, their product as well.
+ones; on a GPU four layers of a 7B as well), in fp32 and bf16, rounded to nearest and
+stochastically; and the form that takes the new weights as base + s B A against eager PyTorch, which
+makes them first. The floor is two reads and one write at the rate of a plain copy; for the factors,
+their product as well.
 
 Each result is first compared with the fp64 reference: to nearest within half a unit in the last
 place, stochastically within one, and then without a drift.
@@ -16,13 +17,16 @@ from dataclasses import dataclass
 import torch
 
 from bench.harness import read_settings
-from bench.race import agreeing, check_close, copy_rate, device_name, product_rate, race
+from bench.race import agreeing, check_close, copy_rate, device_name, product_rate, race, status
 from turbo.kernels.ema import ema_update_, ema_update_lora_
 from turbo.kernels.reference import ema_reference
 
 LISTS = {
     "100 of 128x128": [(128, 128)] * 100,
     "7 of a 2,048-wide layer": [(2048, 2048)] * 4 + [(5632, 2048)] * 2 + [(2048, 5632)],
+}
+GPU_LISTS = {  # large enough that a launch does not count
+    "four layers of a 7B": [(3584, 3584)] * 8 + [(512, 3584)] * 8 + [(18944, 3584)] * 12,
 }
 FACTORS = {"cpu": (2048, 2048, 64), "cuda": (18944, 3584, 128)}  # out, in, rank
 ALPHA = 0.01
@@ -144,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"on {device_name(device)}")
     rate = copy_rate(device)
     for dtype in (torch.float32, torch.bfloat16):
-        for name, shapes in LISTS.items():
+        for name, shapes in (LISTS | (GPU_LISTS if device == "cuda" else {})).items():
             torch.manual_seed(0)
             average = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
             new = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
@@ -159,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         exact = [base.double() + SCALE * (b.double() @ a.double())]
         updates = lora_updates(base, a, b)
         compare(c, f"base + s B A, {rows}x{columns} r={rank}", updates, [average], exact, floor)
-    return 0
+    return status()
 
 
 if __name__ == "__main__":

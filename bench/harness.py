@@ -7,6 +7,7 @@ Left out: what is measured (`bench.train_step`), demonstrations of learning (`be
 """
 
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -22,7 +23,9 @@ from turbo.flags import read_flags
 from turbo.parallel import cores
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
+# Where rows go, and of which commit they are where the checkout's history did not come along
+RESULTS = Path(os.environ.get("BENCH_RESULTS") or ROOT / "bench" / "results")
+COMMIT = os.environ.get("BENCH_COMMIT", "")
 WHERE = ["date", "commit", "changed", "python", "torch", "transformers", "processor", "cores"]
 WHAT = ["benchmark", "variant", "shape", "metric", "unit", "median", "p20", "p80", "repeats"]
 COLUMNS = WHERE + WHAT
@@ -84,19 +87,27 @@ def slug(name: str) -> str:
 def environment() -> dict[str, str | int]:
     """Where and on what a measurement was made, by the names of the CSV's columns."""
     known = versions()
-    # Without the lock: asking must not write into the index, not even its cache of file times.
-    command = ["git", "--no-optional-locks", "-C", str(ROOT), "status", "--porcelain"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": known["commit"],
-        "changed": "yes" if done.stdout.strip() else "no",  # uncommitted changes
+        "commit": known["commit"] or COMMIT,
+        "changed": uncommitted_changes(),
         "python": known["python"],
         "torch": known["torch"],
         "transformers": known["transformers"],
         "processor": processor(),
         "cores": cores(),
     }
+
+
+def uncommitted_changes() -> str:
+    """Whether the checkout has any: yes, no, or unknown where git cannot say."""
+    # Without the lock: asking must not write into the index, not even its cache of file times.
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), "status", "--porcelain"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return "yes" if done.stdout.strip() else "no"
 
 
 def results_file(folder: Path = RESULTS, name: str = "") -> Path:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.harness import read_settings
-from bench.race import agreeing, check_close, copy_rate, device_name, product_rate, race
+from bench.race import agreeing, check_close, copy_rate, device_name, product_rate, race, status
 from bench.ties import DENSITY, make
 from turbo.kernels import reference
 from turbo.kernels.nf4 import Nf4Matrix, quantize_nf4, ties_merge_lora_nf4
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"on {device_name(device)}")
     compare(c, device)
-    return 0
+    return status()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from bench.head_rivals import (
     ours,
     ours_given_loss,
 )
-from bench.race import agreeing, check_close, device_name, product_rate, race
+from bench.race import agreeing, check_close, device_name, product_rate, race, status
 from turbo.kernels.reference import policy_head_reference
 
 VOCABULARY = 151_936
@@ -119,11 +119,10 @@ def compare(c: Config, rows: int, width: int, dtype: torch.dtype, device: str) -
             ),
             f"ours, given the loss, {chunk:,} logits": Variant(given, all_three, True),
         }
-    running = {task: agreeing(f"{task} {shape}", tasks[task], check) for task in tasks}
-    del check  # and with it the reference's logits
     torch.compiler.reset()  # else it stops compiling after a few shapes, and this one is not new
     product = 2 * rows * width * c.vocabulary / product_rate(dtype, device)
-    for task, variants in running.items():
+    for task, variants in tasks.items():
+        variants = agreeing(f"{task} {shape}", variants, check)
         ways = (("forward", forward), ("forward+backward", both_ways))
         for (name, way), products in zip(ways, PRODUCTS[task], strict=True):
             racing = {k: v for k, v in variants.items() if way is both_ways or not v.given_loss}
@@ -155,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
                 compare(c, count, width, dtype, device)
             except torch.OutOfMemoryError as error:
                 print(f"T={count} D={width} is left out: {str(error).splitlines()[0]}")
-    return 0
+    return status()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The Markdown table of what was measured: `python -m bench.report`.
 
 Reads every bench/results/<device>.csv and prints, for each device and shape, the latest figures of
-each variant. `--write` puts the table behind "## Measured" in kernels/README.md.
+each variant. `--write` puts the table behind "## Measured" in kernels/README.md. `--add` first
+takes over the rows of another machine, from files of the same names.
 """
 
 import csv
@@ -9,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.harness import RESULTS, ROOT, read_settings
+from bench.harness import COLUMNS, RESULTS, ROOT, append_rows, read_settings
 
 PAGE = ROOT / "kernels" / "README.md"
 MARK = "## Measured\n"
@@ -22,6 +23,8 @@ class Config:
 
     write: bool = False
     """put them into kernels/README.md instead of printing them"""
+    add: tuple[str, ...] = ()
+    """files of rows to append to bench/results/ beforehand, each to the file of its name"""
 
 
 def latest(path: Path) -> dict[tuple[str, str], dict[str, dict[str, dict]]]:
@@ -64,6 +67,15 @@ def section(path: Path) -> list[str]:
     return [*lines, ""]
 
 
+def add(path: Path) -> None:
+    """Append the rows of a file to the one of the same name in bench/results/."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        if rows.fieldnames != COLUMNS:
+            raise ValueError(f"{path} has not the columns {', '.join(COLUMNS)}")
+        append_rows(RESULTS / path.name, rows)
+
+
 def report() -> str:
     """All tables."""
     lines = [line for path in sorted(RESULTS.glob("*.csv")) for line in section(path)]
@@ -73,6 +85,12 @@ def report() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print or write the tables; returns the exit status."""
     c = read_settings(Config, argv, "bench.report")
+    try:
+        for path in c.add:
+            add(Path(path))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if not c.write:
         print(report())
         return 0

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.harness import read_settings
-from bench.race import agreeing, check_close, device_name, product_rate, race
+from bench.race import agreeing, check_close, device_name, product_rate, race, status
 from turbo.kernels import reference
 from turbo.kernels.ties import linear_merge_lora, ties_merge_lora, trim_threshold
 
@@ -142,11 +142,13 @@ def memory(c: Config, device: str) -> None:
         base, a, b, scales = make((c.size, c.size), 16, count, torch.float32, device)
         levels = [0.5] * count
         arguments = (base, a, b, scales, [1.0] * count, levels)
-        check_rows(ties_merge_lora(*arguments), base, a, b, levels)
+        shape = f"{c.size}x{c.size} r=16 K={count} float32"
+        ours = {"ours": lambda arguments=arguments: ties_merge_lora(*arguments)}
+        factors = base, a, b, levels
         race(
             "ties-memory",
-            f"{c.size}x{c.size} r=16 K={count} float32",
-            {"ours": lambda arguments=arguments: ties_merge_lora(*arguments)},
+            shape,
+            agreeing(f"ties {shape}", ours, lambda call, f=factors: check_rows(call(), *f)),
             device=device,
             repeats=2,
             save=c.save,
@@ -157,49 +159,48 @@ def whole_model(c: Config) -> None:
     """All text matrices of a 7B model, 30 checkpoints: a merge, and one checkpoint's thresholds.
 
     As the trainer calls them: the history has looked at the factors and knows the thresholds. Also
-    with factors in fp32 (the floor is still that of bf16, whose products are a third), and with
-    factors that wait in pinned memory, as in the history.
+    with factors that wait in pinned memory, as in the history, and with factors in fp32 (the floor
+    is still that of bf16, whose products are a third).
     """
     count, rank, device = 30, 128, "cuda"
+    weights = [1.0] * count
     flops = 28 * sum(2 * rows * columns * rank for rows, columns in QWEN_7B.values())
     rate = product_rate(torch.bfloat16, device)
     options = dict(device=device, repeats=c.repeats, save=c.save)
-    merges, thresholds = {}, {}
-    for dtype, called in ((torch.bfloat16, ""), (torch.float32, ", factors fp32")):
-        layer = [make(shape, rank, count, torch.bfloat16, device) for shape in QWEN_7B.values()]
-        if dtype == torch.float32:
-            layer = [(w, [x.float() for x in a], [y.float() for y in b], s) for w, a, b, s in layer]
+    shape = f"qwen2.5-vl-7b r={rank}"
+    for dtype, called in ((torch.bfloat16, "ours"), (torch.float32, "ours, factors fp32")):
+        layer = [make(size, rank, count, torch.bfloat16, device) for size in QWEN_7B.values()]
+        layer = [(w, [x.to(dtype) for x in a], [y.to(dtype) for y in b]) for w, a, b, _ in layer]
         known = [
             [float(trim_threshold(x, y, 1.0, DENSITY)) for x, y in zip(a, b, strict=True)]
-            for _, a, b, _ in layer
-        ]
-        for (base, a, b, scales), levels in zip(layer, known, strict=True):
-            check_rows(
-                ties_merge_lora(base, a, b, scales, [1.0] * count, levels), base, a, b, levels
-            )
-        pinned = [
-            (w, [x.cpu().pin_memory() for x in a], [y.cpu().pin_memory() for y in b], s)
-            for w, a, b, s in layer
+            for _, a, b in layer
         ]
 
         def merge(layer: list = layer, known: list = known) -> None:
             for _ in range(28):  # the same seven matrices stand for every layer
-                for (base, a, b, scales), levels in zip(layer, known, strict=True):
+                for (base, a, b), levels in zip(layer, known, strict=True):
                     a, b = ([x.to(device, non_blocking=True) for x in side] for side in (a, b))
-                    weights = [1.0] * count
-                    ties_merge_lora(base, a, b, scales, weights, levels, check_finite=False)
+                    ties_merge_lora(base, a, b, weights, weights, levels, check_finite=False)
 
         def threshold(layer: list = layer) -> None:
             for _ in range(28):
-                for _, a, b, _ in layer:
+                for _, a, b in layer:
                     trim_threshold(a[0], b[0], 1.0, DENSITY, check_finite=False)
 
-        merges[f"ours{called}"] = merge
-        merges[f"ours{called}, in pinned memory"] = lambda p=pinned, k=known, m=merge: m(p, k)
-        thresholds[f"ours{called}"] = threshold
-    shape = f"qwen2.5-vl-7b r={rank}"
-    race("ties", f"{shape} K={count}", merges, floor=count * flops / rate, **options)
-    race("ties-threshold", shape, thresholds, floor=flops / rate, **options)
+        def check(_: object, layer: list = layer, known: list = known) -> None:
+            for (base, a, b), levels in zip(layer, known, strict=True):
+                got = ties_merge_lora(base, a, b, weights, weights, levels)
+                check_rows(got, base, a, b, levels)
+
+        merges = agreeing(f"ties {shape}", {called: merge}, check)
+        if merges:
+            pinned = [
+                (w, [x.cpu().pin_memory() for x in a], [y.cpu().pin_memory() for y in b])
+                for w, a, b in layer
+            ]
+            merges[f"{called}, in pinned memory"] = lambda p=pinned, k=known, m=merge: m(p, k)
+        race("ties", f"{shape} K={count}", merges, floor=count * flops / rate, **options)
+        race("ties-threshold", shape, {called: threshold}, floor=flops / rate, **options)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -207,11 +208,11 @@ def main(argv: list[str] | None = None) -> int:
     c = read_settings(Config, argv, "bench.ties")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"on {device_name(device)}")
-    compare(c, device)
-    memory(c, device)
     if device == "cuda":
         whole_model(c)
-    return 0
+    compare(c, device)
+    memory(c, device)
+    return status()
 
 
 if __name__ == "__main__":

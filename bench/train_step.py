@@ -41,7 +41,6 @@ from rich.table import Table
 from bench.endpoint import PORT, corrector
 from bench.flops import Tally
 from bench.harness import (
-    ROOT,
     Spread,
     alternate,
     append_rows,
@@ -52,7 +51,7 @@ from bench.harness import (
     slug,
     spread,
 )
-from bench.race import copy_rate, product_rate
+from bench.race import copy_rate, device_name, product_rate
 from bench.recipe import Recipe, fastest
 from turbo import hub
 from turbo.config import TrainConfig, check, defaults
@@ -302,7 +301,10 @@ def updates(crew: Crew, c: BenchConfig, folder: Path) -> Measured:
 def told(crew: Crew, name: str, figures: dict[str, float]) -> dict[str, float]:
     """The figures of an update, which takes a while, after a line about it."""
     if crew.leads:
-        print(f"{label(name)}: {number(figures['steps_per_second'])} steps/s", flush=True)
+        phases = {p: figures[f"seconds_{p}"] for p in PHASES if f"seconds_{p}" in figures}
+        seconds = ", ".join(f"{phase} {value:.2f} s" for phase, value in phases.items())
+        rate = number(figures["steps_per_second"])
+        print(f"{label(name)}: {rate} steps/s: {seconds}", flush=True)
     return figures
 
 
@@ -456,6 +458,7 @@ def main(argv: list[str] | None = None) -> int:
     for variant, held in peaks.items():
         summary[variant]["peak_bytes"] = spread([held])
     shapes, where = describe(c, workers, measured.setting), environment()
+    where["processor"] = device_name(hub.device_of(common(c)).type)
     rate = summary[PRODUCT]["flops_per_second"].median
     title = (
         f"{next(iter(shapes.values()))}\n{where['processor']}, torch {where['torch']}\n"
@@ -467,14 +470,14 @@ def main(argv: list[str] | None = None) -> int:
     if RECIPE in shown:
         print(f"{RECIPE}: {shapes[RECIPE]}")
     if c.save:
-        path = results_file()
+        path = results_file(name=where["processor"])
         rows = [
             where | measurement("train_step", label(variant), shapes[variant], name, UNITS[name], s)
             for variant, figures in summary.items()
             for name, s in figures.items()
         ]
         append_rows(path, rows)
-        print(f"appended {len(rows)} rows to {path.relative_to(ROOT)}")
+        print(f"appended {len(rows)} rows to {path}")
     return 0
 
 

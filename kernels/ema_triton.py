@@ -1,13 +1,15 @@
 """The Triton kernels of the EMA: a list of tensors in one launch, and base + s B A tile by tile.
 
-The list is cut into blocks; a program finds its tensor and its place there in two small tables.
-Random bits are Philox numbers of (seed + block, entry): no state is kept, and the same seed gives
-the same bits. Equations and rounding: ema.py.
+The list is cut into blocks; a program finds its tensor and its place there in two small tables,
+which stay on the device as long as the lists stay where they are. Random bits are Philox numbers of
+(seed + block, entry): no state is kept, and the same seed gives the same bits. Equations and
+rounding: ema.py.
 
 Importing this needs triton. Left out: fp64, which ema.py computes with PyTorch.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -15,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles_triton import FUSED, TRITON_DTYPES, addresses, rounded, tau_tile, tiling
+from .tiles_triton import FUSED, TRITON_DTYPES, addresses, rounded, table, tau_tile, tiling
 
 BLOCK = 4096
 
@@ -27,13 +29,11 @@ def _lerp(old, fresh, alpha):
     return tl.where(alpha < 0.5, near, fresh - (fresh - old) * (1 - alpha))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])  # a random number: one of 16 would be compiled for
 def _ema_list(
-    average_addresses,  # [tensors] int64
-    new_addresses,
-    sizes,  # [tensors] int64
+    tensors,  # [4, count] int64: addresses of average and new, entries, number of the first block
     tensor_of_block,  # [blocks] int32
-    start_of_block,  # [blocks] int64
+    count,
     alpha,
     seed,
     AVERAGE: tl.constexpr,
@@ -43,13 +43,13 @@ def _ema_list(
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
-    tensor = tl.load(tensor_of_block + block)
-    average = tl.load(average_addresses + tensor).to(tl.pointer_type(AVERAGE))
-    new = tl.load(new_addresses + tensor).to(tl.pointer_type(NEW))
-    start = tl.multiple_of(tl.load(start_of_block + block), BLOCK)
+    tensor = tensors + tl.load(tensor_of_block + block)
+    average = tl.load(tensor).to(tl.pointer_type(AVERAGE))
+    new = tl.load(tensor + count).to(tl.pointer_type(NEW))
+    start = (block - tl.load(tensor + 3 * count)) * BLOCK
     if ALIGNED:  # the compiler cannot know it of numbers that come from memory
         average, new = tl.multiple_of(average, 16), tl.multiple_of(new, 16)
-    left = tl.load(sizes + tensor) - start
+    left = tl.load(tensor + 2 * count) - start
     seed += block
     if left >= BLOCK:  # no mask, which would take entries apart that can be read together
         _ema_block(average + start, new + start, left, alpha, seed, False, STOCHASTIC, BLOCK)
@@ -78,7 +78,7 @@ def _ema_block(
     tl.store(average + entry, x, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _ema_lora(
     average,
     base,
@@ -122,30 +122,36 @@ def ema_list_(
     launched = 0
     for _, group in groupby(sorted(pairs, key=dtypes), key=dtypes):
         old, fresh = zip(*group, strict=True)
-        device, kind = old[0].device, (old[0].dtype, fresh[0].dtype)
-        sizes = torch.tensor([tensor.numel() for tensor in old], device=device)
-        blocks = (sizes + BLOCK - 1) // BLOCK
-        count = sum(triton.cdiv(tensor.numel(), BLOCK) for tensor in old)
-        tensors = torch.arange(len(old), device=device)
-        tensor_of_block = tensors.repeat_interleave(blocks, output_size=count)
-        first_block = blocks.cumsum(0) - blocks
-        start_of_block = torch.arange(count, device=device) - first_block[tensor_of_block]
-        _ema_list[(count,)](
-            addresses(old),
-            addresses(fresh),
-            sizes,
-            tensor_of_block.int(),
-            start_of_block * BLOCK,
+        kind, starts = (old[0].dtype, fresh[0].dtype), (addresses(old), addresses(fresh))
+        sizes = tuple(tensor.numel() for tensor in old)
+        tensors, tensor_of_block = _places(*map(tuple, starts), sizes, old[0].device)
+        blocks = len(tensor_of_block)
+        _ema_list[(blocks,)](
+            tensors,
+            tensor_of_block,
+            len(old),
             alpha,
             (seed or 0) + launched,
             AVERAGE=TRITON_DTYPES[kind[0]],
             NEW=TRITON_DTYPES[kind[1]],
-            ALIGNED=all(tensor.data_ptr() % 16 == 0 for tensor in (*old, *fresh)),
+            ALIGNED=all(start % 16 == 0 for side in starts for start in side),
             STOCHASTIC=seed is not None and kind[0] == torch.bfloat16,
             BLOCK=BLOCK,
             **FUSED,
         )
-        launched += count
+        launched += blocks
+
+
+@lru_cache(maxsize=4)
+def _places(
+    average: tuple[int, ...], new: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What `_ema_list` looks up, from where tensors begin and how many entries they have."""
+    blocks = torch.tensor([triton.cdiv(size, BLOCK) for size in sizes])
+    first = blocks.cumsum(0) - blocks
+    tensors = table([average, new, sizes, first.tolist()], torch.int64, device)
+    tensor_of_block = torch.arange(len(sizes)).repeat_interleave(blocks)
+    return tensors, table(tensor_of_block, torch.int32, device)
 
 
 def ema_lora_(

@@ -21,9 +21,7 @@ def _merge_nf4(
     absmax,  # [rows * columns / 64] float32
     middles,  # [15] float32, between the levels
     smallest,
-    a_addresses,
-    b_addresses,
-    ranks,
+    factors,
     numbers,
     lam,
     rows,
@@ -38,9 +36,7 @@ def _merge_nf4(
 ):
     merged, m, n = merged_tile(
         base,
-        a_addresses,
-        b_addresses,
-        ranks,
+        factors,
         numbers,
         lam,
         rows,

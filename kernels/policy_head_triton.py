@@ -152,7 +152,7 @@ def head_sums(
     count, vocabulary = len(sides.hidden), len(sides.weight)
     shares = max(1, min(triton.cdiv(PROGRAMS, max(count, 1)), triton.cdiv(vocabulary, BLOCK)))
     sums = sides.hidden.new_zeros(shares, SUMS, count, dtype=torch.float32)
-    sums[:, (0, 4)] = LOWEST
+    sums[:, 0:5:4] = LOWEST  # m and n; a list of the two would be copied to the device first
     others, constants = _constants(sides, head)
     products = None
     for part in parts if count else ():

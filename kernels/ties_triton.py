@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles_triton import FUSED, TRITON_DTYPES, addresses, rounded, tau_tile, tiling
+from .tiles_triton import FUSED, TRITON_DTYPES, addresses, rounded, table, tau_tile, tiling
 
 DIGITS = ((23, 8), (15, 8), (7, 8), (0, 7))  # (shift, bits) of each counting pass over 31 bits
 PROGRAMS = 1024  # that count: enough for any GPU, few enough that adding up costs nothing
@@ -44,9 +44,7 @@ def place():
 @triton.jit
 def merged_tile(
     base,
-    a_addresses,  # [K] int64
-    b_addresses,
-    ranks,  # [K] int32
+    factors,  # [3, K] int64: addresses of A and of B, rank
     numbers,  # [3, K] float32: scale, threshold, weight
     lam,
     rows,
@@ -67,9 +65,9 @@ def merged_tile(
     positive_weight = tl.zeros([BM, BN], dtype=tl.float32)
     negative_weight = tl.zeros([BM, BN], dtype=tl.float32)
     for i in range(count):
-        a = tl.load(a_addresses + i).to(tl.pointer_type(FACTOR))
-        b = tl.load(b_addresses + i).to(tl.pointer_type(FACTOR))
-        rank = tl.load(ranks + i)
+        a = tl.load(factors + i).to(tl.pointer_type(FACTOR))
+        b = tl.load(factors + count + i).to(tl.pointer_type(FACTOR))
+        rank = tl.load(factors + 2 * count + i).to(tl.int32)
         if ALIGNED:  # the compiler cannot know it of numbers that come from memory
             a, b, rank = tl.multiple_of(a, 16), tl.multiple_of(b, 16), tl.multiple_of(rank, 16)
         scale = tl.load(numbers + i)
@@ -97,9 +95,7 @@ def merged_tile(
 def _merge(
     base,
     out,
-    a_addresses,
-    b_addresses,
-    ranks,
+    factors,
     numbers,
     lam,
     rows,
@@ -114,9 +110,7 @@ def _merge(
 ):
     merged, m, n = merged_tile(
         base,
-        a_addresses,
-        b_addresses,
-        ranks,
+        factors,
         numbers,
         lam,
         rows,
@@ -133,7 +127,7 @@ def _merge(
     tl.store(out + m[:, None] * columns + n[None, :], merged, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "tiles_across"])
 def _count(
     a,
     b,
@@ -238,13 +232,13 @@ def launch(
     """
     (rows, columns), device = base.shape, base.device
     known = [a.shape[0] for a in lora_a]
-    ranks = torch.tensor(known, dtype=torch.int32, device=device)
-    numbers = torch.tensor([scales, thresholds, weights], dtype=torch.float32, device=device)
     places = addresses(lora_a), addresses(lora_b)
-    arguments = [*places, ranks, numbers, lam, rows, columns, len(lora_a)]
+    factors = table([*places, known], torch.int64, device)
+    numbers = table([scales, thresholds, weights], torch.float32, device)
+    arguments = [factors, numbers, lam, rows, columns, len(lora_a)]
     blocks = tiling(lora_a, max(known))
     grid = (triton.cdiv(rows, blocks["BM"]), triton.cdiv(columns, blocks["BN"]))
-    starts = [factor.data_ptr() for factor in (*lora_a, *lora_b)]
-    blocks["ALIGNED"] = all(number % ALIGNMENT == 0 for number in (*known, *starts))
+    aligned = (*known, *places[0], *places[1])
+    blocks["ALIGNED"] = all(number % ALIGNMENT == 0 for number in aligned)
     blocks["FACTOR"] = TRITON_DTYPES[lora_a[0].dtype]
     return grid, arguments, blocks

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the tile of a task vector, its tiling, tables of addresses.
+"""What the Triton kernels share: the tile of a task vector, its tiling, tables of numbers.
 
 Importing this needs triton. Left out: any kernel that is launched.
 """
@@ -25,9 +25,17 @@ TRITON_DTYPES = {
 }
 
 
-def addresses(tensors: Sequence[Tensor]) -> Tensor:
-    """Where contiguous tensors begin, for kernels that take a list of them.  # [K] int64"""
-    return torch.tensor([tensor.data_ptr() for tensor in tensors], device=tensors[0].device)
+def table(numbers: Sequence | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host for a kernel, without waiting for what the device has to do before."""
+    numbers = torch.as_tensor(numbers, dtype=dtype)
+    if device.type == "cuda":
+        return numbers.pin_memory().to(device, non_blocking=True)
+    return numbers.to(device)
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where contiguous tensors begin, for kernels that take a list of them."""
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def tiling(factors: Sequence[Tensor], rank: int) -> dict:

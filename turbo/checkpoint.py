@@ -18,6 +18,7 @@ of an update derives from (seed, update).
 Left out: what a run's state consists of (`turbo.run`).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -80,8 +81,9 @@ def versions() -> dict[str, str]:
     commit = ""
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        commit = done.stdout.strip()
+        with contextlib.suppress(OSError):  # no git
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            commit = done.stdout.strip()
     return {
         "gtr-turbo": turbo.__version__,
         "commit": commit,

@@ -39,6 +39,7 @@ def test_ties(monkeypatch, capsys):
 
 def test_ema(monkeypatch, capsys):
     monkeypatch.setattr(ema, "LISTS", {"three of 16x16": [(16, 16)] * 3})
+    monkeypatch.setattr(ema, "GPU_LISTS", {})
     monkeypatch.setattr(ema, "FACTORS", {"cuda": (64, 64, 16)})
     assert "three of 16x16" in ran(ema.main, "--repeats 1 --no-save", capsys)
 

@@ -48,8 +48,7 @@ def test_rows_of_a_whole_run(one_variant, tmp_path, monkeypatch, capsys):
     """Through the command line, less the endpoint and the processes whose memory is measured."""
     pytest.importorskip("peft")
     path = tmp_path / "cpu.csv"
-    monkeypatch.setattr(train_step, "results_file", lambda: path)
-    monkeypatch.setattr(train_step, "ROOT", tmp_path)
+    monkeypatch.setattr(train_step, "results_file", lambda name: path)
     monkeypatch.setattr(train_step, "corrector", lambda port: contextlib.nullcontext())
     monkeypatch.setattr(train_step, "memory", lambda *a: {"kl": 5, RECIPE: 7})
     flags = "--updates 2 --workers 1 --steps 8 --envs 8 --recipe-steps 1"
@@ -112,8 +111,7 @@ def test_what_cannot_be_measured_is_refused(flag, why, capsys):
 def test_a_model_of_random_weights(tmp_path, monkeypatch, capsys):
     """One variant of one family's configuration, as a GPU measures the published shapes."""
     pytest.importorskip("peft")
-    monkeypatch.setattr(train_step, "results_file", lambda: tmp_path / "cpu.csv")
-    monkeypatch.setattr(train_step, "ROOT", tmp_path)
+    monkeypatch.setattr(train_step, "results_file", lambda name: tmp_path / "cpu.csv")
     monkeypatch.setattr(train_step, "product_rate", lambda *a: 1e12)
     monkeypatch.setattr(train_step, "copy_rate", lambda *a: 1e9)
     monkeypatch.setattr(train_step, "pick_setting", lambda *a: Setting(torch.float32, 1, "cpu"))
