@@ -138,8 +138,8 @@ class Points24(gym.Env):
         game = self.game
         if style == "short":
             return Prompt(SHORT_RULES, f'target: {game.target}, formula: "{game.formula}"')
-        rules = _full_rules(game.target, self.faces_ten, self.actions)
-        return Prompt(rules, f'The formula so far: "{game.formula}"')
+        rules = _full_rules(self.faces_ten, self.actions)
+        return Prompt(rules, f'The target is {game.target}. The formula so far: "{game.formula}"')
 
     def read_answer(self, text: str) -> Answer:
         return read_json_answer(text, KEYS, self.actions)
@@ -204,18 +204,18 @@ def _ordered_draws(hand: tuple[int, ...], faces_ten: bool) -> int:
 
 
 @lru_cache(maxsize=128)
-def _full_rules(target: int, faces_ten: bool, actions: Sequence[str]) -> str:
+def _full_rules(faces_ten: bool, actions: Sequence[str]) -> str:
     faces = "J, Q and K count 10" if faces_ten else "J counts 11, Q 12 and K 13"
     listed = ", ".join(f'"{action}"' for action in actions)
     return f"""You are an expert at the card game 24 points. The picture shows four playing cards. \
 A counts 1, {faces}, and every other card counts its number. Write a formula that uses each of the \
-four cards exactly once and whose value is exactly {target}. You write it one token at a time: in \
-every turn you choose one number or sign, and it is put at the end of the formula so far.
+four cards exactly once and whose value is exactly the target. You write it one token at a time: \
+in every turn you choose one number or sign, and it is put at the end of the formula so far.
 The actions are: {listed}.
 A number may be chosen only while a card of that value is still unused. When the formula is \
-complete, choose "=": you win if it uses all four cards and equals {target}, and lose otherwise.
+complete, choose "=": you win if it uses all four cards and equals the target, and lose otherwise.
 Reply with one JSON object and nothing else, in this form:
 {{"cards": [the ranks of the four cards from left to right, as strings], "formula": "the formula \
-so far", "thoughts": "work out step by step which complete formula makes {target}, starting with \
+so far", "thoughts": "work out step by step which complete formula makes the target, starting with \
 the formula so far, and which token comes next", "action": "the one token you choose"}}
 """

@@ -122,7 +122,7 @@ class Expert:
         options, deck = {"hand": hand}, {}
         if self.name == "points24":
             deck = {"faces_ten": "J counts 11" not in task}
-            target = re.search(r"value is exactly (\d+)", task)
+            target = re.search(r"The target is (\d+)", task)
             options |= {"target": int(target[1])} if target else {}
         env = make(self.name, **tiny_kwargs(self.name), **deck)
         env.reset(seed=0, options=options)

@@ -69,7 +69,8 @@ class TrainConfig:
     early_truncation: bool = True
     """card games, and others with this option: end the episode at its first reward of -1"""
     format_valid: float = 0.0
-    """reward of a well-formed answer, in the same stream as the environment's"""
+    """reward of a well-formed answer, in the same stream as the environment's: above 0, longer
+    episodes earn more"""
     format_invalid: float = 0.0
     """reward of an unreadable or illegal answer, beside the environment's penalty"""
 
@@ -104,8 +105,11 @@ class TrainConfig:
     """peak learning rate of AdamW"""
     final_learning_rate: float = 3e-4
     """learning rate at the end of the cosine"""
+    critic_learning_rate: float = 0.0
+    """gae: peak learning rate of the critic, whose cosine ends at the same share of it (0: the
+    policy's)"""
     grad_clip: float = 0.5
-    """bound on the gradient's norm"""
+    """bound on the gradient's norm, and on that of the critic's"""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit: its moments in 8 bits, by bitsandbytes"""
     adam_eps: float = 1e-8
@@ -267,10 +271,13 @@ PRESETS: dict[str, dict] = {
         minibatch=128,
         clip=0.1,
         skip_certain=0.0,
-        format_valid=3.0,
-        format_invalid=-2.0,
+        # The paper's code pays 3 for a legal answer and takes 2, outside of GAE. Within it, an
+        # episode that is dragged out would be worth more than one that is won.
+        format_valid=0.0,
+        format_invalid=-5.0,
         learning_rate=1e-5,
         final_learning_rate=1e-9,
+        critic_learning_rate=1e-3,
         grad_clip=0.01,
         adam_eps=1e-7,
         lora_rank=128,
@@ -285,11 +292,18 @@ PRESETS: dict[str, dict] = {
 }
 
 
+# What a preset has of its own for some games
+PRESETS_OF_GAMES: dict[tuple[str, str], dict] = {
+    ("paper", "alfworld"): dict(updates=20, thought_coef=0.2),
+}
+
+
 def defaults(env: str, preset: str) -> TrainConfig:
     """The settings of a preset for one environment."""
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is unknown: use {' or '.join(PRESETS)}")
-    return TrainConfig(**{"env": env, **GAME_DEFAULTS.get(env, {}), **PRESETS[preset]})
+    own = PRESETS[preset] | PRESETS_OF_GAMES.get((preset, env), {})
+    return TrainConfig(**{"env": env, **GAME_DEFAULTS.get(env, {}), **own})
 
 
 def check(c: TrainConfig) -> None:

@@ -108,6 +108,12 @@ def expert_rows(
     return rows
 
 
+def longest_answer(env, vlm: VisionLanguageModel, style: str = "short", deals: int = 64) -> int:
+    """Tokens of the expert's longest answer in some deals, its end included."""
+    demos = (demonstrate(env, vlm, seed, style=style) for seed in range(deals))
+    return max(len(answer) for d in demos for answer in d.answers)
+
+
 def pictures_of(demos: list[Demonstration]) -> list[np.ndarray]:
     """The pictures of all demonstrations, one after the other."""
     return [picture for d in demos for picture in d.pictures]
@@ -123,6 +129,12 @@ def backward_demos(
 ) -> tuple[float, int]:
     """Accumulate the gradient of the summed cross-entropy, times `scale`, in the leaves `weights`
     and in the features, where they ask for one; the sum and the number of answer tokens."""
+    fixed = {d.fixed for d in demos}
+    if len(fixed) > 1:
+        raise ValueError(
+            "the fixed part of a prompt must be the same in every episode, and what differs stand "
+            f"in its state; there are {len(fixed)}: {min(fixed)[:200]!r} and {max(fixed)[:200]!r}"
+        )
     total = 0.0
     count = first = 0
     owner: list[int] = []  # picture of each row
@@ -148,7 +160,7 @@ def backward_demos(
         vlm,
         weights,
         features,
-        demos[0].fixed,
+        *fixed,
         grid,
         owner,
         [s for d in demos for s in d.suffixes],

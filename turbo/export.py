@@ -17,7 +17,6 @@ Left out: quantised formats, serving, and weights of the value head.
 
 import importlib.util
 import re
-import shutil
 import signal
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +35,7 @@ from turbo.coded import read_dense
 from turbo.config import TrainConfig, from_saved
 from turbo.flags import conclude, read_flags
 from turbo.formats import (
+    copy_processor_files,
     generation_config,
     save_adapter,
     save_model,
@@ -53,7 +53,6 @@ from turbo.teacher import Teacher
 RECORD, PICTURE = "gtr_turbo.json", "example.png"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Files of the base that transformers' AutoProcessor reads and the parts do not write
-PROCESSOR_FILES = ("processor_config.json", "video_preprocessor_config.json")
 
 
 @dataclass
@@ -246,9 +245,7 @@ def write(folder: Path, c: ExportConfig, source: Source) -> None:
     for option, value in families.WHOLE.get(vlm.module.config.model_type, {}).items():
         setattr(vlm.processor, option, value)  # one picture stays one, as in training
     vlm.processor.save_pretrained(folder)
-    for name in PROCESSOR_FILES:
-        if (file := model_folder(settings) / name).is_file():
-            shutil.copyfile(file, folder / name)
+    copy_processor_files(model_folder(settings), folder)
     env = env_maker(settings)()
     picture = env.reset(seed=settings.seed)[0]
     Image.fromarray(picture).save(folder / PICTURE)

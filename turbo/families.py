@@ -67,6 +67,11 @@ def frame_of(config, tokenizer) -> Frame:
             f"the chat template of this {kind} does not write one {image!r} before the text: "
             f"{whole!r}"
         )
+    if after.rstrip().endswith("<think>"):
+        raise ValueError(
+            f"the chat template of this {kind} opens every answer with <think>, and an answer is "
+            "JSON here, from its first token on: use the Instruct variant of the model"
+        )
     return Frame(before, after, image, *WRAPPING.get(kind, ("", "")))
 
 

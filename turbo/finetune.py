@@ -8,9 +8,11 @@ Left out: the demonstrations (`turbo.demos`), the tiny model from scratch (`turb
 """
 
 import math
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,16 +22,22 @@ import torch
 from turbo.checkpoint import versions, write_json
 from turbo.coded import read_dense
 from turbo.config import TrainConfig
-from turbo.demos import backward_demos, demonstrate, pictures_of
-from turbo.formats import generation_config, save_model
-from turbo.hub import observation, open_model
+from turbo.demos import (
+    Demonstration,
+    backward_demos,
+    demonstrate,
+    longest_answer,
+    pictures_of,
+)
+from turbo.formats import copy_processor_files, generation_config, save_model
+from turbo.hub import model_folder, observation, open_model
 from turbo.lora import Lora, new_lora
 from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel
 from turbo.modules import merge_policy
 from turbo.parallel import Crew
 from turbo.run import env_maker, held_out, prompt_style
-from turbo.sft_config import SftConfig
+from turbo.sft_config import SftConfig, too_long
 
 PICTURES = 16  # that the vision tower sees together
 
@@ -79,6 +87,29 @@ def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> i
     return 0
 
 
+def expert_maker(run: TrainConfig, c: SftConfig) -> Callable:
+    """Makes the environment of the demonstrations: where deals are told apart, those to be seen."""
+    solved = {"expert_solutions": c.solutions} if c.env in ("points24", "ezpoints") else {}
+    return env_maker(run, "seen" if c.env == "points24" else "all", **solved)
+
+
+@contextmanager
+def noticed() -> Iterator[list[int]]:
+    """Inside, the first Ctrl-C is only noted in the list; a second one interrupts as ever."""
+    asked: list[int] = []
+
+    def note(number: int, frame) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def train_factors(
     vlm: VisionLanguageModel,
     lora: Lora,
@@ -87,39 +118,58 @@ def train_factors(
     c: SftConfig,
     say: Callable[[str], None],
 ) -> float:
-    """Cross-entropy on expert answers, warm-up and cosine; the mean loss of the last 50 steps."""
-    env, style = env_maker(run)(), prompt_style(run)
+    """Cross-entropy on expert answers, warm-up and cosine; the mean loss of the last 50 steps.
+
+    Ctrl-C ends it early, with what was learned so far.
+    """
+    env, style = expert_maker(run, c)(), prompt_style(run)
+    if told := too_long(longest_answer(env, vlm, style, deals=16), c.max_new_tokens):
+        say(told)
     optimizer = torch.optim.AdamW(lora.parameters(), lr=c.lora_learning_rate, weight_decay=0.0)
     rng = np.random.default_rng([c.seed, 2, crew.rank])
     started, recent = time.perf_counter(), []
-    for step in range(c.steps):
-        rate = min(1, (step + 1) / 20) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / c.steps)))
-        optimizer.param_groups[0]["lr"] = c.lora_learning_rate * rate
-        seeds = rng.integers(2**31, size=c.deals // crew.size)
-        demos = [
-            demonstrate(env, vlm, int(s), c.states, c.other_targets, style, c.stray) for s in seeds
-        ]
-        for p in lora.parameters():
-            p.grad = torch.zeros_like(p)
-        with torch.no_grad():
-            shown = pictures_of(demos)
-            pieces = [vlm.see(shown[i : i + PICTURES]) for i in range(0, len(shown), PICTURES)]
-        features, grid = torch.cat([f for f, _ in pieces]), pieces[0][1]
-        whole = vlm.weights(lora)
-        weights = whole.cut()
-        tokens = sum(len(a) for d in demos for a in d.answers)
-        loss, count = backward_demos(vlm, weights, demos, features, grid, scale=1 / tokens)
-        whole.backward([weights])
-        crew.sum_([p.grad for p in lora.parameters()])
-        loss, count = crew.total(loss, count)
-        norm = torch.nn.utils.clip_grad_norm_(lora.parameters(), float(crew.size))
-        if norm.isfinite():
-            optimizer.step()
-        recent = [*recent[-49:], loss / count]
-        if step % 10 == 9:
-            left = (time.perf_counter() - started) / (step + 1) * (c.steps - step - 1) / 60
-            say(f"step {step + 1}/{c.steps} loss {np.mean(recent):.4f} {left:.1f} minutes left")
+    with noticed() if crew.leads else nullcontext([]) as asked:
+        for step in range(c.steps):
+            warm, done = min(1, (step + 1) / 20), step / c.steps
+            rate = c.lora_learning_rate * warm * max(0.02, 0.5 * (1 + math.cos(math.pi * done)))
+            optimizer.param_groups[0]["lr"] = rate
+            seeds = rng.integers(2**31, size=c.deals // crew.size)
+            demos = [
+                demonstrate(env, vlm, int(s), c.states, c.other_targets, style, c.stray)
+                for s in seeds
+            ]
+            loss, count = factor_gradients(vlm, lora, demos)
+            crew.sum_([p.grad for p in lora.parameters()])
+            loss, count, stopped = crew.total(loss, count, len(asked))
+            norm = torch.nn.utils.clip_grad_norm_(lora.parameters(), float(crew.size))
+            if norm.isfinite():
+                optimizer.step()
+            recent = [*recent[-49:], loss / count]
+            if step % 10 == 9:
+                left = (time.perf_counter() - started) / (step + 1) * (c.steps - step - 1) / 60
+                say(f"step {step + 1}/{c.steps} loss {np.mean(recent):.4f} {left:.1f} minutes left")
+            if stopped:
+                say(f"stopped after step {step + 1}: what was learned is evaluated and written")
+                break
     return float(np.mean(recent))
+
+
+def factor_gradients(
+    vlm: VisionLanguageModel, lora: Lora, demos: list[Demonstration]
+) -> tuple[float, int]:
+    """Set the gradient of the mean cross-entropy of these answers; its sum, and their tokens."""
+    for p in lora.parameters():
+        p.grad = torch.zeros_like(p)
+    with torch.no_grad():
+        shown = pictures_of(demos)
+        pieces = [vlm.see(shown[i : i + PICTURES]) for i in range(0, len(shown), PICTURES)]
+    features, grid = torch.cat([f for f, _ in pieces]), pieces[0][1]
+    whole = vlm.weights(lora)
+    weights = whole.cut()
+    tokens = sum(len(a) for d in demos for a in d.answers)
+    found = backward_demos(vlm, weights, demos, features, grid, scale=1 / tokens)
+    whole.backward([weights])
+    return found
 
 
 def save(
@@ -137,6 +187,7 @@ def save(
     save_model(out, vlm.module, dense, vlm.text.dtype)
     vlm.tokenizer.save_pretrained(out)
     vlm.processor.save_pretrained(out)
+    copy_processor_files(model_folder(run), out)
     config = {k: v for k, v in asdict(c).items() if k not in ("out", "overwrite")}
     record = {
         "config": config,

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from turbo.lora import Lora
 from turbo.model import VisionLanguageModel
 
+# Read by transformers' AutoProcessor and by servers such as vLLM, where a model has them
+PROCESSOR_FILES = ("processor_config.json", "video_preprocessor_config.json")
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft calls them
 
 
@@ -76,6 +78,13 @@ def save_factors(folder: Path, lora: Lora, dtype: torch.dtype) -> None:
     """adapter_model.safetensors alone."""
     tensors = {k: v.to(dtype).contiguous() for k, v in lora.state_dict().items()}
     save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
+
+
+def copy_processor_files(base: Path, folder: Path) -> None:
+    """What a base has beside tokenizer and image processor, for what is made of it."""
+    for name in PROCESSOR_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
 
 
 def write_folder(out: Path, write: Callable[[Path], None]) -> None:

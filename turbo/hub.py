@@ -4,6 +4,7 @@ Left out: what a loaded model is (`turbo.model`).
 """
 
 import hashlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -78,16 +79,42 @@ def snapshot(name: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    why = "is not in the cache"
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+        folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+        if not (lacking := missing_files(folder)):
+            return folder
+        why = f"is not whole in the cache, {lacking[0]} is missing"  # a download that was cut off
     except LocalEntryNotFoundError:
-        print(f"{name} is not in the cache: downloading it", file=sys.stderr)
+        pass
+    print(f"{name} {why}: downloading it", file=sys.stderr)
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # no network, no such model, no permission
         raise ValueError(
-            f"model {name!r} is neither a folder nor could it be downloaded: {error}"
+            f"model {name!r} is no folder, {why}, and could not be downloaded: {error}"
         ) from error
+
+
+def missing_files(folder: Path) -> list[str]:
+    """What a model's folder lacks to be loaded, as far as its own index of weights tells."""
+    parts = ["config.json"], ["tokenizer.json", "tokenizer_config.json"]
+    parts = *parts, ["preprocessor_config.json", "processor_config.json"]
+    lacking = [names[0] for names in parts if not any((folder / n).is_file() for n in names)]
+    return lacking + missing_weights(folder)
+
+
+def missing_weights(folder: Path) -> list[str]:
+    """Files of weights that a folder lacks: of those that its index names, or the one file."""
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is no index of weights: {error!r}") from error
+    return [name for name in names if not (folder / name).is_file()]
 
 
 def model_sha256(c: TrainConfig) -> str:
@@ -100,13 +127,14 @@ def model_sha256(c: TrainConfig) -> str:
         return hashlib.sha256(f"random {c.model}".encode()).hexdigest()
     folder = model_folder(c)
     file = folder / "model.safetensors"
+    if lacking := missing_weights(folder):
+        remedy = "make it with `python -m turbo.sft`"
+        if lacking != [file.name]:
+            remedy = "its index names it: copy or download it again"
+        raise ValueError(f"model {c.model!r}: {folder / lacking[0]} is missing; {remedy}")
     if file.is_file() and file.stat().st_size < WHOLE:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(
-            f"model {c.model!r}: {file} is missing; make it with `python -m turbo.sft`"
-        )
     found = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

@@ -73,6 +73,7 @@ METRICS: dict[str, Metric] = {
     "approx_kl": Metric("k3 estimate of KL(rollout policy || current policy) of a step", "nats"),
     "clip_fraction": Metric("share of the steps whose ratio lies outside the clip range", "0..1"),
     "grad_norm": Metric("norm of the gradient before clipping, mean over optimiser steps", "1"),
+    "critic_grad_norm": Metric("the same of the critic's gradient, with --advantage gae", "1"),
     "skipped_batches": Metric(
         "minibatches skipped since their loss or gradient was not finite", "minibatches"
     ),

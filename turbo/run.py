@@ -49,7 +49,7 @@ class Run:
         critic = config.advantage == "gae"
         self.value_head = ValueHead(self.vlm.text.dim).to(self.vlm.device) if critic else None
         self.learner = Learner(self.vlm, self.lora, self.value_head, crew, config)
-        self.optimizer = new_optimizer(self.learner.parameters(), config)
+        self.optimizer = new_optimizer(self.learner, config)
         self.teacher = Teacher(self.vlm, self.lora, config)
         self.faults = FaultLog(path / checkpoint.FAULTS, config.max_faults, crew.rank)
         self.examples = Examples(config.sft_max)
@@ -213,8 +213,11 @@ class Run:
         )
 
 
-def new_optimizer(parameters: list[Tensor], c: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW without weight decay; with 8-bit moments on request (Dettmers et al. 2022)."""
+def new_optimizer(learner: Learner, c: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW without weight decay; with 8-bit moments on request (Dettmers et al. 2022).
+
+    A group each for policy and critic, whose `scale` times the policy's learning rate is its own.
+    """
     kind = torch.optim.AdamW
     if c.optimizer == "adamw8bit":
         try:
@@ -223,7 +226,11 @@ def new_optimizer(parameters: list[Tensor], c: TrainConfig) -> torch.optim.Optim
             raise ValueError(
                 "--optimizer adamw8bit needs bitsandbytes: pip install 'gtr-turbo[nf4]'"
             ) from error
-    return kind(parameters, lr=c.learning_rate, eps=c.adam_eps, weight_decay=0.0)
+    groups = [dict(params=learner.lora.parameters(), scale=1.0)]
+    if learner.value_head is not None:
+        scale = (c.critic_learning_rate or c.learning_rate) / c.learning_rate
+        groups.append(dict(params=list(learner.value_head.parameters()), scale=scale))
+    return kind(groups, lr=c.learning_rate, eps=c.adam_eps, weight_decay=0.0)
 
 
 def space(run: Run) -> str:
@@ -255,8 +262,8 @@ def new_corrector(c: TrainConfig, workers: int) -> Corrector:
     )
 
 
-def env_maker(c: TrainConfig, split: str = "all"):
-    """A function that makes one environment as the settings want it.
+def env_maker(c: TrainConfig, split: str = "all", **more):
+    """A function that makes one environment as the settings want it, and with `more` options.
 
     `split` is "all" for what is trained on, "seen" or "unseen" for deals that are told apart.
     """
@@ -269,7 +276,7 @@ def env_maker(c: TrainConfig, split: str = "all"):
             options["hands"] = pool(c.hands, c.seed)
     if c.env not in ("numberline", "alfworld") and takes(c.env, "early_truncation"):
         options["early_truncation"] = c.early_truncation
-    return lambda: make(c.env, **options)
+    return lambda: make(c.env, **options, **more)
 
 
 LARGEST = 8  # games whose longest prompts are tried before training

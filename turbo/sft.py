@@ -25,7 +25,13 @@ from torch import nn
 
 from turbo import tiny
 from turbo.checkpoint import versions, write_json
-from turbo.demos import Demonstration, backward_demos, demonstrate, pictures_of
+from turbo.demos import (
+    Demonstration,
+    backward_demos,
+    demonstrate,
+    longest_answer,
+    pictures_of,
+)
 from turbo.envs.make import make
 from turbo.finetune import fine_tune
 from turbo.flags import conclude, read_flags
@@ -34,7 +40,7 @@ from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel, Weights, pick_dtype
 from turbo.parallel import Crew, cores, run_crew
 from turbo.run import alfworld_options, find_alfworld
-from turbo.sft_config import SftConfig, check_sft, sft_defaults
+from turbo.sft_config import SftConfig, check_sft, sft_defaults, too_long
 
 SPLIT_GAMES = ("points24", "alfworld")  # some deals are kept from the warm start
 IGNORED = -100  # a target that costs nothing
@@ -123,10 +129,8 @@ def warm_start(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> 
     read = train_read_out(vlm, env, crew, steps=c.read_out_steps, seed=c.seed, stray=c.stray)
     if crew.leads:
         say(f"{parameter_count(module):,} parameters; read-out of the picture {read:.1%}")
-        longest = max(len(a) for seed in range(64) for a in demonstrate(env, vlm, seed).answers)
-        if longest > c.max_new_tokens:
-            more = f"--max-new-tokens {longest + longest // 4}"
-            say(f"the expert's answers have up to {longest} tokens: add {more}, in training too")
+        if told := too_long(longest_answer(env, vlm), c.max_new_tokens):
+            say(told)
     losses = train_language(vlm, env, crew, c, say if crew.leads else lambda _: None)
     minutes = (time.perf_counter() - started) / 60
     module.to(torch.bfloat16).to(torch.float32)  # evaluated as it will be saved
@@ -271,8 +275,9 @@ def main(argv: list[str] | None = None) -> int:
         names = [a for a in argv[:1] if not a.startswith("-")]
         base = sft_defaults(names[0] if names else "points24")
         c = read_flags(SftConfig, argv, "turbo.sft", default=base)
-        if c.env != base.env:  # the environment was not named first
-            c = read_flags(SftConfig, argv, "turbo.sft", default=sft_defaults(c.env))
+        if c.env != base.env or c.model:  # whose defaults are others
+            default = sft_defaults(c.env, bool(c.model))
+            c = read_flags(SftConfig, argv, "turbo.sft", default=default)
         check_sft(c)
         find_alfworld(c)
         if Path(c.out).exists() and any(Path(c.out).iterdir()) and not c.overwrite:

@@ -30,7 +30,7 @@ class SftConfig:
     size: Literal["", "small", "medium", "nano"] = ""
     """size of the model (empty: the one of the environment)"""
     steps: int = 2000
-    """optimiser steps of the language model"""
+    """optimiser steps of the language model; 300 with --model"""
     deals: int = 24
     """deals per step"""
     states: int = 4
@@ -38,7 +38,8 @@ class SftConfig:
     solutions: int = 8
     """card games: the expert begins with one of so many solutions"""
     other_targets: float = 0.0
-    """Points24: share of the deals that ask for another target than 24, as further exercises"""
+    """Points24: share of the deals that ask for another target than 24, as further exercises; 0
+    with --model"""
     games: str = ""
     """ALFWorld: folder of games (empty: $ALFWORLD_DATA, else small ones that are made once)"""
     tasks: str = ""
@@ -67,7 +68,7 @@ class SftConfig:
     lora_learning_rate: float = 1e-4
     """peak learning rate of the factors"""
     max_new_tokens: int = 96
-    """longest answer in tokens, in the evaluation at the end"""
+    """longest answer in tokens, in the evaluation at the end; 256 with --model"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the model runs; auto is the GPU where there is one"""
     observation: Literal["auto", "small", "full"] = "auto"
@@ -97,10 +98,26 @@ SFT_DEFAULTS: dict[str, dict] = {
 }
 
 
-def sft_defaults(env: str) -> SftConfig:
-    """The settings of the warm start of one environment."""
+# A large model knows how to write and to count, and splits numbers into more tokens.
+FINE_TUNING = dict(steps=300, max_new_tokens=256, other_targets=0.0)
+OF_A_NEW_MODEL = ("size", "learning_rate", "muon_learning_rate", "read_out_steps")
+OF_ANY_MODEL = ("lora_rank", "lora_learning_rate", "device", "observation", "quantize")
+OF_ANY_MODEL += ("micro_tokens",)
+
+
+def sft_defaults(env: str, fine_tuning: bool = False) -> SftConfig:
+    """The settings of the warm start of one environment; of a model that is there already."""
     find(env)
-    return SftConfig(**{"env": env, **SFT_DEFAULTS.get(env, {})})
+    more = FINE_TUNING if fine_tuning else {}
+    return SftConfig(**{"env": env, **SFT_DEFAULTS.get(env, {}), **more})
+
+
+def too_long(longest: int, limit: int) -> str:
+    """What to say where the expert's answers are longer than answers may be; else nothing."""
+    if longest <= limit:
+        return ""
+    more = f"--max-new-tokens {longest + longest // 4}"
+    return f"the expert's answers have up to {longest} tokens: add {more}, in training too"
 
 
 def check_sft(c: SftConfig) -> None:
@@ -114,6 +131,15 @@ def check_sft(c: SftConfig) -> None:
         if getattr(c, flag) < 0:
             name = "--" + flag.replace("_", "-")
             raise ValueError(f"{name} must be zero or more, got {getattr(c, flag)}")
+    plain = sft_defaults(c.env, bool(c.model))
+    for flag in OF_A_NEW_MODEL if c.model else OF_ANY_MODEL:
+        if getattr(c, flag) != getattr(plain, flag):
+            name, other = "--" + flag.replace("_", "-"), "with --model"
+            hint = ""
+            if c.model:
+                other = "of a new model, without --model"
+                hint = "; that of its factors is --lora-learning-rate" * flag.endswith("rate")
+            raise ValueError(f"{name} is a setting {other}: leave it out{hint}")
     if not 0 <= c.stray < 1:
         raise ValueError(f"--stray must be a share from 0 to below 1, got {c.stray}")
     if (c.games or c.tasks) and c.env != "alfworld":

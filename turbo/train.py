@@ -197,7 +197,7 @@ def learn(
     """The PPO epochs of one update; mean figures over its minibatches."""
     c = run.config
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(c, run.update)
+        group["lr"] = group["scale"] * learning_rate(c, run.update)
     order = torch.Generator().manual_seed(mix(c.seed, run.update, 7, run.crew.rank))
     sizes = [int(n) for n in run.crew.share(len(data.rows))]
     count = max(1, min(max(sizes), round(sum(sizes) / c.minibatch)))  # minibatches of an epoch
@@ -212,8 +212,9 @@ def learn(
         sums = run.learner.gradients(
             rollout, data, rows[b::count], size, teacher, run.beta, imitated(run, order)
         )
-        parameters = run.learner.parameters()
-        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip)
+        for part, group in zip(("", "critic_"), run.optimizer.param_groups, strict=False):
+            norm = torch.nn.utils.clip_grad_norm_(group["params"], c.grad_clip)
+            sums[f"{part}grad_norm"] = norm
         found = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
         if all(map(math.isfinite, found.values())):
             run.optimizer.step()

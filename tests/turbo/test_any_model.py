@@ -1,7 +1,9 @@
 """From a warm start to an evaluation with models of every family: the commands themselves."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from family_models import FAMILIES, folder, load_plain
 from tiny_models import without_times
 
-from turbo import checkpoint, eval, sft, shapes, train
+from turbo import checkpoint, demos, eval, finetune, hub, sft, shapes, train
 from turbo.envs.make import make
 from turbo.log import read_jsonl
 from turbo.model import Engine, load
@@ -54,6 +56,28 @@ def test_a_fine_tuned_model_is_one_of_transformers(warm):
         assert same or adapted, name
         moved += not same
     assert moved == len(base.text.linears)
+
+
+def test_ctrl_c_writes_what_was_learned(tmp_path, monkeypatch, capsys):
+    """And the model learns from hands that are to be seen, in the words of large models."""
+    asked = []
+
+    def demonstrate(env, *arguments, **options):
+        asked.append(env.dealt)
+        if len(asked) == 3:  # in the second step
+            os.kill(os.getpid(), signal.SIGINT)
+        return demos.demonstrate(env, *arguments, **options)
+
+    monkeypatch.setattr(finetune, "demonstrate", demonstrate)
+    arguments = ["--model", str(folder("qwen3_vl")), "--out", str(tmp_path / "warm")]
+    flags = SFT.replace("--steps 3 --deals 4", "--steps 9 --deals 2 --observation full")
+    assert sft.main(["points24", *arguments, *flags.split()]) == 0
+    out = capsys.readouterr().out
+    assert "stopped after step 2: what was learned is evaluated and written" in out
+    assert "the expert's answers have up to" in out and "16 tokens" not in out  # --max-new-tokens
+    assert (tmp_path / "warm" / "warm_start.json").is_file()
+    seen = make("points24", split="seen").dealt
+    assert len(asked) == 4 and all(hands == seen for hands in asked)
 
 
 def test_training_and_evaluation(warm, tmp_path, capsys):
@@ -124,6 +148,10 @@ def test_models_that_cannot_be_used(tmp_path, capsys):
     mute = tmp_path / "mute"
     shutil.copytree(folder("smolvlm"), mute)
     (mute / "chat_template.jinja").unlink()
+    thinker = tmp_path / "thinker"
+    shutil.copytree(folder("smolvlm"), thinker)
+    template = (thinker / "chat_template.jinja").read_text()
+    (thinker / "chat_template.jinja").write_text(template.rstrip() + "<think>\n")
     text = tmp_path / "text"
     shutil.copytree(folder("smolvlm"), text)
     (text / "config.json").write_text('{"model_type": "llama"}')
@@ -132,6 +160,7 @@ def test_models_that_cannot_be_used(tmp_path, capsys):
         assert said.startswith("error: model") and "none" in said
         assert "takes no pictures" in refused(command, text)
         assert "has no usable chat template" in refused(command, mute)
+        assert "opens every answer with <think>" in refused(command, thinker)
     arguments = ["--model", str(folder("smolvlm")), "--engine", "fused"]
     arguments += ["--out", str(tmp_path / "out"), "--workers", "1"]
     assert train.main(["numberline", *arguments]) == 2
@@ -183,3 +212,31 @@ def test_random_weights_of_published_shapes(tmp_path, monkeypatch, capsys):
     assert "qwen3-vl-8b needs" in said and "the card has 0.5 GB" in said
     assert train.main([*arguments, "--overwrite", "--model", "qwen9"]) == 2
     assert "qwen9" in capsys.readouterr().err
+
+
+def test_a_download_that_was_cut_off_is_not_taken_for_a_model(tmp_path, monkeypatch, capsys):
+    """The cache of the Hub holds what had arrived: one of five files of weights."""
+    import huggingface_hub
+
+    whole = folder("qwen3_vl")
+    model = shutil.copytree(whole, tmp_path / "cached")
+    (model / "model.safetensors").rename(model / "model-00001-of-00005.safetensors")
+    names = {f"w{i}": f"model-0000{i}-of-00005.safetensors" for i in range(1, 6)}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    c = train.parse(["numberline", "--model", "owner/model"])
+    asked = []
+
+    def download(name, allow_patterns, local_files_only=False):
+        asked.append(local_files_only)
+        if not local_files_only:
+            raise OSError("no network")
+        return str(model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ValueError, match=r"is not whole in the cache, model-00002-of-00005.*could"):
+        hub.model_folder(c)
+    assert asked == [True, False]
+    assert "model-00002-of-00005.safetensors is missing: downloading" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"model-00002\S+ is missing; its index names it"):
+        hub.model_sha256(train.parse(["numberline", "--model", str(model)]))
+    assert hub.missing_files(whole) == []

@@ -35,13 +35,22 @@ def test_demonstrations_are_legal_answers_to_their_prompts(vlm, game):
     assert demos.demonstrate(env, vlm, 99).answers != demo.answers
 
 
-def test_states_are_of_episodes_of_their_own(vlm):
+ASKED = {
+    "short": r'target: ([0-9]+), formula: "(.*)"',
+    "full": r'The target is ([0-9]+). The formula so far: "(.*)"',
+}
+
+
+@pytest.mark.parametrize("style", ASKED)
+def test_states_are_of_episodes_of_their_own(vlm, style):
     env, first, targets, count = tiny_models.new_env("points24"), 0, [], 0
+    fixed = env.reset(seed=0) and env.prompt(style).fixed
     for seed in range(12):
-        demo = demos.demonstrate(env, vlm, seed, states=4, other_targets=0.5)
+        demo = demos.demonstrate(env, vlm, seed, states=4, other_targets=0.5, style=style)
+        assert demo.fixed == fixed  # it stands before the rows of all demonstrations
         assert 1 <= len(demo.answers) <= 4  # not every target can be reached with every hand
         for suffix, answer in zip(demo.suffixes, demo.answers, strict=True):
-            asked = re.search(r'target: ([0-9]+), formula: "(.*)"', vlm.tokenizer.decode(suffix))
+            asked = re.search(ASKED[style], vlm.tokenizer.decode(suffix))
             answer = env.read_answer(vlm.decode(answer))
             assert answer.fields["formula"] == asked[2]
             plan = tokenize(aim_of(answer.fields["thoughts"]))
@@ -136,6 +145,15 @@ def test_a_warm_start_is_written_whole_and_can_be_used(tmp_path, monkeypatch, ca
             ["numberline", "--deals", "1", "--workers", "2"],
             "--deals 1 is less than the number of workers",
         ),
+        (
+            ["--model", "x/y", "--size", "nano"],
+            "--size is a setting of a new model, without --mod",
+        ),
+        (
+            ["--model", "x/y", "--learning-rate", "1e-4"],
+            "that of its factors is --lora-learning-r",
+        ),
+        (["--lora-rank", "8"], "--lora-rank is a setting with --model: leave it out"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, monkeypatch, capsys, argv, message):
