@@ -6,7 +6,8 @@ written race by race. All output goes to the console and into gpu.log.
 
     kernels   the policy head, a whole TIES merge of a 7B, the kernels' tests, EMA, NF4, then the
               policy head at other sizes
-    model     whole updates of a model of 7B shapes, without and with decode graphs
+    model     whole updates of a model of 7B shapes, without and with decode graphs, then with the
+              policy merged for playing
     recipe    the same beside the published recipe, whose two models need some 80 GB together
 
 On a machine where only one folder is kept, `--out` names it; `python -m bench.report --add` takes
@@ -59,6 +60,7 @@ PARTS = {
     "model": [
         Part(f"{LARGE} --steps 64 --recipe-steps 0", 260),
         Part(f"{LARGE} --steps 64 --recipe-steps 0 --decode-graphs", 260),
+        Part(f"{LARGE} --steps 64 --recipe-steps 0 --decode-graphs --play merged", 260),
     ],
     "recipe": [Part(f"{LARGE} --steps 128 --recipe-steps 4", 440)],
 }

@@ -119,6 +119,8 @@ class BenchConfig:
     """keep the base in 4 bits"""
     decode_graphs: bool = False
     """GPU: record decode steps as CUDA graphs"""
+    play: Literal["auto", "merged", "unmerged"] = "auto"
+    """large models: whether the policy plays merged, or with base and LoRA apart"""
     max_new_tokens: int = 0
     """tokens of the longest answer (0: the default of training)"""
     steps: int = 0
@@ -180,6 +182,7 @@ def settings(c: BenchConfig) -> dict[str, TrainConfig]:
         random_weights=c.random_weights,
         quantize=c.quantize,
         decode_graphs=c.decode_graphs,
+        play=c.play,
         max_new_tokens=c.max_new_tokens or base.max_new_tokens,
         steps_per_update=c.steps or base.steps_per_update,
         envs=c.envs or base.envs,
@@ -412,6 +415,7 @@ def describe(c: BenchConfig, workers: int, setting: Setting | None) -> dict[str,
         f"dtype={dtype} checkpoint=each"
     )
     ours += f" base={c.quantize}" * (c.quantize != "none") + " graphs" * c.decode_graphs
+    ours += f" play={c.play}" * (c.play != "auto")
     ours += f" answers={c.max_new_tokens}" * bool(c.max_new_tokens)
     return dict.fromkeys(settings(c), ours) | {
         RECIPE: f"{game} workers=1 envs=1 steps={c.recipe_steps} {setting} checkpoint=each",

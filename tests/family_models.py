@@ -112,10 +112,11 @@ def _smol():
 
 
 def model(
-    family: str, *, quantize: str = "none", checkpointing: bool = True, dtype=torch.float32
+    family: str, *, quantize="none", checkpointing=True, dtype=torch.float32, play="auto"
 ) -> VisionLanguageModel:
     """The family's random model, run by transformers' modules."""
-    return load(folder(family), dtype, Engine("modules", "cpu", quantize, checkpointing))
+    engine = Engine("modules", "cpu", quantize, checkpointing, play=play)
+    return load(folder(family), dtype, engine)
 
 
 def own_logits(

@@ -32,6 +32,10 @@ class TrainConfig:
     is qwen2.5-vl-3b or -7b, qwen3-vl-2b, -4b or -8b, or a folder with a config.json"""
     quantize: Literal["none", "nf4"] = "none"
     """nf4: the base and the merged teacher in 4 bits, so that 7B fits a 24 GB card"""
+    play: Literal["auto", "merged", "unmerged"] = "auto"
+    """large models: the policy plays with base and LoRA apart, as it is trained; or merged into one
+    matrix, which is faster, and in 16 bits loses the smallest changes; auto: apart in 16 bits and
+    over a base in 4, else merged"""
     out: str = ""
     """run directory; empty makes runs/<env>-<date>-<time>"""
     resume: str = ""
@@ -362,6 +366,7 @@ def check(c: TrainConfig) -> None:
     for flag in ("wandb", "trackio"):
         name = getattr(c, flag)
         need(bool(re.fullmatch(r"[\w.-]*", name)), flag, "a project's name: letters, digits, _ . -")
+    need(not (c.quantize == "nf4" and c.play == "merged"), "play", "auto with --quantize nf4")
     need(not (c.quiet and c.json), "json", "left out with --quiet, or --quiet left out")
     if c.kl_coef != "auto":
         try:

@@ -33,7 +33,9 @@ WHOLE = 1 << 30  # bytes of weights that are hashed whole
 def open_model(c: TrainConfig) -> VisionLanguageModel:
     """The model of a run, loaded and put where it is to run."""
     device = device_of(c)
-    engine = Engine(c.engine, c.device, c.quantize, c.gradient_checkpointing, c.decode_graphs)
+    engine = Engine(
+        c.engine, c.device, c.quantize, c.gradient_checkpointing, c.decode_graphs, c.play
+    )
     dtype = pick_dtype(c.dtype, device)
     if c.gpu and device.type == "cuda":
         share = c.gpu * memory.GB / torch.cuda.mem_get_info()[1]

@@ -1,9 +1,10 @@
 """What a training run takes of a GPU, planned before anything is loaded: `python -m turbo.memory`.
 
-One card holds the base, one scratch buffer (alternately the merged policy and the merged teacher),
-LoRA factors, optimiser. An update passes through phases that do not coincide:
+One card holds the base, one scratch buffer (alternately the policy's rounded factors, or the merged
+policy, and the merged teacher), LoRA factors, optimiser. An update passes through phases that do
+not coincide:
 
-    decode   the policy plays: merged in the scratch buffer, keys and values of every environment
+    decode   the policy plays: factors in the scratch buffer, keys and values of every environment
     score    the teacher reads: merged in the scratch buffer, one pass without gradients
     train    the policy learns: base and factors, activations, the policy head, gradients
     step     the optimiser moves the factors

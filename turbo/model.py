@@ -235,6 +235,7 @@ class Engine:
     quantize: str = "none"  # nf4
     checkpointing: bool = True
     decode_graphs: bool = False  # on a GPU alone
+    play: str = "auto"  # merged, unmerged
 
 
 def pick_device(name: str, small: bool = False) -> torch.device:
@@ -348,6 +349,7 @@ def assemble(
         quantize=engine.quantize == "nf4",
         checkpointing=engine.checkpointing,
         record=CudaRecord if engine.decode_graphs and device.type == "cuda" else None,
+        apart=None if engine.play == "auto" else engine.play == "unmerged",
     )
     return VisionLanguageModel(module, tokenizer, processor, dtype, source, text)
 

@@ -6,12 +6,15 @@ roles, which the weights that are handed to `forward` choose:
 
     base       x W^T
     adapted    x W^T + s (x A^T) B^T       training and scoring; no dense gradient ever exists
-    scratch    x M^T                       M: the policy merged, for decoding; or the teacher
+    scratch    x M^T                       M: the teacher; or the policy merged, where that is asked
                x W^T + x M^T               where W is in NF4; M: the teacher's task vector in NF4
 
 A sum would not survive a base in NF4: its values lie on the levels already, and coding them again
-rounds away most of what training has added. So a coded base is decoded unmerged, and the scratch
-holds the coded task vector alone, 9 % off.
+rounds away most of what training has added. Nor does all of it survive in bfloat16: where changes
+are smaller than half a unit of the weight in the last place, as in the first updates of a run at a
+learning rate of 1e-5, a merged policy is the base again. So the policy plays with base and factors
+apart, in the very operations in which it is trained, and its log-probabilities are those of the
+first pass of PPO. Over a coded base the scratch holds the coded task vector alone, 9 % off.
 
 The scratch is always filled from the pristine base: merging in and out of bfloat16 in place drifts.
 It has one content at a time, and weights that refer to an older one are refused.
@@ -29,7 +32,7 @@ Left out: vision and prompts (`turbo.model`, `turbo.families`), the merge of tea
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 
@@ -56,8 +59,8 @@ class ModuleWeights:
 
     role: str
     head: Tensor  # [V, D]
-    content: int = 0  # of the scratch, with role `scratch`
-    lora: Lora | None = None  # with role `adapted`
+    content: int = 0  # of the scratch, where they lie in it
+    lora: Lora | None = None  # with role `adapted`; in playing, rounded and in the scratch's memory
 
     def cut(self) -> "ModuleWeights":
         """The same: gradients reach the factors directly, nothing dense is in between."""
@@ -94,9 +97,9 @@ class AdaptedLinear(nn.Module):
             return y if self.coded is None else y + linear(x, self.coded, None)
         y = linear(x, self.base, self.bias)
         if self.state.role == ADAPTED:
-            a, b = self.factors
-            low = F.linear(x, a.to(x.dtype))
-            y = y + F.linear(low, b.to(x.dtype)) * self.state.scale
+            a, b = (factor.to(x.dtype) for factor in self.factors)
+            low = F.linear(x, a).flatten(0, -2)
+            y = torch.addmm(y.flatten(0, -2), low, b.T, alpha=self.state.scale).view(y.shape)
         return y
 
 
@@ -157,6 +160,7 @@ class ModuleText:
         quantize: bool = False,
         checkpointing: bool = True,
         record: Callable[[], Record] | None = None,  # decode steps, see `turbo.graphs`
+        apart: bool | None = None,  # base and LoRA, in playing; None: where a sum would lose some
     ):
         from transformers import AttentionInterface
         from transformers.utils import is_flash_attn_2_available
@@ -167,7 +171,7 @@ class ModuleText:
         self.dim, self.vocabulary = c.hidden_size, self.head.weight.shape[0]
         self.layers = c.num_hidden_layers
         self.dtype, self.device = self.head.weight.dtype, torch.device(device)
-        self._state, self.linears, self.coded = _State(), {}, quantize
+        self._state, self.linears = _State(), {}
         _refuse_other_heads(model, c, self.head)
         # The argument that the layers' keys and values go through: `cache` in newer transformers
         names = signature(self.decoder.forward).parameters
@@ -175,8 +179,13 @@ class ModuleText:
         self.record = record
         self.content, self.owner = 0, None  # what the scratch holds, and for whom
         half = self.dtype in (torch.bfloat16, torch.float16)
+        self.apart = quantize or (half if apart is None else apart)
         self.flash = self.device.type == "cuda" and half and is_flash_attn_2_available()
         self.in_place = self.device.type == "cuda"  # how the cache is read, see `turbo.decode`
+        if self.device.type == "cuda":
+            # cuDNN's attention makes a plan for every new shape, half a second, and nearly
+            # every batch here has one.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         AttentionInterface.register(ATTENTION, attention)
         self.decoder.set_attn_implementation(ATTENTION)
         self._adapt(model, quantize)
@@ -221,25 +230,40 @@ class ModuleText:
         return ModuleWeights(role, self.head.weight, lora=lora)
 
     def merged(self, w: ModuleWeights) -> ModuleWeights:
-        """Weights to decode with: the policy merged into the scratch, or those that need not be.
-
-        Over a base in NF4 it plays unmerged, with factors that are rounded here once and not at
-        every pass.
-        """
+        """Weights to decode with: base and factors apart, which are rounded here once and not at
+        every pass; or the policy merged into the scratch."""
         if w.role != ADAPTED:
             return w
         lora = w.lora
-        if self.coded:
-            kind = self.dtype
-            narrow = {
-                n: (a.detach().to(kind), b.detach().to(kind)) for n, (a, b) in lora.factors.items()
-            }
-            return replace(w, lora=Lora(narrow, lora.scale, lora.rank))
+        if self.apart:
+            return self._narrow(lora)
 
         def merge(name: str, base: Matrix, out: Matrix) -> None:
             merge_policy(base, *lora.factors[name], lora.scale, out)
 
         return self.fill(merge, None)
+
+    @torch.no_grad()
+    def _narrow(self, lora: Lora) -> ModuleWeights:
+        """The policy as it is now, with factors in the model's dtype.
+
+        They are written over what the scratch holds, where it is dense and has the room: it takes
+        memory enough, and is filled again when a teacher is asked for.
+        """
+        found, content = {}, 0
+        for name, factors in lora.factors.items():
+            room, (a, b) = self.linears[name].scratch, factors
+            if isinstance(room, Tensor) and a.numel() + b.numel() <= room.numel():
+                if not content:
+                    self.owner, self.content = None, self.content + 1
+                    content = self.content
+                flat = room.view(-1)
+                places = flat[: a.numel()], flat[a.numel() : a.numel() + b.numel()]
+                found[name] = places[0].view(a.shape).copy_(a), places[1].view(b.shape).copy_(b)
+            else:
+                found[name] = a.detach().to(self.dtype), b.detach().to(self.dtype)
+        narrow = Lora(found, lora.scale, lora.rank)
+        return ModuleWeights(ADAPTED, self.head.weight, content, narrow)
 
     def fill(self, merge: Callable[[str, Matrix, Matrix], None], owner: object) -> ModuleWeights:
         """Write every matrix of the scratch by `merge(name, base, out)`; the weights that use it.
@@ -307,10 +331,10 @@ class ModuleText:
 
     def use(self, w: ModuleWeights) -> None:
         """Have all layers compute in the role of `w`; RuntimeError where its content is gone."""
-        if w.role == SCRATCH and w.content != self.content:
+        if w.content and w.content != self.content:
             raise RuntimeError(
-                "these weights were merged into the scratch and something else is there by now: "
-                "merge them again"
+                "these weights were put into the scratch and something else is there by now: merge "
+                "them again"
             )
         self._state.role = w.role
         if w.role == ADAPTED:

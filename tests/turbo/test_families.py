@@ -6,15 +6,14 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
-from family_models import FAMILIES, folder, load_plain, model, own_logits
+from family_models import FAMILIES, load_plain, model, own_logits
 from tiny_models import new_env
 
 from turbo import prompts
 from turbo.coded import bnb_product, bnb_read, product
 from turbo.kernels.nf4 import dequantize_nf4, quantize_nf4
 from turbo.kernels.ties import ties_merge_lora
-from turbo.model import Engine, load
-from turbo.modules import SCRATCH
+from turbo.modules import SCRATCH, merge_policy
 from turbo.teacher import Teacher
 
 TEXT = '{"thoughts": "12+3=15, so 4", "action": "+"}'
@@ -113,7 +112,8 @@ def test_checkpointing_keeps_less(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fifty_swaps_leave_the_base_as_it_was(family, quantize):
     """Policy and teacher take turns in the scratch; it is always filled from the pristine base."""
-    vlm = model(family, dtype=torch.bfloat16, quantize=quantize)
+    play = "merged" if quantize == "none" else "auto"
+    vlm = model(family, dtype=torch.bfloat16, quantize=quantize, play=play)
 
     def bits() -> list[torch.Tensor]:
         found = []
@@ -271,9 +271,11 @@ def test_codes_are_multiplied_by_bitsandbytes_too(dtype, biased):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_policy_over_codes_plays_with_factors_rounded_once(family):
-    vlm = load(folder(family), torch.bfloat16, Engine("modules", "cpu", "nf4"))
+def test_in_few_bits_a_policy_plays_as_it_is_trained(family, quantize):
+    """Base and factors apart, to the bit; the factors are rounded once."""
+    vlm = model(family, dtype=torch.bfloat16, quantize=quantize)
     lora = tiny_models.noisy_lora(vlm)
     whole, narrow = vlm.weights(lora), vlm.merged(vlm.weights(lora))
     assert {f.dtype for f in lora.parameters()} == {torch.float32}
@@ -286,6 +288,48 @@ def test_a_policy_over_codes_plays_with_factors_rounded_once(family):
     for factor in lora.parameters():  # the policy learns on: what plays is what it was
         factor.mul_(2)
     assert all(map(torch.equal, old, narrow.lora.parameters()))
+
+
+@torch.no_grad()
+def test_a_policy_that_plays_lies_in_the_scratch_until_a_teacher_does():
+    vlm = model("qwen3_vl", dtype=torch.bfloat16)
+    lora, other = tiny_models.noisy_lora(vlm), tiny_models.noisy_lora(vlm, 1)
+
+    def merge(name, base, out):
+        merge_policy(base, *other.factors[name], other.scale, out)
+
+    row = [vlm.encode(TEXT)]
+    alone = our_logits(vlm, lora, shown(1), [0], row, merged=True)  # there is no scratch yet
+    teacher = vlm.text.fill(merge, "teacher")
+    memory = {module.scratch.data_ptr() for module in vlm.text.linears.values()}
+    policy = vlm.merged(vlm.weights(lora))
+    assert {a.data_ptr() for a, _ in policy.lora.factors.values()} == memory
+    assert vlm.text.held("teacher") is None
+    features, grid = vlm.see(shown(1))
+    with pytest.raises(RuntimeError, match="merge them again"):
+        vlm.prefix(teacher, features, "", grid)
+    assert torch.equal(our_logits(vlm, lora, shown(1), [0], row, merged=True), alone)
+    vlm.text.fill(merge, "teacher")
+    with pytest.raises(RuntimeError, match="merge them again"):
+        vlm.prefix(policy, features, "", grid)
+
+
+@torch.no_grad()
+def test_a_sum_in_bfloat16_loses_the_first_changes_of_a_run():
+    """What is left of changes of 8e-6 in weights of 0.02; and of them when they stay apart."""
+    torch.manual_seed(0)
+    base, a = 0.02 * torch.randn(256, 512), torch.randn(16, 512) / 4
+    b, x = 4e-6 * torch.randn(256, 16), torch.randn(64, 512)
+    base, x = base.bfloat16(), x.bfloat16()
+    true = x.double() @ (2.0 * (b @ a)).double().T
+    merged = merge_policy(base, a, b, 2.0, torch.empty_like(base))
+    low = x.double() @ a.bfloat16().double().T
+
+    def kept(change: torch.Tensor) -> float:
+        return float((change * true).sum() / true.square().sum())
+
+    assert kept(x.double() @ (merged.double() - base.double()).T) < 0.4
+    assert 0.99 < kept(2.0 * low @ b.bfloat16().double().T) < 1.01
 
 
 def test_specials_are_never_sampled(vlm):
