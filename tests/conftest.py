@@ -22,10 +22,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
 
 
 def pytest_configure(config):
-    """A folder for what is made once for all test processes (tiny_models.py)."""
+    """A folder for what is made once for all test processes (tiny_models.py); a cache in it."""
     if not hasattr(config, "workerinput"):
         shared = tempfile.TemporaryDirectory(prefix="gtr-turbo-tests-")
         os.environ["GTR_TURBO_TESTS"] = shared.name
+        os.environ["GTR_TURBO_CACHE"] = os.path.join(shared.name, "cache")
         config.add_cleanup(shared.cleanup)
 
 
@@ -48,14 +49,13 @@ def signals():
 def alfworld_games(tmp_path_factory):
     """A folder of small ALFWorld games, two of each task and half as many held out.
 
-    Made once for all test processes, with a cache of translations of its own.
+    Made once for all test processes.
     """
     pytest.importorskip("fast_downward", reason="needs pip install 'gtr-turbo[alfworld]'")
     from turbo.envs.alfworld_games import main
 
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    os.environ["GTR_TURBO_CACHE"] = str(base / "alfworld-cache")
     with (base / "alfworld.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # the first one makes them
         done = main(["--out", str(base / "alfworld"), "--games", "12", "--held-out", "6"])
