@@ -49,7 +49,7 @@ def signals():
 def alfworld_games(tmp_path_factory):
     """A folder of small ALFWorld games, two of each task and half as many held out.
 
-    Made once for all test processes.
+    Made once for all test processes, in one go by two makers.
     """
     pytest.importorskip("fast_downward", reason="needs pip install 'gtr-turbo[alfworld]'")
     from turbo.envs.alfworld_games import main
@@ -58,6 +58,7 @@ def alfworld_games(tmp_path_factory):
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with (base / "alfworld.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # the first one makes them
-        done = main(["--out", str(base / "alfworld"), "--games", "12", "--held-out", "6"])
+        flags = ["--games", "12", "--held-out", "6", "--jobs", "2"]
+        done = main(["--out", str(base / "alfworld"), *flags])
     assert done == 0
     return str(base / "alfworld")
