@@ -109,7 +109,7 @@ def train_factors(
         weights = whole.cut()
         tokens = sum(len(a) for d in demos for a in d.answers)
         loss, count = backward_demos(vlm, weights, demos, features, grid, scale=1 / tokens)
-        whole.backward([weights])
+        whole.backward(weights)
         crew.sum_([p.grad for p in lora.parameters()])
         loss, count = crew.total(loss, count)
         norm = torch.nn.utils.clip_grad_norm_(lora.parameters(), float(crew.size))

@@ -179,7 +179,7 @@ def train_language(vlm, env, crew: Crew, c: SftConfig, say: Callable[[str], None
         weights = vlm.weights()
         local = weights.cut()
         vision, loss, count = backward_all(vlm, local, demos)
-        weights.backward([local])
+        weights.backward(local)
         for parameter, grad in zip(visual, vision, strict=True):
             parameter.grad = grad
         loss, count = crew.total(loss, count)

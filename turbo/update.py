@@ -201,7 +201,7 @@ class Learner:
                 part.run()
             if imitated:
                 part.imitate(imitated)
-            weights.backward([part.weights])
+            weights.backward(part.weights)
 
         while not fits(accumulate):  # sums that are half done are begun anew
             self.vlm.batches.halve("train", self.vlm.batches.train)
