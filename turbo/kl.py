@@ -10,7 +10,7 @@ With d = log p_policy - log p_teacher of a token that the *policy* sampled:
 A step's guidance is the mean over its thought tokens. It enters the reward with a coefficient beta.
 
 Left out: the exact KL over the whole vocabulary (kernels/policy_head.py) and where the guidance is
-applied (guidance.py).
+applied (score.py, update.py).
 """
 
 import math

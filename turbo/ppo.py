@@ -9,7 +9,7 @@ c < 1:
     loss        = -mean( min(ratio * A, clamp(ratio, 1 - clip, 1 + clip) * A) )
 
 Left out: where log-probabilities come from (kernels/policy_head.py), advantages (gae.py), the
-guidance (kl.py and guidance.py).
+guidance (kl.py, score.py, update.py).
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,8 @@ tokens, trained on the prompts and expert answers of the project's own games. On
 small, so that the whole method can be trained on a CPU in minutes. The warm-started weights are
 shipped in `turbo/models/<game>/`.
 
-Left out: the warm start itself (`turbo.sft`), LoRA and the fast forward pass (`turbo.model`).
+Left out: the warm start itself (`turbo.sft`), LoRA (`turbo.lora`), and the forward passes
+(`turbo.fused`, `turbo.modules`).
 """
 
 from collections.abc import Iterable, Iterator
