@@ -88,7 +88,7 @@ def open_plain(c: TrainConfig, dtype: torch.dtype, device: str) -> VisionLanguag
     module.requires_grad_(False).eval().to(where)
     head = module.get_output_embeddings().weight
     plain = Plain(head.shape[1], head.shape[0])
-    return VisionLanguageModel(module, tokenizer, processor, dtype, c.model, plain)
+    return VisionLanguageModel(module, tokenizer, processor, dtype, plain)
 
 
 @dataclass(frozen=True)

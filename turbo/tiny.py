@@ -115,7 +115,6 @@ def positions_of(name: str) -> int:
 
 def train_tokenizer(
     vocabulary: int = VOCABULARY,
-    seed: int = 0,
     texts: Iterable[str] | None = None,
     split: str = SPLIT,
 ) -> "PreTrainedTokenizerFast":
@@ -140,7 +139,7 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(seed=seed) if texts is None else texts, trainer)
+    tokenizer.train_from_iterator(corpus() if texts is None else texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=prompts.PAD,
