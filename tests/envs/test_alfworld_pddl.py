@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sampled_games import sample_game
 
 from turbo.envs.alfworld_games import draw_games, game_folder, generate
 from turbo.envs.alfworld_pddl import (
@@ -27,7 +28,6 @@ from turbo.envs.alfworld_rooms import (
     ROOMS_OF_TASK,
     TREATABLE,
     WHERE,
-    sample_game,
 )
 from turbo.envs.alfworld_scene import TASKS, Goal, conditions_met, read_scene
 
