@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.records import Recorded, by_label, pooled
+from bench.study_runs import StudyRun
 
 POINTS24_CEILING = 20876 / 28561  # ordered draws that can make 24: tests/envs/test_cards.py
 # Colours of Okabe and Ito, told apart by colour-blind readers; markers differ as well.
@@ -32,7 +33,17 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def curve(run: Recorded, name: str) -> tuple[np.ndarray, np.ndarray]:
+def pyplot():
+    """The module of matplotlib, drawing into files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def curve(run: Recorded | StudyRun, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Environment steps (thousands) and values of one metric."""
     values = [r.get(name) for r in run.curve]
     y = np.array([math.nan if v is None else v for v in values], dtype=float)
@@ -51,12 +62,9 @@ def mean_curve(runs: Sequence[Recorded], name: str) -> tuple[np.ndarray, np.ndar
 
 def draw(title: str, runs: Sequence[Recorded], path: Path) -> None:
     """Success on the left, right thoughts on the right; 1200 x 450 pixels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     from matplotlib.ticker import PercentFormatter
 
+    plt = pyplot()
     style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
         figure, axes = plt.subplots(1, 2, figsize=(8, 3), dpi=150, layout="constrained")

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from bench.flops import Sizes, causal_pairs, text_flops, vision_flops
 from turbo.config import PRESETS, TrainConfig
-from turbo.gae import gae, normalize
+from turbo.gae import gae
 from turbo.hub import model_folder
 from turbo.kl import kl_estimate
 from turbo.model import ValueHead, VisionLanguageModel, loaded_parts, random_parts
@@ -88,7 +88,7 @@ def open_plain(c: TrainConfig, dtype: torch.dtype, device: str) -> VisionLanguag
     module.requires_grad_(False).eval().to(where)
     head = module.get_output_embeddings().weight
     plain = Plain(head.shape[1], head.shape[0])
-    return VisionLanguageModel(module, tokenizer, processor, dtype, c.model, plain)
+    return VisionLanguageModel(module, tokenizer, processor, dtype, plain)
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,8 @@ class Recipe:
             c.gamma,
             c.gae_lambda,
         )
-        advantages = normalize(targets.advantages).to(self.device)
+        spread = targets.advantages.std(correction=0) + 1e-8  # of one step 0, not NaN
+        advantages = ((targets.advantages - targets.advantages.mean()) / spread).to(self.device)
         returns = targets.returns.to(self.device)
         sums = torch.zeros(2)
         norms = []

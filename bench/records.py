@@ -53,7 +53,12 @@ class Recorded:
     @property
     def curve(self) -> list[dict]:
         """The updates."""
-        return [r for r in self.records if "success_rate" in r]
+        return updates(self.records)
+
+
+def updates(records: Sequence[dict]) -> list[dict]:
+    """The records of updates in which episodes ended, without the evaluations."""
+    return [r for r in records if r.get("success_rate") is not None]
 
 
 def is_complete(path: Path, c: TrainConfig) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.claims import CLAIMS, SUCCESS, TEACHER, Claim, compare, compare_passes, final, spread
+from bench.plot import curve, pyplot
 from bench.study_runs import StudyRun, read_table
 
 # Colours of Okabe and Ito, told apart by colour-blind readers
@@ -49,11 +50,7 @@ def by_method(runs: Sequence[StudyRun], regime: str) -> dict[str, list[StudyRun]
 
 def band(runs: Sequence[StudyRun], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Environment steps (thousands), mean and half width of the 95 % band over seeds."""
-    curves = []
-    for run in runs:
-        y = [r.get(name) for r in run.curve]
-        x = [r["env_steps"] / 1000 for r in run.curve]
-        curves.append((x, [math.nan if v is None else v for v in y]))
+    curves = [curve(run, name) for run in runs]
     grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 50)
     values = np.array([np.interp(grid, x, y) for x, y in curves])  # [seeds, 50]
     found = [spread(column) for column in values.T]
@@ -81,12 +78,9 @@ def draw_curves(axis, name: str, label: str, methods: dict[str, list[StudyRun]])
 
 def draw_headline(methods: dict[str, list[StudyRun]], path: Path) -> None:
     """Success and right thoughts without guidance and with it; 1200 x 450 pixels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     from matplotlib.ticker import PercentFormatter
 
+    plt = pyplot()
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
         figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), dpi=100, layout="constrained")
@@ -103,11 +97,7 @@ def draw_headline(methods: dict[str, list[StudyRun]], path: Path) -> None:
 
 def draw_regime(title: str, methods: dict[str, list[StudyRun]], path: Path) -> None:
     """Four panels of curves over environment steps, a colour a method; 1200 x 800 pixels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), dpi=100)
     for axis, (name, label) in zip(axes.flat, PANELS, strict=True):
         draw_curves(axis, name, label, methods)
@@ -123,11 +113,7 @@ def draw_teacher(runs: Sequence[StudyRun], path: Path) -> bool:
 
     False where nothing was evaluated on the way.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     watched = [r for r in runs if len(evaluations(r)) > 2]
     if not watched:
         return False

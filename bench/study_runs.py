@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.records import updates
 from turbo.log import METRICS
 
 TABLE = Path(__file__).with_name("study.toml")
@@ -39,7 +40,7 @@ class StudyRun:
     @property
     def curve(self) -> list[dict]:
         """The updates."""
-        return [r for r in self.records if r.get("success_rate") is not None]
+        return updates(self.records)
 
     @property
     def after(self) -> dict:

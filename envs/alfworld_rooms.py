@@ -229,13 +229,6 @@ class Game:
     wording: int  # which of ALFWorld's two sentences asks for it, 0 or 1
 
 
-def sample_game(
-    rng: random.Random, task: str, size: str = "small", rooms: Sequence[str] = tuple(ROOMS)
-) -> Game:
-    """A game of a task type; it can be won, and is not won at the start."""
-    return fill_room(rng, sample_room(rng, task, size, rooms), task, size)
-
-
 def sample_room(
     rng: random.Random, task: str, size: str, rooms: Sequence[str] = tuple(ROOMS)
 ) -> Room:

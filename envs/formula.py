@@ -1,4 +1,4 @@
-"""What Points24 and EZPoints share: the game of tokens, the canonical answer, its judge.
+"""What Points24 and EZPoints share: the game of tokens, its steps, the canonical answer, its judge.
 
 The canonical answer, which the expert writes and the tiny model learns:
 
@@ -6,7 +6,7 @@ The canonical answer, which the expert writes and the tiny model learns:
      1 5 6: 5-1=4, 4 6: 6*4=24, so (10-4)*(5-1), next 4", "action": "4"}          (on one line)
 
 The thoughts are the formula's operations in post-order, each behind the numbers left before it,
-the formula aimed at, and its next token. Left out: pictures, prompts, how hands are dealt, guesses
+the formula aimed at, and its next token. Left out: prompts, how hands are dealt, guesses
 (guess.py).
 """
 
@@ -16,11 +16,14 @@ from copy import copy
 from fractions import Fraction
 from functools import lru_cache
 from operator import and_
+from typing import ClassVar
 
+import gymnasium as gym
 import numpy as np
 
-from turbo.envs.base import Answer, Verdict
-from turbo.envs.cards import evaluate, intermediate_values, operations, solutions, tokenize
+from turbo.envs.base import Answer, Verdict, read_json_answer
+from turbo.envs.cards import SUITS, evaluate, intermediate_values, operations, solutions, tokenize
+from turbo.envs.picture import as_array, draw_line, draw_row
 
 KEYS = ("cards", "formula", "thoughts", "action")
 SO, NEXT = "so ", ", next "
@@ -74,6 +77,95 @@ class FormulaGame:
             self.left.remove(value)
         self.tokens.append(token)
         return 0.0, False, False
+
+
+class FormulaEnv(gym.Env):
+    """The steps, the picture and the judge of both environments; options are the constructors'.
+
+    An episode is truncated when `most_attempts` were made.
+    """
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 4}
+
+    def __init__(
+        self,
+        actions: Sequence[str],
+        most_attempts: int,
+        early_truncation: bool,
+        draw_formula: bool,
+        canvas: tuple[int, int],
+        illegal_penalty: float,
+        expert_solutions: int,
+        render_mode: str | None,
+        fresh_pictures: bool,
+    ):
+        self.actions, self.most_attempts = tuple(actions), most_attempts
+        self.early_truncation, self.draw_formula = early_truncation, draw_formula
+        self.canvas, self.illegal_penalty = tuple(canvas), float(illegal_penalty)
+        self.expert_solutions, self.render_mode = expert_solutions, render_mode
+        self.fresh_pictures = fresh_pictures
+        self.action_space = gym.spaces.Discrete(len(self.actions))
+        shape = (self.canvas[1], self.canvas[0], 3)
+        self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
+        self._strip = canvas[1] // 5 if draw_formula else 0
+
+    def _begin(self, game: FormulaGame, solvable: bool) -> tuple:
+        """Lay the cards of a deal on the table; what `reset` returns."""
+        self.game, self.solvable = game, solvable
+        self.ranks, self.values, count = game.ranks, game.values, len(game.ranks)
+        self.suits = tuple(SUITS[i] for i in self.np_random.integers(len(SUITS), size=count))
+        jitter = self.np_random.uniform(-1, 1, (count, 2))
+        self._table = draw_row(self.ranks, self.suits, jitter, self.canvas, self._strip)
+        self._draw()
+        return self._observe(), self._info(False)
+
+    def step(self, action: int) -> tuple:
+        written = len(self.game.tokens)
+        reward, terminated, success = self.game.play(self.actions[action])
+        if len(self.game.tokens) != written and self.draw_formula:
+            self._draw()
+        return self._outcome(reward, terminated, success)
+
+    def step_illegal(self) -> tuple:
+        self.game.attempts += 1
+        return self._outcome(self.illegal_penalty, self.early_truncation, False)
+
+    def _outcome(self, reward: float, terminated: bool, success: bool) -> tuple:
+        terminated = terminated or (self.early_truncation and reward <= LOSS)
+        truncated = not terminated and self.game.attempts >= self.most_attempts
+        return self._observe(), reward, terminated, truncated, self._info(success)
+
+    def _info(self, success: bool) -> dict:
+        return {"success": success, "solvable": self.solvable, "hand": self.ranks}
+
+    def _draw(self) -> None:
+        table = self._table
+        if self.draw_formula:
+            table = draw_line(table, f"Formula: {self.game.formula}", self._strip)
+        self._picture = as_array(table)
+
+    def _observe(self) -> np.ndarray:
+        return self._picture.copy() if self.fresh_pictures else self._picture
+
+    def render(self) -> np.ndarray:
+        return self._picture
+
+    def read_answer(self, text: str) -> Answer:
+        return read_json_answer(text, KEYS, self.actions)
+
+    def expert_answer(self, rng: np.random.Generator) -> str | None:
+        return expert_answer(self.game, rng)
+
+    def judge(self, answer: Answer) -> Verdict:
+        return judge(answer, self.game)
+
+    def snapshot(self) -> "FormulaEnv":
+        twin = copy(self)
+        twin.game = self.game.copy()
+        return twin
+
+    def deal_key(self) -> tuple:
+        return tuple(sorted(self.values))
 
 
 # --- the expert

@@ -8,28 +8,15 @@ format and the arithmetic (formula.py, cards.py).
 """
 
 from collections.abc import Sequence
-from copy import copy
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations_with_replacement
 from math import factorial
-from typing import ClassVar
 
-import gymnasium as gym
-import numpy as np
-
-from turbo.envs.base import Answer, Optimum, Prompt, Verdict, check_style, read_json_answer
-from turbo.envs.cards import RANKS, SUITS, is_held_out, rank_value, read_hand, solvable
-from turbo.envs.formula import (
-    KEYS,
-    LOSS,
-    WIN,
-    FormulaGame,
-    expert_answer,
-    judge,
-)
+from turbo.envs.base import Optimum, Prompt, check_style
+from turbo.envs.cards import RANKS, is_held_out, rank_value, read_hand, solvable
+from turbo.envs.formula import WIN, FormulaEnv, FormulaGame
 from turbo.envs.guess import guess_answer
-from turbo.envs.picture import as_array, draw_line, draw_row
 
 CARDS = 4
 SIGNS = ("+", "-", "*", "/", "(", ")", "=")
@@ -37,7 +24,7 @@ SPLITS = ("all", "seen", "unseen")
 SHORT_RULES = "Make the target with the four cards. Reply in JSON.\n"
 
 
-class Points24(gym.Env):
+class Points24(FormulaEnv):
     """Options are the constructor's; `reset(options={"hand": ["10", "4", "5", "A"]})` sets a deal.
 
     `reset(options={"target": 36})` asks for another number in this episode alone, as an exercise.
@@ -45,8 +32,6 @@ class Points24(gym.Env):
     hands: sorted tuples of four values; only these are dealt, in their natural proportions.
     split: deal all hands, only those not held out ("seen"), or only the held-out ones ("unseen").
     """
-
-    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 4}
 
     def __init__(
         self,
@@ -63,33 +48,29 @@ class Points24(gym.Env):
         render_mode: str | None = None,
         fresh_pictures: bool = False,
     ):
-        self.fresh_pictures = fresh_pictures
-        self.target, self.faces_ten, self.early_truncation = target, faces_ten, early_truncation
-        self.draw_formula, self.canvas = draw_formula, tuple(canvas)
-        self.illegal_penalty, self.max_tokens = float(illegal_penalty), max_tokens
-        self.expert_solutions, self.render_mode = expert_solutions, render_mode
+        numbers = range(1, 11 if faces_ten else 14)
+        super().__init__(
+            actions=(*map(str, numbers), *SIGNS),
+            most_attempts=max_tokens + 1,  # an attempt more than EZPoints has
+            early_truncation=early_truncation,
+            draw_formula=draw_formula,
+            canvas=canvas,
+            illegal_penalty=illegal_penalty,
+            expert_solutions=expert_solutions,
+            render_mode=render_mode,
+            fresh_pictures=fresh_pictures,
+        )
+        self.target, self.faces_ten = target, faces_ten
         self.dealt = allowed_hands(hands, split, faces_ten)
-        self.actions = (*(str(n) for n in range(1, 11 if faces_ten else 14)), *SIGNS)
-        self.action_space = gym.spaces.Discrete(len(self.actions))
-        shape = (self.canvas[1], self.canvas[0], 3)
-        self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
-        self._strip = canvas[1] // 5 if draw_formula else 0
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
         super().reset(seed=seed)
-        if options and "hand" in options:
-            self.ranks = read_hand(options["hand"], CARDS)
-        else:
-            self.ranks = self._deal()
-        self.values = tuple(rank_value(rank, self.faces_ten) for rank in self.ranks)
-        self.suits = tuple(SUITS[i] for i in self.np_random.integers(len(SUITS), size=CARDS))
-        jitter = self.np_random.uniform(-1, 1, (CARDS, 2))
-        self._table = draw_row(self.ranks, self.suits, jitter, self.canvas, self._strip)
+        fixed = options and "hand" in options
+        ranks = read_hand(options["hand"], CARDS) if fixed else self._deal()
+        values = tuple(rank_value(rank, self.faces_ten) for rank in ranks)
         target = (options or {}).get("target", self.target)
-        self.game = FormulaGame(self.ranks, self.values, target, "+-*/()", self.expert_solutions)
-        self.solvable = solvable(self.values, target)
-        self._draw()
-        return self._observe(), self._info(False)
+        game = FormulaGame(ranks, values, target, "+-*/()", self.expert_solutions)
+        return self._begin(game, solvable(values, target))
 
     def _deal(self) -> tuple[str, ...]:
         while True:
@@ -102,37 +83,6 @@ class Points24(gym.Env):
                 if self.dealt is None or tuple(values) in self.dealt:
                     return ranks
 
-    def step(self, action: int) -> tuple:
-        written = len(self.game.tokens)
-        reward, terminated, success = self.game.play(self.actions[action])
-        if len(self.game.tokens) != written and self.draw_formula:
-            self._draw()
-        return self._outcome(reward, terminated, success)
-
-    def step_illegal(self) -> tuple:
-        self.game.attempts += 1
-        return self._outcome(self.illegal_penalty, self.early_truncation, False)
-
-    def _outcome(self, reward: float, terminated: bool, success: bool) -> tuple:
-        terminated = terminated or (self.early_truncation and reward <= LOSS)
-        truncated = not terminated and self.game.attempts > self.max_tokens
-        return self._observe(), reward, terminated, truncated, self._info(success)
-
-    def _info(self, success: bool) -> dict:
-        return {"success": success, "solvable": self.solvable, "hand": self.ranks}
-
-    def _draw(self) -> None:
-        table = self._table
-        if self.draw_formula:
-            table = draw_line(table, f"Formula: {self.game.formula}", self._strip)
-        self._picture = as_array(table)
-
-    def _observe(self) -> np.ndarray:
-        return self._picture.copy() if self.fresh_pictures else self._picture
-
-    def render(self) -> np.ndarray:
-        return self._picture
-
     def prompt(self, style: str = "full") -> Prompt:
         check_style(style)
         game = self.game
@@ -141,30 +91,13 @@ class Points24(gym.Env):
         rules = _full_rules(self.faces_ten, self.actions)
         return Prompt(rules, f'The target is {game.target}. The formula so far: "{game.formula}"')
 
-    def read_answer(self, text: str) -> Answer:
-        return read_json_answer(text, KEYS, self.actions)
-
-    def expert_answer(self, rng: np.random.Generator) -> str | None:
-        return expert_answer(self.game, rng)
-
     def guess_answer(self, written: str, previous: str | None) -> str:
         return guess_answer(written, previous, self.game, self.faces_ten)
-
-    def judge(self, answer: Answer) -> Verdict:
-        return judge(answer, self.game)
-
-    def snapshot(self) -> "Points24":
-        twin = copy(self)
-        twin.game = self.game.copy()
-        return twin
 
     def optimum(self) -> Optimum:
         rate = _solvable_share(self.target, self.faces_ten, self.dealt)
         source = f"exact solver over all dealt hands: {rate} can make {self.target}"
         return Optimum(float(rate), WIN * float(rate), source)
-
-    def deal_key(self) -> tuple:
-        return tuple(sorted(self.values))
 
 
 def allowed_hands(hands: Sequence | None, split: str, faces_ten: bool) -> frozenset | None:

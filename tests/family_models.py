@@ -139,4 +139,5 @@ def load_plain(vlm: VisionLanguageModel):
     """The model as transformers loads it, nothing of it replaced."""
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(vlm.source, dtype=vlm.text.dtype).eval()
+    folder = vlm.module.name_or_path
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=vlm.text.dtype).eval()

@@ -72,7 +72,7 @@ def fitted_folder() -> Path:
 def _fit(folder: Path) -> Path:
     torch.set_num_threads(1)
     module = tiny.new_model("nano", tokenizer(), 0)
-    vlm = VisionLanguageModel(module, tokenizer(), tiny.image_processor(), torch.float32, "new")
+    vlm = VisionLanguageModel(module, tokenizer(), tiny.image_processor(), torch.float32)
     rates = dict(learning_rate=4e-3, muon_learning_rate=2e-2)
     settings = SftConfig(env=GAME, steps=90, deals=12, states=2, **rates)
     sft.train_language(vlm, new_env(), Crew(), settings, lambda text: None)

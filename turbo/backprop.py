@@ -12,7 +12,7 @@ run backward once:
 A small model runs all prefixes at once and rows in pieces that fit a core's cache. A large one runs
 groups of pictures, each with its rows, within a budget of tokens.
 
-Left out: the losses themselves (`turbo.update`, `turbo.sft`).
+Left out: the losses themselves (`turbo.update`, `turbo.demos`).
 """
 
 from collections.abc import Callable, Sequence

@@ -75,10 +75,6 @@ class Usage:
     completion_tokens: int = 0
     seconds: float = 0.0  # wall-clock time spent in correct()
 
-    def cost(self, price_in: float, price_out: float) -> float:
-        """Dollars, from prices per million tokens."""
-        return (self.prompt_tokens * price_in + self.completion_tokens * price_out) / 1e6
-
 
 @dataclass(frozen=True)
 class Reply:

@@ -35,6 +35,7 @@ from turbo.coded import read_dense
 from turbo.config import TrainConfig, from_saved
 from turbo.flags import conclude, read_flags
 from turbo.formats import (
+    check_out,
     copy_processor_files,
     generation_config,
     save_adapter,
@@ -108,7 +109,7 @@ class Source:
 
 def check(c: ExportConfig) -> TrainConfig:
     """Refuse what cannot be exported, before anything is loaded; the settings of the run."""
-    run, out = Path(c.run), Path(c.out)
+    run = Path(c.run)
     if not run.is_dir():
         raise ValueError(f"{c.run!r} is no folder: give a run directory of turbo.train")
     record = checkpoint.read_run(run)
@@ -129,16 +130,7 @@ def check(c: ExportConfig) -> TrainConfig:
         raise ValueError(f"--push must be owner/name, got {c.push!r}")
     if c.private and not c.push:
         raise ValueError("--private is for --push: name the repository too, or leave it out")
-    if not c.out.strip():
-        raise ValueError("--out must be a folder, got an empty name")
-    there = sorted(out.iterdir()) if out.is_dir() else [out] if out.exists() else []
-    if there and not c.overwrite:
-        raise ValueError(f"{out} is there already: choose another --out, or add --overwrite")
-    if there and not (out / RECORD).is_file():
-        raise ValueError(f"{out} is no export (it has no {RECORD}), so --overwrite leaves it alone")
-    for kept in (run, model_folder(settings)):
-        if kept.resolve().is_relative_to(out.resolve()):
-            raise ValueError(f"--out {out} would replace {kept}, which is needed: choose another")
+    check_out(c.out, c.overwrite, "export", RECORD, (run, model_folder(settings)))
     if record.get("model_sha256") != model_sha256(settings):
         raise ValueError(f"{run} was trained from another model than {settings.model!r} is now")
     return settings

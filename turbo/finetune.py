@@ -168,7 +168,7 @@ def factor_gradients(
     weights = whole.cut()
     tokens = sum(len(a) for d in demos for a in d.answers)
     found = backward_demos(vlm, weights, demos, features, grid, scale=1 / tokens)
-    whole.backward([weights])
+    whole.backward(weights)
     return found
 
 

@@ -36,7 +36,7 @@ covered matrices, and products in bf16:
 
 Left out, all small: the critic, vectors of one number a token, tables of the rotary embedding, the
 attention mask. Left out and not small: attention that writes its scores, 2 H S bytes a token and
-layer for S keys; SDPA and FlashAttention do not, `turbo.model` on a CPU does.
+layer for S keys; SDPA and FlashAttention do not, `turbo.fused` on a CPU does.
 """
 
 from turbo.kernels.nf4 import BLOCK
@@ -48,7 +48,7 @@ from turbo.shapes import TextShape
 BF16, FP32 = 2, 4
 EIGHT_BIT_BLOCK = 256  # moments that share one fp32 maximum (bitsandbytes)
 SEVEN = 7  # covered matrices of a layer
-# While tokens are drawn (`decode._verify`): each entry of [scored, V] is a logit in bf16 and fp32
+# While tokens are drawn (`decode._judge`): each entry of [scored, V] is a logit in bf16 and fp32
 # and its log-softmax; each of [rows, V] is chosen of them, copied, a softmax, its sum in fp64.
 BYTES_PER_SCORED, BYTES_PER_DRAWN = 2 + 4 + 4, 4 + 4 + 4 + 8
 # Per entry of a merged tile in `tiles.merged_tile`: four sums, then seven temporaries of the vote

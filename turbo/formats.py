@@ -2,6 +2,7 @@
 
     save_model      a complete model, for `AutoModelForImageTextToText.from_pretrained`
     save_adapter    LoRA factors, for peft's `PeftModel.from_pretrained`
+    check_out       whether a command may write to a folder
     write_folder    a folder that is whole or not there
 
 Left out: which weights these are, and all other files of an export (`turbo.export`).
@@ -85,6 +86,26 @@ def copy_processor_files(base: Path, folder: Path) -> None:
     for name in PROCESSOR_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
+
+
+def check_out(
+    out: str, overwrite: bool, kind: str, record: str, needed: Iterable[str | Path]
+) -> None:
+    """ValueError where `write_folder` may not write to --out, or would replace what is `needed`.
+
+    What may be overwritten is a folder of this `kind` (export, merge): one with the file `record`.
+    """
+    if not out.strip():
+        raise ValueError("--out must be a folder, got an empty name")
+    out = Path(out)
+    there = sorted(out.iterdir()) if out.is_dir() else [out] if out.exists() else []
+    if there and not overwrite:
+        raise ValueError(f"{out} is there already: choose another --out, or add --overwrite")
+    if there and not (out / record).is_file():
+        raise ValueError(f"{out} is no {kind} (it has no {record}), so --overwrite leaves it alone")
+    for kept in map(Path, needed):
+        if kept.exists() and kept.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"--out {out} would replace {kept}, which is needed: choose another")
 
 
 def write_folder(out: Path, write: Callable[[Path], None]) -> None:

@@ -10,7 +10,7 @@ models of some million parameters. `turbo.modules` runs all others.
 Left out: vision; larger models.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,15 +62,11 @@ class FusedWeights:
         head = embed if self.head is self.embed else leaf(self.head)
         return FusedWeights(embed, layers, leaf(self.norm), head)
 
-    def backward(self, shards: "Sequence[FusedWeights]", scale: float = 1.0) -> None:
-        """Push the summed gradients of cut weights back to what these were made of."""
-        tensors, grads = [], []
-        for tensor, *parts in zip(self.tensors(), *(s.tensors() for s in shards), strict=True):
-            found = [p.grad for p in parts if p.grad is not None]
-            if tensor.requires_grad and found:
-                tensors.append(tensor)
-                grads.append(sum(found[1:], start=found[0]).mul_(scale))
-        torch.autograd.backward(tensors, grads)
+    def backward(self, leaves: "FusedWeights") -> None:
+        """Push the gradients of cut weights back to what these were made of."""
+        pairs = zip(self.tensors(), leaves.tensors(), strict=True)
+        used = [(t, leaf.grad) for t, leaf in pairs if t.requires_grad and leaf.grad is not None]
+        torch.autograd.backward([t for t, _ in used], [grad for _, grad in used])
 
 
 class FusedText:

@@ -156,21 +156,6 @@ def state_advantages(
     return torch.tensor(advantages, dtype=torch.promote_types(rewards.dtype, torch.float32))
 
 
-def normalize(advantages: Tensor, mask: Tensor | None = None, eps: float = 1e-8) -> Tensor:
-    """Shift and scale to mean 0 and standard deviation 1; entries outside the mask become 0.
-
-    The deviation is that of the population, so one entry, or many equal ones, give 0 and not NaN.
-    """
-    kept = torch.ones_like(advantages, dtype=torch.bool) if mask is None else mask.bool()
-    # Before the arithmetic, since NaN * 0 is NaN and a masked entry may hold anything.
-    advantages = torch.where(kept, advantages, 0.0)
-    count = kept.sum().clamp(min=1)
-    mean = advantages.sum() / count
-    centered = torch.where(kept, advantages - mean, 0.0)
-    deviation = (centered.square().sum() / count).sqrt()
-    return centered / (deviation + eps)
-
-
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     """The share of the returns' spread that the critic explains: 1 perfect, 0 a constant guess.
 

@@ -9,7 +9,7 @@ entries 1 (oldest) .. K (newest):
            recursion  merged_k = alpha * theta_k + (1 - alpha) * merged_{k-1}
     score  w_i = score_i / sum of scores,  equal weights if every score is 0
 
-Left out: merging itself (merge.py), and files (checkpoint.py writes the state dict).
+Left out: merging itself (merging.py), and files (checkpoint.py writes the state dict).
 """
 
 import math

@@ -10,7 +10,7 @@ With d = log p_policy - log p_teacher of a token that the *policy* sampled:
 A step's guidance is the mean over its thought tokens. It enters the reward with a coefficient beta.
 
 Left out: the exact KL over the whole vocabulary (kernels/policy_head.py) and where the guidance is
-applied (guidance.py).
+applied (score.py, update.py).
 """
 
 import math
@@ -21,6 +21,8 @@ from torch import Tensor
 # exp(20) is 5e8: k3 stays finite where the teacher is all but certain of a token that the policy
 # hardly ever samples.
 LOG_RATIO_BOUND = 20.0
+SMOOTHING = 0.5  # of the coefficient where it rises
+LOWEST, HIGHEST = 1e-3, 1e4  # coefficient
 
 
 def kl_estimate(logprob: Tensor, teacher_logprob: Tensor, kind: str = "clip") -> Tensor:
@@ -51,19 +53,13 @@ def mean_over(tokens: Tensor, mask: Tensor, row: Tensor, rows: int) -> Tensor:
 
 
 def auto_coefficient(
-    size: float,
-    spread: float,
-    share: float,
-    previous: float | None = None,
-    smoothing: float = 0.5,
-    lowest: float = 1e-3,
-    highest: float = 1e4,
+    size: float, spread: float, share: float, previous: float | None = None
 ) -> float:
     """The coefficient beta that makes the guidance a chosen share of what it stands beside.
 
-        target = share * spread / size,  within [lowest, highest]
+        target = share * spread / size,  within [LOWEST, HIGHEST]
         beta   = target                                          where it falls
-                 previous^smoothing * target^(1 - smoothing)     where it rises
+                 previous^SMOOTHING * target^(1 - SMOOTHING)     where it rises
 
     `size` is how large the KL is that beta multiplies, `spread` that of the returns or advantages.
     KL moves over decades during a run: so the average is taken on logarithms, and beta falls at
@@ -71,23 +67,19 @@ def auto_coefficient(
     update. Without a usable measurement (no teacher yet, all returns equal, a NaN) beta stays as
     it was, or 1, where a run begins.
     """
-    if not 0.0 < lowest <= highest < math.inf:
-        raise ValueError(f"bounds [{lowest}, {highest}] must satisfy 0 < lowest <= highest < inf")
-    if not 0.0 <= smoothing < 1.0:
-        raise ValueError(f"smoothing {smoothing} must lie in [0, 1): at 1 beta would never move")
     if not 0.0 <= share < math.inf:
         raise ValueError(f"share {share} must be a finite number >= 0, such as 0.1")
     if share == 0.0:
         return 0.0
     known = previous is not None and math.isfinite(previous) and previous > 0.0
-    log_previous = math.log(min(max(previous if known else 1.0, lowest), highest))
+    log_previous = math.log(min(max(previous if known else 1.0, LOWEST), HIGHEST))
     log_beta = log_previous
     if all(math.isfinite(x) and x > 0.0 for x in (size, spread)):
         # In logarithms no quotient can overflow. Clamped before it is averaged, so that one KL of
         # 1e-30 does not hold beta at its bound for many updates.
         log_target = math.log(share) + math.log(spread) - math.log(size)
-        log_target = min(max(log_target, math.log(lowest)), math.log(highest))
+        log_target = min(max(log_target, math.log(LOWEST)), math.log(HIGHEST))
         rises = known and log_target > log_previous  # the first one is taken as it is
-        weight = smoothing if rises else 0.0
+        weight = SMOOTHING if rises else 0.0
         log_beta = weight * log_previous + (1.0 - weight) * log_target
-    return min(max(math.exp(log_beta), lowest), highest)
+    return min(max(math.exp(log_beta), LOWEST), HIGHEST)

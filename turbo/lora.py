@@ -1,6 +1,6 @@
 """LoRA factors on the text model, and the weights they make with the base.
 
-Left out: runnable weights (`turbo.model`); merging factors (`turbo.merging`).
+Left out: runnable weights (`turbo.fused`, `turbo.modules`); merging factors (`turbo.merging`).
 """
 
 import math

@@ -33,7 +33,14 @@ from torch import Tensor, nn
 from turbo import checkpoint
 from turbo.adapters import TARGETS, Adapter, check_same_base, read_adapter
 from turbo.flags import conclude, read_flags
-from turbo.formats import ADAPTER_CONFIG, save_factors, save_model, saved_dtype, write_folder
+from turbo.formats import (
+    ADAPTER_CONFIG,
+    check_out,
+    save_factors,
+    save_model,
+    saved_dtype,
+    write_folder,
+)
 from turbo.hub import is_hub_id, snapshot
 from turbo.kernels.checks import check_weights
 from turbo.kernels.ties import linear_merge_lora, ties_merge_lora, trim_threshold
@@ -116,17 +123,8 @@ def check(c: MergeConfig) -> None:
         raise ValueError("--exact finds the rank itself: leave out --rank")
     if c.base and not c.exact:
         raise ValueError("--base is for --exact, which writes a whole model: add that flag")
-    if not c.out.strip():
-        raise ValueError("--out must be a folder, got an empty name")
-    out = Path(c.out)
-    there = sorted(out.iterdir()) if out.is_dir() else [out] if out.exists() else []
-    if there and not c.overwrite:
-        raise ValueError(f"{out} is there already: choose another --out, or add --overwrite")
-    if there and not (out / RECORD).is_file():
-        raise ValueError(f"{out} is no merge (it has no {RECORD}), so --overwrite leaves it alone")
-    for kept in (*c.adapters, c.base or c.adapters[0]):
-        if Path(kept).exists() and Path(kept).resolve().is_relative_to(out.resolve()):
-            raise ValueError(f"--out {out} would replace {kept}, which is needed: choose another")
+    needed = (*c.adapters, c.base or c.adapters[0])
+    check_out(c.out, c.overwrite, "merge", RECORD, needed)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The teacher's weights, merged from the policy's own checkpoints.
 
-    teacher = base + lam * merge(s_1 B_1 A_1, ..., s_K B_K A_K)     per weight matrix
+    teacher = base + merge(s_1 B_1 A_1, ..., s_K B_K A_K)     per weight matrix
 
 The merge is on the products in weight space (TIES or the weighted mean), never on A and B apart.
 Two ways to the same weights:
@@ -40,24 +40,16 @@ def merge_teacher(
     method: str = "ties",
     weighting: str = "sma",
     alpha: float = 0.5,
-    lam: float = 1.0,
-    out: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The merged dense weight of every module, on base's devices and in its dtypes.
-
-    `out` gives buffers to write into, so that a refresh allocates nothing of the base's size.
-    """
+    """The merged dense weight of every module, on base's devices and in its dtypes."""
     _check_method(method)
     weights = history.weights(weighting, alpha)
     entries = history.entries
     _check_names(base, entries[-1].factors)
     if method == "ties" and history.density is None:
         raise ValueError("history: expected a density to trim at for method='ties', got None")
-    options = dict(method=method, lam=lam)
     return {
-        name: merge_matrix(
-            matrix, name, entries, weights, out=None if out is None else out[name], **options
-        )
+        name: merge_matrix(matrix, name, entries, weights, method=method)
         for name, matrix in base.items()
     }
 
@@ -69,7 +61,6 @@ def merge_matrix(
     weights: list[float],  # K
     *,
     method: str = "ties",
-    lam: float = 1.0,
     out: Tensor | Nf4Matrix | None = None,
 ) -> Tensor | Nf4Matrix:
     """One merged matrix, dense or in NF4 like `out`; only its own factors are uploaded."""
@@ -78,8 +69,7 @@ def merge_matrix(
         [entry.factors[name][side].to(base.device, non_blocking=True) for entry in entries]
         for side in (0, 1)
     )
-    # The history has looked at every checkpoint for what is not finite.
-    options = dict(lam=lam, check_finite=False)
+    options = dict(check_finite=False)  # the history has looked at every checkpoint
     if method == "ties":
         thresholds = [entry.thresholds[name] for entry in entries]
         merge = ties_merge_lora_nf4 if isinstance(out, Nf4Matrix) else ties_merge_lora
@@ -104,18 +94,15 @@ class StreamingTeacher:
         weighting: str = "sma",
         alpha: float = 0.5,
         density: float = 0.8,
-        lam: float = 1.0,
     ):
         _check_method(method)
         check_density(density)
-        self.base, self.density, self.lam = base, density, lam
+        self.base, self.density = base, density
         accumulator = StreamingTies if method == "ties" else StreamingLinear
         self.sums = accumulator(weighting, alpha)
 
-    def push(
-        self, factors: Factors, scale: float, thresholds: dict[str, Tensor] | None = None
-    ) -> None:
-        """Add a checkpoint; thresholds are computed here unless a Snapshot brings them."""
+    def push(self, factors: Factors, scale: float) -> None:
+        """Add a checkpoint."""
         _check_names(self.base, factors)
         check_finite_factors(factors)
         factors = {name: (a.detach(), b.detach()) for name, (a, b) in factors.items()}
@@ -123,19 +110,13 @@ class StreamingTeacher:
             for name, (a, b) in factors.items():
                 self.sums.push_lora(name, a, b, scale, check_finite=False)
             return
-        if thresholds is None:
-            thresholds = compute_thresholds(factors, scale, self.density)
+        thresholds = compute_thresholds(factors, scale, self.density)
         for name, (a, b) in factors.items():
             self.sums.push_lora(name, a, b, scale, thresholds[name], check_finite=False)
 
-    def weights(self, out: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """The merged dense weight of every module; raises ValueError before the first push."""
-        return {
-            name: self.sums.merge(
-                name, matrix, lam=self.lam, out=None if out is None else out[name]
-            )
-            for name, matrix in self.base.items()
-        }
+        return {name: self.sums.merge(name, matrix) for name, matrix in self.base.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running sums (not the base), enough for a resume with the same bits."""

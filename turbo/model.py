@@ -44,15 +44,9 @@ class VisionLanguageModel:
         tokenizer,
         processor,
         dtype: torch.dtype,
-        source: str,
         text: FusedText | ModuleText | None = None,
     ):
-        self.module, self.tokenizer, self.processor, self.source = (
-            module,
-            tokenizer,
-            processor,
-            source,
-        )
+        self.module, self.tokenizer, self.processor = module, tokenizer, processor
         self.text = FusedText(module, dtype) if text is None else text
         self.batches = BatchSizes()
         config = module.config
@@ -274,7 +268,7 @@ def load(folder: Path, dtype: torch.dtype, engine: Engine = Engine()) -> VisionL
         raise ValueError("engine fused runs Qwen2.5-VL models on a CPU, unquantised: use modules")
     fused = fused and (small if engine.name == "auto" else engine.name == "fused")
     parts = loaded_parts(folder, torch.float32 if fused else dtype)
-    return assemble(*parts, dtype, str(folder), engine, fused)
+    return assemble(*parts, dtype, engine, fused)
 
 
 def loaded_parts(folder: Path, dtype: torch.dtype) -> tuple:
@@ -302,7 +296,7 @@ def _processors(folder: Path) -> tuple:
 def random_model(name: str, dtype: torch.dtype, engine: Engine) -> VisionLanguageModel:
     """A model of published shapes, or of a folder's configuration, with random weights."""
     parts = random_parts(name, dtype, pick_device(engine.device))
-    return assemble(*parts, dtype, name, engine)
+    return assemble(*parts, dtype, engine)
 
 
 def random_parts(name: str, dtype: torch.dtype, device: torch.device) -> tuple:
@@ -334,14 +328,13 @@ def assemble(
     tokenizer,
     processor,
     dtype: torch.dtype,
-    source: str,
     engine: Engine,
     fused: bool = False,
 ) -> VisionLanguageModel:
     """Freeze a model that is in memory, put it where it is to run, and give it its engine."""
     module.requires_grad_(False).eval()
     if fused:
-        return VisionLanguageModel(module, tokenizer, processor, dtype, source)
+        return VisionLanguageModel(module, tokenizer, processor, dtype)
     device = pick_device(engine.device)
     text = ModuleText(
         module,
@@ -351,7 +344,7 @@ def assemble(
         record=CudaRecord if engine.decode_graphs and device.type == "cuda" else None,
         apart=None if engine.play == "auto" else engine.play == "unmerged",
     )
-    return VisionLanguageModel(module, tokenizer, processor, dtype, source, text)
+    return VisionLanguageModel(module, tokenizer, processor, dtype, text)
 
 
 def _model_class(config, folder: Path):

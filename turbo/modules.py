@@ -66,7 +66,7 @@ class ModuleWeights:
         """The same: gradients reach the factors directly, nothing dense is in between."""
         return self
 
-    def backward(self, shards, scale: float = 1.0) -> None:
+    def backward(self, leaves: "ModuleWeights") -> None:
         """Nothing is left to do."""
 
 

@@ -131,10 +131,6 @@ class Crew:
         for rank in range(self.size):
             if rank != self.rank:
                 self._queues[rank].put((self.rank, item))
-        return self._receive(item)
-
-    def _receive(self, item) -> list:
-        """This worker's `item` and those the others have sent it, in the order of the ranks."""
         out = [None] * self.size
         out[self.rank] = item
         for _ in range(self.size - 1):
@@ -152,16 +148,6 @@ class Crew:
                 if self._barrier.broken:
                     break
         raise Broken("another worker failed; its error is printed above")
-
-    def collect(self, item) -> list | None:
-        """Every worker's `item` on worker 0, None on the others."""
-        if self.size == 1:
-            return [item]
-        if not self.leads:
-            self._queues[0].put((self.rank, item))
-            self.wait()
-            return None
-        return self._receive(item)
 
 
 def cores() -> int:

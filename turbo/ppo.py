@@ -6,10 +6,10 @@ c < 1:
 
     log pi(y|s) = c * sum_{thought} log p  +  sum_{action} log p
     ratio       = pi(y|s) / pi_old(y|s)
-    loss        = -mean( min(ratio * A, clamp(ratio, 1 - clip, 1 + clip_high) * A) )
+    loss        = -mean( min(ratio * A, clamp(ratio, 1 - clip, 1 + clip) * A) )
 
 Left out: where log-probabilities come from (kernels/policy_head.py), advantages (gae.py), the
-guidance (kl.py and guidance.py).
+guidance (kl.py, score.py, update.py).
 """
 
 from dataclasses import dataclass
@@ -43,52 +43,28 @@ def step_logprob(
     return weighted.new_zeros(rows).index_add(0, row, weighted)  # [R]
 
 
-def ppo_loss(
-    logprob: Tensor,
-    old_logprob: Tensor,
-    advantage: Tensor,
-    clip: float,
-    clip_high: float | None = None,
-) -> PPOLoss:
-    """The clipped surrogate over R steps; all three tensors are [R].
-
-    `clip_high` sets the upper side of the range alone, for an asymmetric clip.
-    """
+def ppo_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, clip: float) -> PPOLoss:
+    """The clipped surrogate over R steps; all three tensors are [R]."""
     if not logprob.shape == old_logprob.shape == advantage.shape:
         raise ValueError(
             f"logprob {tuple(logprob.shape)}, old_logprob {tuple(old_logprob.shape)} and advantage "
             f"{tuple(advantage.shape)} must have one entry for each step"
         )
-    clip_high = clip if clip_high is None else clip_high
     old_logprob, advantage = old_logprob.detach(), advantage.detach()
     # ratio = pi(y|s) / pi_old(y|s)
     log_ratio = (logprob - old_logprob).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)  # [R]
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1.0 - clip, 1.0 + clip_high)
+    clipped = ratio.clamp(1.0 - clip, 1.0 + clip)
     # -mean( min(ratio * A, clamp(ratio) * A) ): pessimistic, so a step is only ever held back.
     loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
     with torch.no_grad():
-        outside = (ratio < 1.0 - clip) | (ratio > 1.0 + clip_high)
+        outside = (ratio < 1.0 - clip) | (ratio > 1.0 + clip)
         # E_old[ratio - 1 - log ratio] = KL(old || new)
         approx_kl = (ratio - 1.0 - log_ratio).mean()
     return PPOLoss(loss, ratio.detach(), outside.to(ratio.dtype).mean(), approx_kl)
 
 
-def value_loss(
-    values: Tensor, returns: Tensor, old_values: Tensor | None = None, clip: float | None = None
-) -> Tensor:
-    """Half the squared error of the critic; with `clip`, the worse of it and of a clipped step.
-
-    The clipped form starts from the values before the update:
-    V_clip = V_old + clamp(V - V_old, -clip, clip).
-    """
-    returns = returns.detach()
-    error = (values - returns).square()  # [R]
-    if clip is not None:
-        if old_values is None:
-            raise ValueError(f"clip={clip} needs old_values, the values before the update")
-        old_values = old_values.detach()
-        near = old_values + (values - old_values).clamp(-clip, clip)
-        error = torch.maximum(error, (near - returns).square())
+def value_loss(values: Tensor, returns: Tensor) -> Tensor:
+    """Half the mean squared error of the critic; both tensors are [R]."""
     # 1/2 * mean( (V - R)^2 )
-    return 0.5 * error.mean()
+    return 0.5 * (values - returns.detach()).square().mean()

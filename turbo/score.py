@@ -23,6 +23,8 @@ from turbo.kl import kl_estimate, mean_over
 from turbo.model import VisionLanguageModel, Weights
 from turbo.rollout import Rollout, Step
 
+EXACT_KL = {"full": "reverse_kl", "forward": "forward_kl"}  # estimator -> output of the head
+
 
 def guided_tokens(steps: list[Step], token_range: str) -> Tensor:
     """[N] bool: which answer tokens are guided, all steps' answers end to end."""
@@ -208,8 +210,8 @@ def answer_kl(
     shared = dict(temperature=temperature, banned=vlm.banned)
     prefix = vlm.prefix(teacher, features, rollout.fixed, rollout.grid)
     hidden = answer_hidden(vlm, teacher, prefix, owner, batch)
-    if estimator in ("full", "forward"):
-        want = {"full": "reverse_kl", "forward": "forward_kl"}[estimator]
+    if estimator in EXACT_KL:
+        want = EXACT_KL[estimator]
         prefix = vlm.prefix(policy, features, rollout.fixed, rollout.grid)
         own = answer_hidden(vlm, policy, prefix, owner, batch)
         pair = dict(teacher_hidden=hidden, teacher_weight=teacher.head)

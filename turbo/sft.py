@@ -125,7 +125,7 @@ def warm_start(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> 
     tokenizer = tiny.tokenizer_of(c.env, env)
     size = c.size or tiny.SIZE_OF_GAME.get(c.env, "small")
     module = tiny.new_model(size, tokenizer, c.seed, tiny.positions_of(c.env))
-    vlm = VisionLanguageModel(module, tokenizer, tiny.image_processor(), pick_dtype(c.dtype), "new")
+    vlm = VisionLanguageModel(module, tokenizer, tiny.image_processor(), pick_dtype(c.dtype))
     read = train_read_out(vlm, env, crew, steps=c.read_out_steps, seed=c.seed, stray=c.stray)
     if crew.leads:
         say(f"{parameter_count(module):,} parameters; read-out of the picture {read:.1%}")
@@ -183,7 +183,7 @@ def train_language(vlm, env, crew: Crew, c: SftConfig, say: Callable[[str], None
         weights = vlm.weights()
         local = weights.cut()
         vision, loss, count = backward_all(vlm, local, demos)
-        weights.backward([local])
+        weights.backward(local)
         for parameter, grad in zip(visual, vision, strict=True):
             parameter.grad = grad
         loss, count = crew.total(loss, count)

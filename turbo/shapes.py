@@ -65,11 +65,6 @@ def published(name: str) -> Any:
     return _qwen3(model) if model.family == "qwen3" else _qwen25(model)
 
 
-def hugging_face_id(name: str) -> str:
-    """Where the weights of one of NAMES are published."""
-    return _find(name).hugging_face_id
-
-
 def _find(name: str) -> Published:
     if name not in PUBLISHED:
         near = difflib.get_close_matches(name.lower(), NAMES, n=3, cutoff=0.6)

@@ -10,7 +10,8 @@ sums whose update costs the same at the hundredth checkpoint as at the first. A 
 history alone, on the CPU, and what is to be merged of it; its teacher stands in the scratch buffer
 of `turbo.modules`, merged when it is asked for and something else is there.
 
-Left out: the merge itself (`turbo.kernels.ties`), and how the teacher guides (`turbo.train`).
+Left out: the merge itself (`turbo.merging`), and how the teacher guides (`turbo.score`,
+`turbo.update`).
 """
 
 import torch

@@ -6,7 +6,8 @@ tokens, trained on the prompts and expert answers of the project's own games. On
 small, so that the whole method can be trained on a CPU in minutes. The warm-started weights are
 shipped in `turbo/models/<game>/`.
 
-Left out: the warm start itself (`turbo.sft`), LoRA and the fast forward pass (`turbo.model`).
+Left out: the warm start itself (`turbo.sft`), LoRA (`turbo.lora`), and the forward passes
+(`turbo.fused`, `turbo.modules`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -114,7 +115,6 @@ def positions_of(name: str) -> int:
 
 def train_tokenizer(
     vocabulary: int = VOCABULARY,
-    seed: int = 0,
     texts: Iterable[str] | None = None,
     split: str = SPLIT,
 ) -> "PreTrainedTokenizerFast":
@@ -139,7 +139,7 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(seed=seed) if texts is None else texts, trainer)
+    tokenizer.train_from_iterator(corpus() if texts is None else texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=prompts.PAD,

@@ -29,6 +29,7 @@ from turbo.parallel import Crew
 from turbo.ppo import ppo_loss, step_logprob, value_loss
 from turbo.rollout import Rollout, Step
 from turbo.score import (
+    EXACT_KL,
     TeacherReading,
     final_hidden,
     guided_tokens,
@@ -201,7 +202,7 @@ class Learner:
                 part.run()
             if imitated:
                 part.imitate(imitated)
-            weights.backward([part.weights])
+            weights.backward(part.weights)
 
         while not fits(accumulate):  # sums that are half done are begun anew
             self.vlm.batches.halve("train", self.vlm.batches.train)
@@ -321,18 +322,14 @@ class _Minibatch:
         if self.teacher is None:
             return dict(want=("logprob",), **shared)
         theirs = pad_to(self.teacher.of(self.index[rows].tolist()).to(h.device), len(h))
-        kind = {"full": "reverse_kl", "forward": "forward_kl"}.get(
-            c.kl_estimator, "teacher_logprob"
-        )
+        kind = EXACT_KL.get(c.kl_estimator, "teacher_logprob")
         pair = dict(teacher_hidden=theirs, teacher_weight=self.teacher.head)
         return dict(want=("logprob", kind), **pair, **shared)
 
-    def _token_kl(self, out) -> Tensor:
+    def _token_kl(self, out: PolicyHeadOutput) -> Tensor:
         kind = self.l.config.kl_estimator
-        if kind == "full":
-            return out.reverse_kl
-        if kind == "forward":
-            return out.forward_kl
+        if kind in EXACT_KL:
+            return getattr(out, EXACT_KL[kind])
         return kl_estimate(out.logprob, out.teacher_logprob, kind)
 
     def _add(self, name: str, value: Tensor, share: float) -> None:

@@ -49,29 +49,32 @@ def test_draws_depend_on_seed_number_and_size_alone():
 
 
 @needs_engine
-def test_the_command_writes_all_splits_and_goes_on(tmp_path, capsys):
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert main(["--out", str(one), "--games", "12", "--held-out", "6"]) == 0
-    assert "24 new" in capsys.readouterr().out
-    written = all_files(one)
+def test_several_makers_in_one_go_and_one_that_goes_on_make_the_same_games(
+    alfworld_games, tmp_path, capsys
+):
+    written = all_files(alfworld_games)
     assert len(written) == 1 + 2 * 24
 
-    # in two goes, the first of them cut short: the same files
-    assert main(["--out", str(two), "--games", "6", "--held-out", "3"]) == 0
-    torn = next(two.rglob("train/*-4/*/game.tw-pddl"))
+    # by one maker in two goes, the first of them cut short
+    flags = ["--out", str(tmp_path), "--jobs", "1"]
+    assert main([*flags, "--games", "6", "--held-out", "3"]) == 0
+    assert "0 kept, 12 new" in capsys.readouterr().out
+    torn = next(tmp_path.rglob("train/*-4/*/game.tw-pddl"))
     torn.write_text(torn.read_text()[:100])
-    untouched = next(two.rglob("train/*-5/*/game.tw-pddl"))
+    untouched = next(tmp_path.rglob("train/*-5/*/game.tw-pddl"))
     before = untouched.stat().st_mtime_ns
-    capsys.readouterr()
-    assert main(["--out", str(two), "--games", "12", "--held-out", "6"]) == 0
+    assert main([*flags, "--games", "12", "--held-out", "6"]) == 0
     assert "11 kept, 13 new" in capsys.readouterr().out
-    assert all_files(two) == written
+    assert all_files(tmp_path) == written
     assert untouched.stat().st_mtime_ns == before
 
+
+@needs_engine
+def test_splits_keep_rooms_and_layouts_apart(alfworld_games):
     # as the files have it, by another way than `split_of`
     receptacles, layouts = {}, {}
     for split in SPLITS:
-        for path in (one / "json_2.1.1" / split).rglob("game.tw-pddl"):
+        for path in Path(alfworld_games, "json_2.1.1", split).rglob("game.tw-pddl"):
             problem = json.loads(path.read_text())["pddl_problem"]
             kinds = Counter(re.findall(r"\(receptacleType \w+ (\w+)Type\)", problem))
             receptacles.setdefault(split, set()).add(frozenset(kinds.items()))
@@ -80,15 +83,6 @@ def test_the_command_writes_all_splits_and_goes_on(tmp_path, capsys):
     assert not receptacles["valid_unseen"] & receptacles["train"]
     assert receptacles["valid_seen"] <= receptacles["train"]
     assert not layouts["valid_seen"] & layouts["train"]
-
-
-@needs_engine
-def test_several_makers_make_the_same_games(tmp_path, capsys):
-    flags = ["--games", "12", "--held-out", "6"]
-    for jobs in ("1", "2"):
-        assert main(["--out", str(tmp_path / jobs), *flags, "--jobs", jobs]) == 0
-        assert "24 new" in capsys.readouterr().out
-    assert all_files(tmp_path / "1") == all_files(tmp_path / "2")
 
 
 @needs_engine

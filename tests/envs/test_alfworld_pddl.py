@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sampled_games import sample_game
 
 from turbo.envs.alfworld_games import draw_games, game_folder, generate
 from turbo.envs.alfworld_pddl import (
@@ -27,7 +28,6 @@ from turbo.envs.alfworld_rooms import (
     ROOMS_OF_TASK,
     TREATABLE,
     WHERE,
-    sample_game,
 )
 from turbo.envs.alfworld_scene import TASKS, Goal, conditions_met, read_scene
 
@@ -95,8 +95,9 @@ def drawn_again(path, size, number):
             return game
 
 
-def test_walkthroughs_of_all_types_win(tmp_path):
-    for number, path in enumerate(generate(tmp_path, games=2 * len(TASKS))):
+def test_walkthroughs_of_all_types_win(alfworld_games):
+    for number in range(len(TASKS)):
+        (path,) = Path(alfworld_games).glob(f"json_*/train/*-{number + 1}/*/game.tw-pddl")
         play(path, drawn_again(path, "small", number))
 
 

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 
 import pytest
+from sampled_games import sample_game
 
 from turbo.envs.alfworld_rooms import (
     LAMP,
@@ -17,7 +18,6 @@ from turbo.envs.alfworld_rooms import (
     is_held_out,
     layout_text,
     room_text,
-    sample_game,
     sample_room,
     split_of,
 )

@@ -1,6 +1,6 @@
 """Hostile text and files: nothing raises but the one clear error, and nothing takes long.
 
-Some 2,000 cases run with the other tests; `make test-fuzz` runs 40,000, with those of the
+Some 1,800 cases run with the other tests; `make test-fuzz` runs 40,000, with those of the
 exact evaluator (tests/envs/test_cards.py) and of the corrector's replies
 (tests/turbo/test_corrector.py), which bear the same mark.
 """
@@ -20,7 +20,6 @@ from hypothesis.extra import numpy as arrays
 from examples.corrector_server import Expert
 from turbo import checkpoint
 from turbo.config import TrainConfig, check, from_saved
-from turbo.corrector import read_body
 from turbo.envs.cards import evaluate, tokenize
 from turbo.envs.make import make, tiny_kwargs
 from turbo.log import read_jsonl
@@ -105,36 +104,16 @@ def test_any_values_in_an_answers_fields(env, seed, one, two, three):
 
 @given(st.lists(NASTY | st.text("0123456789+-*/() .e_", max_size=12), max_size=5).map("".join))
 def test_any_text_as_a_formula(formula):
+    """No exception but the one of `tokenize`, and in time; whatever the value is."""
+
     def work():
         try:
             tokens = tokenize(formula)
         except ValueError:
             return
-        value = evaluate(tokens)
-        assert value is None or math.isfinite(float(value.numerator % 1000))
+        evaluate(tokens)
 
     quick(work)
-
-
-@given(
-    st.binary(max_size=200)
-    | values.map(lambda v: json.dumps(v).encode())
-    | text.map(lambda t: t.encode("utf-8", "replace"))
-)
-def test_any_body_as_a_chat_completion(body):
-    reply = quick(read_body, body)
-    assert (reply.text is None) == bool(reply.problem)
-
-
-def chat(content):
-    return {"choices": [{"message": {"content": content}}], "usage": {"prompt_tokens": content}}
-
-
-@given(values.map(chat).map(json.dumps) | values.map(lambda v: json.dumps({"choices": v})))
-def test_any_content_of_a_chat_completion(body):
-    reply = quick(read_body, body.encode())
-    assert reply.text is None or isinstance(reply.text, str)
-    assert 0 <= reply.prompt_tokens < 10**8
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}

@@ -17,6 +17,7 @@ from examples.corrector_server import serve
 from turbo import corrector as module
 from turbo.corrector import (
     MAX_BODY,
+    MAX_TOKENS_TOLD,
     Corrector,
     Question,
     Usage,
@@ -230,12 +231,11 @@ def test_the_time_limit_holds_for_the_whole_reply():
     assert corrector.usage.seconds < 1 and "no complete reply in 0.1 s" in corrector.problem
 
 
-def test_usage_adds_up_and_costs():
+def test_usage_adds_up():
     corrector, _ = replying(chat("yes", prompt_tokens=300, completion_tokens=50))
     corrector.correct([BLANK] * 4, anything)
     corrector.correct([], anything)
     assert corrector.usage.prompt_tokens == 1200 and corrector.usage.completion_tokens == 200
-    assert corrector.usage.cost(2.5, 10.0) == pytest.approx(1200 * 2.5e-6 + 200 * 10e-6)
 
 
 def test_an_error_of_the_caller_is_not_swallowed():
@@ -290,19 +290,27 @@ def test_no_reply_raises(hostile, status, body, headers):
     (text,) = corrector.correct([BLANK], anything)
     assert text is None or text.encode()
     assert corrector.usage.failed == before + (text is None)
-    assert corrector.usage.cost(1.0, 1.0) >= 0
+
+
+def read_in_time(body):
+    began = time.perf_counter()
+    reply = read_body(body)
+    assert time.perf_counter() - began < 2.0
+    return reply
 
 
 @pytest.mark.fuzz
 @given(st.binary() | DUMPED)
 def test_no_body_raises(body):
-    reply = read_body(body)
+    reply = read_in_time(body)
     assert (reply.text is None) == bool(reply.problem)
+    assert reply.text is None or isinstance(reply.text, str)
+    assert 0 <= reply.prompt_tokens <= MAX_TOKENS_TOLD
 
 
 @pytest.mark.parametrize("body", [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5_000, b"\xff\xfe"])
 def test_bodies_made_to_break_the_parser(body):
-    assert read_body(body).text is None
+    assert read_in_time(body).text is None
 
 
 def test_content_in_parts_and_lone_surrogates():

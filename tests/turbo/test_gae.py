@@ -13,7 +13,6 @@ from turbo.gae import (
     explained_variance,
     gae,
     group_advantages,
-    normalize,
     state_advantages,
 )
 
@@ -163,21 +162,6 @@ def test_a_group_of_one_has_no_advantage():
 def test_an_unknown_baseline_is_refused():
     with pytest.raises(ValueError, match="'median'"):
         group_advantages(torch.ones(2), torch.zeros(2, dtype=torch.int64), "median")
-
-
-def test_normalize():
-    result = normalize(torch.tensor([1.0, 2.0, 3.0, 6.0]))
-    torch.testing.assert_close(result.mean(), torch.tensor(0.0))
-    torch.testing.assert_close(result.std(correction=0), torch.tensor(1.0))
-    assert normalize(torch.full((3,), 7.0)).tolist() == [0.0, 0.0, 0.0]
-    assert normalize(torch.tensor([7.0])).tolist() == [0.0]
-
-
-def test_normalize_sees_the_masked_in_entries_only():
-    mask = torch.tensor([True, False, True, False])
-    result = normalize(torch.tensor([1.0, torch.nan, 3.0, torch.inf]), mask)
-    torch.testing.assert_close(result, torch.tensor([-1.0, 0.0, 1.0, 0.0]))
-    assert normalize(torch.ones(2), torch.zeros(2)).tolist() == [0.0, 0.0]
 
 
 def test_explained_variance():

@@ -29,8 +29,7 @@ def add_and_share(crew, folder):
         crew.sum_([small, large])
         total = crew.total(crew.rank + 0.5, 1)
         shared = crew.share({"rank": crew.rank, "turn": turn})
-        collected = crew.collect([crew.rank] * (turn + 1))
-        out.append([small.tolist(), large[9, 99].item(), total, shared, collected, kept is small])
+        out.append([small.tolist(), large[9, 99].item(), total, shared, kept is small])
         crew.wait()
     out.append([crew.rank, crew.size, crew.leads, os.getpid(), torch.get_num_threads()])
     Path(folder, f"{crew.rank}.txt").write_text(repr(out))
@@ -68,13 +67,10 @@ def test_two_processes_add_and_share(tmp_path):
     second = eval_literal(tmp_path / "1.txt")
     assert first == eval_literal(tmp_path / "0.txt")
     for turn in range(2):
-        for rank, (small, large, total, shared, collected, kept) in enumerate(
-            (first[turn], second[turn])
-        ):
+        for small, large, total, shared, kept in (first[turn], second[turn]):
             assert small == [3.0 + 2 * turn] * 3 and large == 999 * 3
             assert total == [2.0, 2]
             assert shared == [{"rank": 0, "turn": turn}, {"rank": 1, "turn": turn}]
-            assert collected == ([[0] * (turn + 1), [1] * (turn + 1)] if rank == 0 else None)
             assert kept
     assert first[2][:3] == [0, 2, True] and second[2][:3] == [1, 2, False]
     assert first[2][3] == os.getpid() != second[2][3]
@@ -109,7 +105,7 @@ def test_an_error_in_the_first_worker_ends_the_second(capfd):
 
 def test_a_crew_of_one_needs_no_process(tmp_path):
     out = run_crew(1, add_and_share, str(tmp_path))
-    assert out[0][:5] == [[1.0] * 3, 999.0, [0.5, 1], [{"rank": 0, "turn": 0}], [[0]]]
+    assert out[0][:4] == [[1.0] * 3, 999.0, [0.5, 1], [{"rank": 0, "turn": 0}]]
     assert out[2][:4] == [0, 1, True, os.getpid()]
 
 

@@ -66,8 +66,9 @@ def test_families(name):
 
 
 def test_ids():
-    assert shapes.hugging_face_id("qwen2.5-vl-7b") == "Qwen/Qwen2.5-VL-7B-Instruct"
-    assert shapes.hugging_face_id("qwen3-vl-2b") == "Qwen/Qwen3-VL-2B-Instruct"
+    for name, model in shapes.PUBLISHED.items():
+        by_id = shapes.find_config(model.hugging_face_id)
+        assert by_id.to_dict() == shapes.published(name).to_dict()
     by_id = shapes.find_config("Qwen/Qwen3-VL-8B-Instruct")
     assert by_id.to_dict() == shapes.published("qwen3-vl-8b").to_dict()
 
@@ -78,7 +79,7 @@ def test_unknown_names():
     with pytest.raises(ValueError, match=r"'Qwen3-VL-4B'.*did you mean qwen3-vl-4b"):
         shapes.published("Qwen3-VL-4B")
     with pytest.raises(ValueError, match=r"use qwen2\.5-vl-3b, "):
-        shapes.hugging_face_id("llama")
+        shapes.published("llama")
 
 
 def test_folders(tmp_path):
