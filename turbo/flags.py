@@ -103,7 +103,8 @@ def conclude(main: Callable[[], int]) -> int:
         if error.filename is not None:
             raise
         print(f"error: {error}", file=sys.stderr)  # of a stream, or in words of its own
-        discard(sys.stdout)
+        with contextlib.suppress(OSError):
+            _flush()
         return 1
 
 
@@ -111,9 +112,10 @@ def _flush() -> None:
     """Hand on what was printed; OSError says that it was standard output."""
     try:
         sys.stdout.flush()
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
+        discard(sys.stdout)
         raise OSError(f"standard output cannot be written: {error}") from error
 
 

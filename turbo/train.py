@@ -311,9 +311,10 @@ def run_folder(c: TrainConfig) -> tuple[Path, IO[str]]:
         return path, held
     name = c.env.rpartition(":")[2]
     path = Path(c.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    checkpoint.occupied(path, c.overwrite)
-    held = lock.acquire(path)
-    checkpoint.create_run(path, c, model)
+    with checkpoint.writing(path):
+        checkpoint.occupied(path, c.overwrite)
+        held = lock.acquire(path)
+        checkpoint.create_run(path, c, model)
     return path, held
 
 
