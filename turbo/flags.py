@@ -2,6 +2,7 @@
 
     0    done                         2      a wrong flag or input, told as `error: ...`
     1    it could not be done         130    ended by Ctrl-C      143    ended by SIGTERM
+                                      129    a run of turbo.train whose terminal was closed
 
 Standard output that cannot be written is a 1, where nobody reads it any more a 141.
 

@@ -221,7 +221,7 @@ def _follow() -> None:
 
 
 def _work(program, arguments, rank, size, barrier, board, queues, asked) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # worker 0 decides when to stop
     threading.Thread(target=_follow, daemon=True).start()
     try:

@@ -151,6 +151,18 @@ def test_ctrl_c_closes_the_live_view(tmp_path):
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["00000000"]
 
 
+@pytest.mark.slow
+def test_a_terminal_that_closes_ends_a_run_that_is_saved(tmp_path):
+    run = tmp_path / "run"
+    more = ("--steps-per-update", "20000", "--eval-episodes", "0", "--workers", "2")
+    terminal = Terminal(run, *more)
+    terminal.read("rollout")
+    os.close(terminal.slave)
+    os.close(terminal.master)
+    assert terminal.process.wait(60) == 129
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["00000000"]
+
+
 def test_lines_in_a_pipe(tmp_path, capsys):
     assert train.main(command(tmp_path / "run")) == 0
     out, err = capsys.readouterr()

@@ -189,6 +189,6 @@ def test_a_worker_that_does_not_come_is_not_waited_for_any_longer():
 
 
 def test_workers_leave_signals_to_the_first():
-    """Ctrl-C, or `timeout`, reach the whole process group."""
-    assert run_crew(2, worker_killed, signal.SIGTERM) == 2.0
-    assert run_crew(2, worker_killed, signal.SIGINT) == 2.0
+    """Ctrl-C, `timeout` or a closed terminal reach the whole process group."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        assert run_crew(2, worker_killed, number) == 2.0
