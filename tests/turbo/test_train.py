@@ -156,6 +156,20 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run, tmp_path, capsy
     assert "before training" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_a_run_that_was_ended_before_its_first_checkpoint_starts_anew(
+    run, tmp_path, capsys, evaluated
+):
+    resumed = rewind(run, tmp_path / "resumed", 0)
+    if not evaluated:  # not even that before training
+        (resumed / "metrics.jsonl").write_text("")
+    assert train.main(["numberline", "--resume", str(resumed)]) == 0
+    out, err = capsys.readouterr()
+    assert err == f"warning: {resumed} has no checkpoint yet: it starts anew\n"
+    assert ("before training" in out) != evaluated
+    assert_same_run(run, resumed, 4)
+
+
 @pytest.mark.parametrize(
     "options",
     [
