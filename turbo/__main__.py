@@ -48,7 +48,14 @@ def version() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """List the commands, or run one; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:  # before `conclude` is there to answer it
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str]) -> int:
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
         print(overview())

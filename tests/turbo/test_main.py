@@ -77,6 +77,15 @@ def test_a_command_is_run_by_name(capsys):
     assert "--gpu" in capsys.readouterr().err
 
 
+def test_ctrl_c_while_it_begins(capsys, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("turbo.__main__.commands", interrupted)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
 def test_the_installed_command_is_this_one():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["scripts"] == {"gtr-turbo": "turbo.__main__:main"}
