@@ -97,21 +97,21 @@ def train_update(run: Run) -> tuple[dict, list[dict]]:
         run.teacher.push(update, run.lora, run.score())
     phases.end()
 
-    steps = sum(len(e.steps) for e in episodes)
+    steps = [s for e in episodes for s in e.steps]
     counts = len(data.rows), rollout.guessed, rollout.accepted, data.faulty
     trained, guesses, accepted, faulty = run.crew.total(*counts)
-    if faulty == steps:
+    if faulty == len(steps):
         told = diagnosis(run.lora, {"the log-probabilities": math.nan})
         raise NumericalFault(f"no answer has a finite log-probability: {told}")
     run.update += 1
-    run.env_steps += steps
+    run.env_steps += len(steps)
     run.elapsed += phases.elapsed
     metrics = {
         "update": run.update,
         "env_steps": run.env_steps,
         "elapsed": run.elapsed,
         **outcomes(episodes),
-        **certainty([s for e in episodes for s in e.steps]),
+        **certainty(steps),
         "draft_accept_rate": accepted / max(1, guesses),
         **figures,
         **written,
@@ -119,9 +119,9 @@ def train_update(run: Run) -> tuple[dict, list[dict]]:
         "teacher_age": run.teacher.age,
         "explained_variance": data.explained_variance,
         "trained_rows": trained,
-        "dropped_rows": steps - trained,
+        "dropped_rows": len(steps) - trained,
         "faulty_steps": faulty,
-        **speed(run, [s for e in episodes for s in e.steps]),
+        **speed(run, steps),
     }
     if guided and c.kl_placement == "loss":  # known only now: it is for the next update
         steer(run, (metrics.get("teacher_kl", 0.0), 0.0), rollout)
