@@ -30,12 +30,6 @@ from turbo.score import local_pictures
 SLOTS = 256  # answers that are written at once
 
 
-def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` numbers below `count` at even distances; all of them with 0."""
-    wanted = min(wanted or count, count)
-    return [i * count // wanted for i in range(wanted)]
-
-
 @torch.no_grad()
 def write_answers(
     vlm: VisionLanguageModel,

@@ -26,12 +26,13 @@ from typing import IO
 import torch
 
 from turbo import checkpoint, lock
+from turbo.batch import evenly
 from turbo.config import PRESETS, TrainConfig, changed, check, defaults, from_saved
 from turbo.corrector import check_url
 from turbo.envs.make import find
 from turbo.faults import NumericalFault, diagnosis
 from turbo.flags import conclude, read_flags
-from turbo.guidance import ask_corrector, spread, write_answers
+from turbo.guidance import ask_corrector, write_answers
 from turbo.hub import device_of, lack_of_memory, model_sha256, own_workers
 from turbo.kl import auto_coefficient
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
@@ -152,7 +153,7 @@ def teacher_thoughts(run: Run, rollout: Rollout) -> dict[str, float]:
     absent = run.teacher.weights is None and c.guidance != "gtr"
     if c.guidance == "none" or absent or not (imitated or wanted):
         return {}
-    rows = spread(len(rollout.steps), -(-wanted // run.crew.size))
+    rows = evenly(len(rollout.steps), -(-wanted // run.crew.size))
     if c.guidance == "gtr":
         written = ask_corrector(run.vlm, run.corrector, rollout, rows)
     else:
