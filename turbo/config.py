@@ -37,7 +37,7 @@ class TrainConfig:
     matrix, which is faster, and in 16 bits loses the smallest changes; auto: apart in 16 bits and
     over a base in 4, else merged"""
     out: str = ""
-    """run directory; empty makes runs/<env>-<date>-<time>"""
+    """run directory of a new run; empty makes runs/<env>-<date>-<time>"""
     resume: str = ""
     """run directory to continue; all its settings are taken from it"""
     overwrite: bool = False
