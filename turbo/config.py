@@ -22,8 +22,8 @@ class TrainConfig:
     """Train a policy with PPO, guided by a teacher merged from its own past checkpoints."""
 
     env: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[ENV]")] = "points24"
-    """which environment to play: points24, ezpoints, numberline or blackjack; one of your own as
-    module:Class; or the name of an installed entry point of the group gtr_turbo.envs"""
+    """which environment to play: points24, ezpoints, numberline, blackjack or alfworld; one of your
+    own as module:Class; or the name of an installed entry point of the group gtr_turbo.envs"""
     model: str = "tiny"
     """`tiny` for the built-in warm start of the environment; a folder with a vision-language model
     in Hugging Face format; or its id on the Hub, such as Qwen/Qwen2.5-VL-7B-Instruct"""
