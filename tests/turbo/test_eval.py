@@ -139,6 +139,21 @@ def test_bad_numbers_are_refused(runs, capsys, options, message):
     assert message in refused(capsys, runs["kl"], *FAST.split(), *options.split())
 
 
+def test_a_run_is_played_in_its_own_environment(runs, capsys):
+    fast = FAST.removeprefix("--env numberline").split()
+    got = figures(capsys, runs["kl"], *fast, "--json")
+    assert got == figures(capsys, runs["kl"], *FAST.split(), "--json")
+    assert eval.main([str(runs["kl"]), *fast]) == 0
+    assert "(policy) on numberline, all deals" in capsys.readouterr().out
+    assert "not points24" in refused(capsys, runs["kl"], *fast, "--env", "points24")
+    assert "environment 'chess' is unknown" in refused(capsys, "tiny", "--env", "chess")
+
+
+def test_a_model_is_played_on_points24_unless_told():
+    for source, env, wanted in (("tiny", "", "points24"), ("tiny", "ezpoints", "ezpoints")):
+        assert eval.check(eval.EvalConfig(source, env=env)).env == wanted
+
+
 def test_bad_sources_are_refused(runs, tmp_path, capsys):
     assert "is neither a folder nor `tiny`" in refused(capsys, tmp_path / "absent", *FAST.split())
     assert "model.safetensors is missing" in refused(capsys, tmp_path, *FAST.split())

@@ -229,6 +229,7 @@ def test_a_checkpoint_and_its_teacher(run, capsys, monkeypatch):
     assert '"current number": "' in policy and "episode 3 of 3" in policy
     assert garbled not in policy
     assert teacher.count(garbled) == 30 and "0 of 3 won, mean return -10" in teacher
+    assert played(capsys, monkeypatch, [], *flags[1:]) == policy  # the run knows its environment
 
 
 @pytest.mark.parametrize(
@@ -242,7 +243,9 @@ def test_a_checkpoint_and_its_teacher(run, capsys, monkeypatch):
         (["--checkpoint", "runs/absent"], "--checkpoint runs/absent is no run directory"),
         (["--model", "tiny", "--temperature", "0"], "--temperature must be more than 0"),
         (["--episode", "3"], "did you mean --episodes?"),
-        (["--checkpoint", "RUN"], "was trained on numberline: name that, not points24"),
+        (["points24", "--checkpoint", "RUN"], "on numberline: name that, not points24"),
+        (["--checkpoint", "RUN", "--games", "x"], "are for alfworld alone"),
+        (["--games", "x"], "--games is for alfworld alone"),
     ],
 )
 def test_what_cannot_be_played_is_refused(run, argv, message, capsys, monkeypatch, tmp_path):
