@@ -45,6 +45,10 @@ JSON_KEYS = [
     "seed",
     "temperature",
     "split",
+    "source",
+    "env",
+    "who",
+    "update",
 ]
 
 
@@ -138,26 +142,28 @@ def check(c: EvalConfig) -> TrainConfig:
     return replace(run, **own)
 
 
-def open_source(c: EvalConfig, run: TrainConfig) -> tuple[VisionLanguageModel, Weights]:
-    """The model, and the weights that are to play: a policy's, its merged teacher's, its own."""
+def open_source(c: EvalConfig, run: TrainConfig) -> tuple[VisionLanguageModel, Weights, int | None]:
+    """The model, and the weights that are to play: a policy's, its merged teacher's, its own; of a
+    run the update too."""
     vlm = open_model(run)
-    lora = None
+    lora = update = None
     if (Path(c.source) / "checkpoints").is_dir():
         adapter, state, meta = checkpoint.load(Path(c.source))
         lora = new_lora(vlm.matrices, run.lora_rank, run.lora_alpha, 0)
         lora.load_state_dict(adapter)
+        update = meta.get("update")
     with torch.no_grad():
         weights = vlm.weights(lora)
     if c.teacher:
         teacher = Teacher(vlm, lora, run)
         teacher.load_state_dict(checkpoint.section(state, "teacher/"), meta["teacher"])
         weights = teacher.weights
-    return vlm, weights
+    return vlm, weights, update
 
 
 def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
     """Load, play, and gather the figures; what every worker runs."""
-    vlm, weights = open_source(c, run)
+    vlm, weights, update = open_source(c, run)
     if c.split == "pool":
         make_env = env_maker(run)
     else:
@@ -176,7 +182,9 @@ def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
         samples=c.samples,
     )
     asked = {key: getattr(c, key) for key in ("samples", "seed", "temperature")}
-    return {**figures, **asked, "split": c.split or held_out(run.env)}
+    split, who = c.split or held_out(run.env), "teacher" if c.teacher else "policy"
+    told = dict(split=split, source=c.source, env=run.env, who=who, update=update)
+    return {**figures, **asked, **told}
 
 
 def main(argv: list[str] | None = None) -> int:

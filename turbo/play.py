@@ -292,7 +292,7 @@ def open_game(c: PlayConfig, screen: Screen) -> tuple[VisualEnv, Player]:
         asked = EvalConfig(c.checkpoint or c.model, **{name: getattr(c, name) for name in names})
         run = check_source(asked)
         torch.set_num_threads(1)  # as in a crew: at small products threads wait for one another
-        vlm, weights = open_source(asked, run)
+        vlm, weights, _ = open_source(asked, run)
         find_alfworld(run, held_out(run.env))
         env = env_maker(replace(run, hands=0), held_out(run.env))()
         return env, Policy(vlm, weights, screen, c, run)

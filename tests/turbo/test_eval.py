@@ -70,7 +70,21 @@ def test_the_names_that_scripts_read_do_not_change():
         "seed",
         "temperature",
         "split",
+        "source",
+        "env",
+        "who",
+        "update",
     ]
+
+
+def test_the_line_says_what_was_evaluated(runs, capsys):
+    wanted = {"source": str(runs["kl"]), "env": "numberline", "who": "teacher", "update": 1}
+    got = figures(capsys, runs["kl"], *FAST.split(), "--json", "--teacher")
+    assert {key: got[key] for key in wanted} == wanted
+    model = tiny_models.random_folder()
+    wanted |= {"source": str(model), "who": "policy", "update": None}
+    got = figures(capsys, model, *FAST.split(), "--json")
+    assert {key: got[key] for key in wanted} == wanted
 
 
 def test_samples_of_each_deal(runs, capsys):
@@ -83,7 +97,8 @@ def test_samples_of_each_deal(runs, capsys):
 
 def test_policy_teacher_and_model_are_told_apart(runs, capsys):
     policy = figures(capsys, runs["none"], *FAST.split(), "--json")
-    assert policy == figures(capsys, runs["kl"], *FAST.split(), "--json")  # the same factors
+    alike = figures(capsys, runs["kl"], *FAST.split(), "--json")  # the same factors
+    assert alike | {"source": policy["source"]} == policy
     teacher = figures(capsys, runs["kl"], *FAST.split(), "--json", "--teacher")
     assert teacher["legal_rate"] < policy["legal_rate"]
     model = figures(capsys, tiny_models.fitted_folder(), *FAST.split(), "--json")

@@ -163,7 +163,7 @@ def test_actions_may_change_at_every_step(capsys, monkeypatch):
 def test_what_is_watched_is_what_an_evaluation_plays(temperature, seed, capsys, monkeypatch):
     c = EvalConfig(str(tiny_models.fitted_folder()), env="numberline", workers=1)
     config = check(c)
-    vlm, weights = open_source(c, config)
+    vlm, weights, _ = open_source(c, config)
     table = Table(vlm, env_maker(config), RolloutOptions(1, 1, temperature, 40), Crew())
     deals = fresh_deals(4, seed)
     rollout = table.collect(vlm.merged(weights), (seed, 2**31), deals=deals)
