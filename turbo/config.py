@@ -22,8 +22,8 @@ class TrainConfig:
     """Train a policy with PPO, guided by a teacher merged from its own past checkpoints."""
 
     env: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[ENV]")] = "points24"
-    """which environment to play: points24, ezpoints, numberline or blackjack; one of your own as
-    module:Class; or the name of an installed entry point of the group gtr_turbo.envs"""
+    """which environment to play: points24, ezpoints, numberline, blackjack or alfworld; one of your
+    own as module:Class; or the name of an installed entry point of the group gtr_turbo.envs"""
     model: str = "tiny"
     """`tiny` for the built-in warm start of the environment; a folder with a vision-language model
     in Hugging Face format; or its id on the Hub, such as Qwen/Qwen2.5-VL-7B-Instruct"""
@@ -37,7 +37,7 @@ class TrainConfig:
     apart; or merged into one matrix, which is faster, and in 16 bits loses the smallest changes;
     auto: apart in 16 bits and over a base in 4, else merged"""
     out: str = ""
-    """run directory; empty makes runs/<env>-<date>-<time>"""
+    """run directory of a new run; empty makes runs/<env>-<date>-<time>"""
     resume: str = ""
     """run directory to continue; all its settings are taken from it"""
     overwrite: bool = False
@@ -377,10 +377,19 @@ def check(c: TrainConfig) -> None:
 
 
 def from_saved(saved: object, source: str) -> TrainConfig:
-    """Settings as a run saved them; ValueError names what is not of this program."""
+    """Settings as a run saved them; ValueError names what is not of this program.
+
+    A setting that is newer than the run stands at its field's default. So that of a new setting is
+    what the program did before it.
+    """
     kinds = get_type_hints(TrainConfig)
-    if not isinstance(saved, dict) or set(saved) != set(kinds):
-        raise ValueError(f"{source} was made by another version of the program: start a new run")
+    if not isinstance(saved, dict) or not saved:
+        raise ValueError(f"{source} has no settings: start a new run")
+    if odd := [str(name) for name in saved if name not in kinds]:
+        raise ValueError(
+            f"{source} was made by another version of the program, whose setting {odd[0]:.60} is "
+            "unknown here: use that version, or start a new run"
+        )
     for name, value in saved.items():
         kind = kinds[name]
         if get_origin(kind) is Literal:
@@ -391,12 +400,13 @@ def from_saved(saved: object, source: str) -> TrainConfig:
             good = type(value) is kind
         if not good:
             raise ValueError(f"{source}: {name} cannot be {value!r:.60}: the file was changed")
-    if not is_name(saved["env"]):
+    c = TrainConfig(**saved)
+    if not is_name(c.env):
         raise ValueError(
-            f"{source}: env cannot be {saved['env']!r:.60}, which is unknown here: install the "
-            "package that brings it"
+            f"{source}: env cannot be {c.env!r:.60}, which is unknown here: install the package "
+            "that brings it"
         )
-    return TrainConfig(**saved)
+    return c
 
 
 def changed(old: dict, new: TrainConfig) -> list[str]:

@@ -33,6 +33,7 @@ from turbo import checkpoint, families
 from turbo.card import Facts, card
 from turbo.coded import read_dense
 from turbo.config import TrainConfig, from_saved
+from turbo.envs.make import find
 from turbo.flags import conclude, read_flags
 from turbo.formats import (
     check_out,
@@ -126,6 +127,7 @@ def check(c: ExportConfig) -> TrainConfig:
             f"the teacher of {run} is the warm start, {settings.model!r}, itself: use that model, "
             "or train with --teacher merged"
         )
+    find(settings.env)  # it draws the example of the export
     if c.push and not HUB_NAME.fullmatch(c.push):
         raise ValueError(f"--push must be owner/name, got {c.push!r}")
     if c.private and not c.push:

@@ -34,6 +34,7 @@ from turbo.faults import NumericalFault, diagnosis
 from turbo.flags import conclude, read_flags
 from turbo.guidance import ask_corrector, write_answers
 from turbo.hub import device_of, lack_of_memory, model_sha256, own_workers
+from turbo.idle import check_idle
 from turbo.kl import auto_coefficient
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
 from turbo.memory import GB, peak_bytes
@@ -287,14 +288,18 @@ def parse(argv: list[str]) -> TrainConfig:
 
     c = read(base)
     if c.resume:
+        if c.out:
+            raise ValueError(f"--out {c.out} is for a new run: leave it out with --resume")
         base = from_saved(checkpoint.read_run(Path(c.resume))["config"], c.resume)
         c = read(base)
     elif c.env != base.env:  # the environment was not named first
-        c = read(defaults(c.env, preset))
+        base = defaults(c.env, preset)
+        c = read(base)
     check(c)
     if c.resume and (odd := changed(dataclasses.asdict(base), c)):
         flags = ", ".join("--" + name.replace("_", "-") for name in odd)
         raise ValueError(f"a resumed run keeps its settings, but {flags} changed: leave them out")
+    check_idle(c, base)
     return c
 
 

@@ -400,7 +400,10 @@ def test_a_run_of_another_model_is_refused(run, tmp_path, capsys):
             ["numberline", "--guidance", "gtr", "--teacher-url", "ftp:x", "--teacher-model", "m"],
             "--teacher-url 'ftp:x' is not an address",
         ),
-        (["numberline", "--model", "absent-folder"], "absent-folder.*is missing"),
+        (
+            ["numberline", "--model", "absent-folder"],
+            "'absent-folder' does not exist: give a folder with a model",
+        ),
         (["numberline", "--resume", "absent-folder"], "absent-folder is not a run directory"),
         (
             ["numberline", "--envs", "2", "--group-size", "4", "--workers", "1"],
