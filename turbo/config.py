@@ -1,10 +1,9 @@
-"""All settings of a training run: one flat dataclass, presets, and what makes a setting impossible.
+"""All settings of a training run: one flat dataclass, and what makes a setting impossible.
 
-The defaults are those of the built-in tiny model, measured in docs/LOG.md; `PRESETS["paper"]` holds
-the hyper-parameters of the paper's code (arXiv 2512.13043). The comment under a field is its help
-text.
+The defaults are those of the built-in tiny model, measured in docs/LOG.md. The comment under a
+field is its help text.
 
-Left out: reading the command line (`turbo.train`).
+Left out: games and presets (`turbo.presets`), reading the command line (`turbo.train`).
 """
 
 import math
@@ -234,80 +233,15 @@ class TrainConfig:
     trackio: str = ""
     """also log to this project of trackio, on this machine (empty: no log)"""
 
+    @property
+    def teaches(self) -> bool:
+        """Whether the policy's own checkpoints are merged into a teacher."""
+        return self.guidance in ("kl", "sft")
 
-# Card games smaller than Points24 learn within a few updates.
-GAME_DEFAULTS: dict[str, dict] = {
-    "points24": {},
-    "ezpoints": dict(
-        updates=30,
-        steps_per_update=1024,
-        epochs=4,
-        learning_rate=1e-3,
-        final_learning_rate=1e-4,
-        baseline="loo",
-        kl_coef="0.5",
-    ),
-    "numberline": dict(updates=20, steps_per_update=1024),
-    "blackjack": dict(updates=30, steps_per_update=1024, group_size=16),
-    "alfworld": dict(
-        envs=64,
-        group_size=4,  # half of the attempts at a game, twice the games
-        steps_per_update=2048,
-        updates=24,
-        max_new_tokens=128,
-        temperature=1.0,  # the warm start wins as often as at 0.2, and plays a game in several ways
-        format_invalid=-8.0,
-        eval_episodes=240,
-    ),
-}
-
-PRESETS: dict[str, dict] = {
-    "tiny": {},
-    "paper": dict(
-        updates=30,
-        envs=64,
-        steps_per_update=1024,
-        group_size=1,
-        temperature=0.2,
-        max_new_tokens=256,
-        advantage="gae",
-        epochs=4,
-        minibatch=128,
-        clip=0.1,
-        skip_certain=0.0,
-        # The paper's code pays 3 for a legal answer and takes 2, outside of GAE. Within it, an
-        # episode that is dragged out would be worth more than one that is won.
-        format_valid=0.0,
-        format_invalid=-5.0,
-        learning_rate=1e-5,
-        final_learning_rate=1e-9,
-        critic_learning_rate=1e-3,
-        grad_clip=0.01,
-        adam_eps=1e-7,
-        lora_rank=128,
-        lora_alpha=256.0,
-        kl_placement="advantage",
-        kl_estimator="clip",
-        kl_coef="1.0",
-        weighting="sma",
-        history_max=0,
-        guide_first=False,
-    ),
-}
-
-
-# What a preset has of its own for some games
-PRESETS_OF_GAMES: dict[tuple[str, str], dict] = {
-    ("paper", "alfworld"): dict(updates=20, thought_coef=0.2),
-}
-
-
-def defaults(env: str, preset: str) -> TrainConfig:
-    """The settings of a preset for one environment."""
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is unknown: use {' or '.join(PRESETS)}")
-    own = PRESETS[preset] | PRESETS_OF_GAMES.get((preset, env), {})
-    return TrainConfig(**{"env": env, **GAME_DEFAULTS.get(env, {}), **own})
+    @property
+    def imitates(self) -> bool:
+        """Whether thoughts that another model wrote are imitated."""
+        return self.guidance in ("sft", "gtr")
 
 
 def check(c: TrainConfig) -> None:
@@ -357,7 +291,7 @@ def check(c: TrainConfig) -> None:
         need(c.backend == "text", "backend", "text except with alfworld")
     for flag in ("teacher_temperature", "teacher_timeout"):
         need(getattr(c, flag) > 0, flag, "more than 0")
-    if c.guidance in ("sft", "gtr"):
+    if c.imitates:
         need(c.sft_batch >= 1, "sft_batch", f"at least 1 with --guidance {c.guidance}")
     if c.guidance == "gtr":
         need(bool(c.teacher_url), "teacher_url", "the address of an endpoint with --guidance gtr")

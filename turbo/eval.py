@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from turbo import checkpoint
-from turbo.config import TrainConfig, defaults, from_saved
+from turbo.config import TrainConfig, from_saved
 from turbo.envs.make import check_env
 from turbo.flags import conclude, read_flags
 from turbo.hub import is_hub_id, model_sha256, open_model, own_workers
@@ -27,6 +27,7 @@ from turbo.lora import new_lora
 from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew, run_crew
+from turbo.presets import defaults
 from turbo.run import env_maker, find_alfworld, held_out, prompt_style
 from turbo.teacher import Teacher
 
@@ -127,8 +128,10 @@ def check(c: EvalConfig) -> TrainConfig:
         if saved["model_sha256"] != model_sha256(run):
             raise ValueError(f"{c.source} was trained from another model than {run.model!r} is now")
         checkpoint.load(path)
-        if c.teacher and run.guidance == "none":
-            raise ValueError(f"{c.source} has no teacher: it was trained with --guidance none")
+        if c.teacher and not run.teaches:
+            raise ValueError(
+                f"{c.source} has no teacher: it was trained with --guidance {run.guidance}"
+            )
     else:
         if c.teacher:
             raise ValueError(f"--teacher needs a run directory; {c.source!r} is a model")

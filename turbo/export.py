@@ -117,7 +117,7 @@ def check(c: ExportConfig) -> TrainConfig:
     settings = from_saved(record["config"], c.run)
     if settings.random_weights:
         raise ValueError(f"{run} ran on random weights, for measuring: nothing of it is of use")
-    if c.what == "teacher" and settings.guidance in ("none", "gtr"):
+    if c.what == "teacher" and not settings.teaches:
         raise ValueError(
             f"{run} has no merged teacher, it was trained with --guidance {settings.guidance}: "
             "export its policy, or train with --guidance kl or sft"

@@ -12,7 +12,7 @@ def check_idle(c: TrainConfig, base: TrainConfig) -> None:
     external = "is for --guidance gtr: add that, or leave it out"
     rules = {
         "teacher": (
-            c.guidance in ("kl", "sft"),
+            c.teaches,
             f"has no use with --guidance {c.guidance}: leave it out, or use --guidance kl",
         ),
         "teacher_url": (c.guidance == "gtr", external),

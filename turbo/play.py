@@ -23,7 +23,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from turbo.config import TrainConfig, defaults
+from turbo.config import TrainConfig
 from turbo.decode import Decoder, Request
 from turbo.envs.base import Answer, Verdict, VisualEnv, action_key
 from turbo.envs.make import check_env
@@ -33,6 +33,7 @@ from turbo.flags import conclude, read_flags
 from turbo.measure import fresh_deals, mean
 from turbo.model import VisionLanguageModel, Weights
 from turbo.prefixes import Prefixes
+from turbo.presets import defaults
 from turbo.rollout import mix, read_answer
 from turbo.run import env_maker, find_alfworld, held_out, prompt_style
 from turbo.terminal import Screen

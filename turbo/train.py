@@ -27,7 +27,7 @@ import torch
 
 from turbo import checkpoint, lock
 from turbo.batch import evenly
-from turbo.config import PRESETS, TrainConfig, changed, check, defaults, from_saved
+from turbo.config import TrainConfig, changed, check, from_saved
 from turbo.corrector import check_url
 from turbo.envs.make import find
 from turbo.faults import NumericalFault, diagnosis
@@ -39,6 +39,7 @@ from turbo.kl import auto_coefficient
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
 from turbo.memory import GB, peak_bytes
 from turbo.parallel import Crew, run_crew
+from turbo.presets import PRESETS, defaults
 from turbo.rollout import Abandoned, Rollout, Step, mix
 from turbo.run import Run, due, find_alfworld
 from turbo.score import TeacherReading, read_answers, teacher_kl
@@ -95,7 +96,7 @@ def train_update(run: Run) -> tuple[dict, list[dict]]:
 
     # remember: this checkpoint becomes part of the teacher
     phases.begin("merge")
-    if teaches(c) and c.checkpoint_each == "update":
+    if c.teaches and c.checkpoint_each == "update":
         run.teacher.push(update, run.lora, run.score())
     phases.end()
 
@@ -142,14 +143,9 @@ def speed(run: Run, steps: list[Step]) -> dict[str, float]:
     }
 
 
-def teaches(c: TrainConfig) -> bool:
-    """Whether the policy's own checkpoints are merged into a teacher."""
-    return c.guidance in ("kl", "sft")
-
-
 def teacher_thoughts(run: Run, rollout: Rollout) -> dict[str, float]:
     """Let the teacher answer some of the steps: examples to imitate, figures of its thoughts."""
-    c, imitated = run.config, run.config.guidance in ("sft", "gtr")
+    c, imitated = run.config, run.config.imitates
     wanted = c.sft_rows if imitated else c.teacher_sample
     absent = run.teacher.weights is None and c.guidance != "gtr"
     if c.guidance == "none" or absent or not (imitated or wanted):
@@ -227,7 +223,7 @@ def learn(
             name = f"{run.update + 1:08d}-{epoch_batch:04d}"
             args = (rollout, data, rows[b::count], teacher, run.beta, found)
             faults.note(name, run.learner, *args)
-        if c.checkpoint_each == "epoch" and teaches(c) and b == count - 1:
+        if c.checkpoint_each == "epoch" and c.teaches and b == count - 1:
             run.teacher.push(run.update, run.lora)
         if c.target_kl and found["approx_kl"] > c.target_kl:
             break
@@ -383,7 +379,7 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
             return fail(crew, error, 2)
         if run.is_over:
             return already_over(run)
-    elif teaches(c) and c.guide_first:
+    elif c.teaches and c.guide_first:
         run.teacher.push(0, run.lora, run.score())  # the warm start itself
     with Scribe(run) as scribe:
         try:

@@ -52,7 +52,7 @@ def sample_episodes(run: Run, policy: Weights, rollout: Rollout) -> list[dict]:
     return episode_records(
         run.vlm,
         policy,
-        run.teacher.weights if c.guidance in ("kl", "sft") else None,
+        run.teacher.weights if c.teaches else None,
         rollout,
         update=run.update + 1,
         temperature=c.temperature,

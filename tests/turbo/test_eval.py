@@ -175,6 +175,11 @@ def test_bad_sources_are_refused(runs, tmp_path, capsys):
     model = tiny_models.fitted_folder()
     assert "--teacher needs a run directory" in refused(capsys, model, *FAST.split(), "--teacher")
     assert "--guidance none" in refused(capsys, runs["none"], *FAST.split(), "--teacher")
+    corrected = shutil.copytree(runs["none"], tmp_path / "gtr")
+    record = json.loads((corrected / "config.json").read_text())
+    record["config"]["guidance"] = "gtr"
+    (corrected / "config.json").write_text(json.dumps(record))
+    assert "--guidance gtr" in refused(capsys, corrected, *FAST.split(), "--teacher")
     pool = ["--env", "points24", "--split", "pool"]
     assert "--split pool needs a run" in refused(capsys, model, *FAST.split(), *pool)
 

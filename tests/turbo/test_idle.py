@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from turbo import checkpoint, train
-from turbo.config import GAME_DEFAULTS, PRESETS, TrainConfig, defaults
+from turbo.config import TrainConfig
 from turbo.idle import check_idle
+from turbo.presets import GAME_DEFAULTS, PRESETS, defaults
 
 URL = "http://127.0.0.1:9/v1"
 

@@ -22,13 +22,13 @@ import tiny_models
 from rich.console import Console
 
 from turbo import checkpoint, play
-from turbo.config import defaults
 from turbo.envs.base import ACTION_KEY, Answer, Optimum, Prompt, Verdict
 from turbo.envs.make import make
 from turbo.eval import EvalConfig, check, open_source
 from turbo.hub import model_sha256
 from turbo.measure import fresh_deals
 from turbo.parallel import Crew
+from turbo.presets import defaults
 from turbo.rollout import RolloutOptions, Table
 from turbo.run import Run, env_maker
 from turbo.terminal import HALF, Screen, printable

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from examples.corrector_server import serve
 from turbo import train
-from turbo.config import GAME_DEFAULTS, TrainConfig
+from turbo.config import TrainConfig
 from turbo.log import METRICS, read_jsonl
 from turbo.parallel import Crew
+from turbo.presets import GAME_DEFAULTS
 from turbo.run import Run, pool
 from turbo.scribe import Interrupt
 from turbo.update import StepData
