@@ -33,9 +33,9 @@ class TrainConfig:
     quantize: Literal["none", "nf4"] = "none"
     """nf4: the base and the merged teacher in 4 bits, so that 7B fits a 24 GB card"""
     play: Literal["auto", "merged", "unmerged"] = "auto"
-    """large models: the policy plays with base and LoRA apart, as it is trained; or merged into one
-    matrix, which is faster, and in 16 bits loses the smallest changes; auto: apart in 16 bits and
-    over a base in 4, else merged"""
+    """large models: the policy plays, and the teacher reads, with the base and what was learned
+    apart; or merged into one matrix, which is faster, and in 16 bits loses the smallest changes;
+    auto: apart in 16 bits and over a base in 4, else merged"""
     out: str = ""
     """run directory of a new run; empty makes runs/<env>-<date>-<time>"""
     resume: str = ""

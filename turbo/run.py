@@ -117,7 +117,8 @@ class Run:
             return ""
         return (
             f"{self.path} has {megabytes(free)} free, and {count} checkpoints take about "
-            f"{megabytes(needed)}: make room, choose another --out, or lower --keep"
+            f"{megabytes(needed)}: make room, choose another --out, or lower --keep or "
+            "--history-max"
         )
 
     def restore(self) -> None:

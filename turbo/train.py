@@ -26,12 +26,13 @@ from typing import IO
 import torch
 
 from turbo import checkpoint, lock
+from turbo.batch import evenly
 from turbo.config import PRESETS, TrainConfig, changed, check, defaults, from_saved
 from turbo.corrector import check_url
 from turbo.envs.make import find
 from turbo.faults import NumericalFault, diagnosis
 from turbo.flags import conclude, read_flags
-from turbo.guidance import ask_corrector, spread, write_answers
+from turbo.guidance import ask_corrector, write_answers
 from turbo.hub import device_of, lack_of_memory, model_sha256, own_workers
 from turbo.idle import check_idle
 from turbo.kl import auto_coefficient
@@ -98,21 +99,21 @@ def train_update(run: Run) -> tuple[dict, list[dict]]:
         run.teacher.push(update, run.lora, run.score())
     phases.end()
 
-    steps = sum(len(e.steps) for e in episodes)
+    steps = [s for e in episodes for s in e.steps]
     counts = len(data.rows), rollout.guessed, rollout.accepted, data.faulty
     trained, guesses, accepted, faulty = run.crew.total(*counts)
-    if faulty == steps:
+    if faulty == len(steps):
         told = diagnosis(run.lora, {"the log-probabilities": math.nan})
         raise NumericalFault(f"no answer has a finite log-probability: {told}")
     run.update += 1
-    run.env_steps += steps
+    run.env_steps += len(steps)
     run.elapsed += phases.elapsed
     metrics = {
         "update": run.update,
         "env_steps": run.env_steps,
         "elapsed": run.elapsed,
         **outcomes(episodes),
-        **certainty([s for e in episodes for s in e.steps]),
+        **certainty(steps),
         "draft_accept_rate": accepted / max(1, guesses),
         **figures,
         **written,
@@ -120,9 +121,9 @@ def train_update(run: Run) -> tuple[dict, list[dict]]:
         "teacher_age": run.teacher.age,
         "explained_variance": data.explained_variance,
         "trained_rows": trained,
-        "dropped_rows": steps - trained,
+        "dropped_rows": len(steps) - trained,
         "faulty_steps": faulty,
-        **speed(run, [s for e in episodes for s in e.steps]),
+        **speed(run, steps),
     }
     if guided and c.kl_placement == "loss":  # known only now: it is for the next update
         steer(run, (metrics.get("teacher_kl", 0.0), 0.0), rollout)
@@ -153,7 +154,7 @@ def teacher_thoughts(run: Run, rollout: Rollout) -> dict[str, float]:
     absent = run.teacher.weights is None and c.guidance != "gtr"
     if c.guidance == "none" or absent or not (imitated or wanted):
         return {}
-    rows = spread(len(rollout.steps), -(-wanted // run.crew.size))
+    rows = evenly(len(rollout.steps), -(-wanted // run.crew.size))
     if c.guidance == "gtr":
         written = ask_corrector(run.vlm, run.corrector, rollout, rows)
     else:
