@@ -1,10 +1,10 @@
-"""What answers Ctrl-C and SIGTERM: a run in the tests' own process takes it over."""
+"""What answers Ctrl-C, SIGTERM and SIGHUP: a run in the tests' own process takes it over."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager

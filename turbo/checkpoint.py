@@ -26,6 +26,8 @@ import platform
 import re
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -94,6 +96,30 @@ def versions() -> dict[str, str]:
         "numpy": numpy.__version__,
         "processor": processor(),
     }
+
+
+@contextlib.contextmanager
+def writing(out: str | Path) -> Iterator[None]:
+    """What fails inside because it cannot be written is an OSError that names --out."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = " ".join(str(error).split())
+        raise OSError(f"--out {out} cannot be written: {why}") from error
+
+
+def try_folder(out: Path) -> None:
+    """OSError where nothing can be written into a folder; no trace of the trial is left."""
+    made = [p for p in (out, *out.parents) if not p.exists()]
+    try:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out) as file:
+                file.write(b"x")
+    finally:
+        with contextlib.suppress(OSError):  # what was not made
+            for folder in made:
+                folder.rmdir()
 
 
 def occupied(path: Path, overwrite: bool) -> list[Path]:

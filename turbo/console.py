@@ -8,10 +8,12 @@
 Left out: what a run records (`turbo.log`), when it is told (`turbo.scribe`).
 """
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -22,6 +24,7 @@ from rich.text import Text
 
 from turbo.advice import Advice
 from turbo.config import TrainConfig
+from turbo.flags import discard
 from turbo.measure import interval
 from turbo.phases import Phases
 
@@ -38,14 +41,51 @@ PACE = 5  # updates from which the time that is left is reckoned
 WIDTH = 100  # columns of the live view at most
 
 
+class Outlet:
+    """A stream that may fail: `tell` hears of it once, and what comes after goes nowhere."""
+
+    def __init__(self, stream: TextIO | None, tell: Callable[[OSError], None]):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115  closed from the start
+        self.tell, self.is_lost = tell, False
+
+    def write(self, text: str) -> None:
+        """Write, or lose, a text."""
+        self._attempt(lambda: self.stream.write(text))
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+        self._attempt(self.stream.flush)
+
+    def isatty(self) -> bool:
+        """Whether a person is likely to read."""
+        return self.stream.isatty()
+
+    @property
+    def encoding(self) -> str:
+        """How characters become bytes."""
+        return self.stream.encoding
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        if self.is_lost:
+            return
+        try:
+            action()
+        except OSError as error:
+            self.is_lost = True
+            discard(self.stream)
+            self.tell(error)
+
+
 class Display:
     """Shows one run, as its settings and the terminal allow; silent unless it `leads`."""
 
     def __init__(self, c: TrainConfig, place: str, phases: Phases, leads: bool = True):
         self.config, self.place, self.phases = c, place, phases
-        self.console = Console(quiet=not leads or c.quiet or c.json, **PLAIN)
-        self.errors = Console(stderr=True, quiet=not leads, **PLAIN)
-        on_terminal = self.console.is_terminal and sys.stdout.isatty()
+        self.out = Outlet(sys.stdout, self._lost)
+        self.console = Console(file=self.out, quiet=not leads or c.quiet or c.json, **PLAIN)
+        unheard = Outlet(sys.stderr, lambda error: None)
+        self.errors = Console(file=unheard, stderr=True, quiet=not leads, **PLAIN)
+        on_terminal = self.console.is_terminal and self.out.isatty()
         self.is_live = on_terminal and not (self.console.quiet or self.console.is_dumb_terminal)
         self.live: Live | None = None
         self.update = 0
@@ -97,17 +137,22 @@ class Display:
         """With --json, print a record as it stands in metrics.jsonl."""
         if not self.config.json or self.errors.quiet:
             return
-        try:
-            print(json.dumps(record), flush=True)
-        except BrokenPipeError:
-            self.warn("nobody reads standard output any more; metrics.jsonl goes on")
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor fails at the exit
+        self.out.write(json.dumps(record) + "\n")
+        self.out.flush()
+
+    def _lost(self, error: OSError) -> None:
+        """Say once, on standard error, why nothing is printed any more; the run goes on."""
+        why = "nobody reads standard output any more"
+        if not isinstance(error, BrokenPipeError):
+            why = f"standard output cannot be written: {error}"
+        self.errors.print(f"{why}; metrics.jsonl goes on")
 
     def notify(self, text: str) -> None:
         """Say something from a signal handler, which must not wait for the locks of the view."""
         self.notice = text
-        if self.live is None or not sys.__stderr__.isatty():
-            print(f"\n{text}", file=sys.__stderr__ if self.live else sys.stderr)
+        with contextlib.suppress(OSError):  # of a terminal that was closed
+            if self.live is None or not sys.__stderr__.isatty():
+                print(f"\n{text}", file=sys.__stderr__ if self.live else sys.stderr)
 
     def _left(self) -> str:
         left = remaining(self.config, self.update, self.times)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from turbo.checkpoint import versions, write_json
+from turbo.checkpoint import versions, write_json, writing
 from turbo.coded import read_dense
 from turbo.config import TrainConfig
 from turbo.demos import (
@@ -82,7 +82,8 @@ def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> i
     )
     figures |= {k: v for k, v in e.items() if k != "solved"}
     if crew.leads:
-        save(vlm, lora, c, run, figures)
+        with writing(c.out):
+            save(vlm, lora, c, run, figures)
         say(f"written to {c.out}: train it with python -m turbo.train {c.env} --model {c.out}")
     return 0
 

@@ -2,6 +2,9 @@
 
     0    done                         2      a wrong flag or input, told as `error: ...`
     1    it could not be done         130    ended by Ctrl-C      143    ended by SIGTERM
+                                      129    a run of turbo.train whose terminal was closed
+
+Standard output that cannot be written is a 1, where nobody reads it any more a 141.
 
 The fields of a dataclass are the flags, and the text under a field is its help (tyro). What tyro
 says of a mistake fills a box; here it is one line, and an unknown flag names the nearest one.
@@ -19,7 +22,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from itertools import dropwhile, takewhile
-from typing import Annotated, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, TextIO, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -85,22 +88,48 @@ def in_one_line(box: str) -> str:
 
 def conclude(main: Callable[[], int]) -> int:
     """The exit status of a command, also of one that is interrupted or cannot write any more."""
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     signal.signal(signal.SIGTERM, _end)  # cleans up on the way out, as after Ctrl-C
     try:
         status = main()
-        sys.stdout.flush()
+        _flush()
         return status
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
         return _unread()
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        print(f"error: {error}", file=sys.stderr)  # of a stream, or in words of its own
+        with contextlib.suppress(OSError):
+            _flush()
+        return 1
+
+
+def _flush() -> None:
+    """Hand on what was printed; OSError says that it was standard output."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard(sys.stdout)
+        raise OSError(f"standard output cannot be written: {error}") from error
 
 
 def _unread() -> int:
     """The status where `| head` has read enough; what is still to be written goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    discard(sys.stdout)
     return 128 + signal.SIGPIPE
+
+
+def discard(stream: TextIO) -> None:
+    """Let what a stream still holds go nowhere: it would fail once more at the exit."""
+    with contextlib.suppress(OSError):  # in memory, it has no number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _end(number: int, frame: object) -> None:

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from turbo.checkpoint import writing
 from turbo.lora import Lora
 from turbo.model import VisionLanguageModel
 
@@ -115,11 +116,17 @@ def check_out(
 
 
 def write_folder(out: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `out`, then give it that name; OSError where that fails.
+    """Let `write` fill a folder beside `out`, then give it that name.
+
+    OSError, which names --out, where that fails.
 
     What was there before is replaced at the very end, or left as it was.
     """
-    out = out.resolve()
+    with writing(out):
+        _write_folder(out.resolve(), write)
+
+
+def _write_folder(out: Path, write: Callable[[Path], None]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (out.with_name(f"{out.name}.{end}-{os.getpid()}") for end in ("partial", "old"))
     try:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 PATIENCE = 1800.0  # seconds that a worker waits for the others
+FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)  # Ctrl-C; its end
 
 
 class Broken(RuntimeError):
@@ -175,8 +176,13 @@ def run_crew(size: int, program: Callable, *arguments, board: int = 1 << 20):
         )
         for rank in range(1, size)
     ]
-    for process in others:
-        process.start()
+    # Inherited: until it ignores them, none of them dies of what the terminal sends to all.
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, FROM_TERMINAL)
+    try:
+        for process in others:
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
     over = threading.Event()
     watch = threading.Thread(target=_watch, args=(others, barrier, over), daemon=True)
     watch.start()
@@ -221,8 +227,9 @@ def _follow() -> None:
 
 
 def _work(program, arguments, rank, size, barrier, board, queues, asked) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGTERM, *FROM_TERMINAL):
         signal.signal(number, signal.SIG_IGN)  # worker 0 decides when to stop
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FROM_TERMINAL)
     threading.Thread(target=_follow, daemon=True).start()
     try:
         program(Crew(rank, size, barrier, board, queues, asked), *arguments)

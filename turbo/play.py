@@ -120,6 +120,8 @@ class Person:
 
     def _read(self) -> str | None:
         try:
+            if sys.stdin is None:  # closed by the caller
+                raise EOFError
             line = input("> ").strip()
         except EOFError:
             self.screen.say()

@@ -122,10 +122,12 @@ class Run:
         )
 
     def restore(self) -> None:
-        """Continue from the run's newest checkpoint; metrics written after it are dropped."""
-        adapter, state, meta = checkpoint.load(self.path)
+        """Continue from the run's newest checkpoint, or from the start where it has none yet;
+        metrics written after it are dropped."""
+        saved = checkpoint.load(self.path) if checkpoint.checkpoints(self.path) else None
         try:
-            self._load(adapter, state, meta)
+            if saved:
+                self._load(*saved)
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"the checkpoint of {self.path} is not of these settings: {error}; resume it with "

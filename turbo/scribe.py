@@ -5,6 +5,7 @@ Left out: what the metrics mean (`turbo.log`), how figures are measured (`turbo.
 (`turbo.console`), when to warn (`turbo.advice`).
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -171,7 +172,8 @@ class Scribe:
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM: the first asks to stop and save, the second ends at once.
+    """Ctrl-C, SIGTERM, a closed terminal (SIGHUP): the first asks to stop and save, the second
+    ends at once. But for SIGHUP: a shell passes its own on, so one closing sends two.
 
     Ending at once corrupts nothing: a checkpoint counts when it is whole, and not before.
     """
@@ -180,10 +182,15 @@ class Interrupt:
         self.asked, self.ask, self.tell = 0, ask, tell
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(signal.SIGHUP, self._note)
 
     def _note(self, number: int, frame) -> None:
+        if self.asked and number == signal.SIGHUP:
+            return
         if self.asked:
-            os.write(2, b"\nstopped at once, without saving\n")
+            with contextlib.suppress(OSError):  # of a terminal that was closed
+                os.write(2, b"\nstopped at once, without saving\n")
             os._exit(128 + number)
         self.asked = number
         self.ask()

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from turbo import tiny
-from turbo.checkpoint import versions, write_json
+from turbo.checkpoint import try_folder, versions, write_json, writing
 from turbo.demos import (
     Demonstration,
     backward_demos,
@@ -158,7 +158,8 @@ def warm_start(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> 
                     f"[{e['success_low']:.1%}, {e['success_high']:.1%}], {', '.join(parts)}"
                 )
     if crew.leads:
-        save(vlm, c, figures)
+        with writing(c.out):
+            save(vlm, c, figures)
         say(f"written to {c.out}: train it with python -m turbo.train {c.env} --model {c.out}")
     return figures
 
@@ -279,11 +280,13 @@ def main(argv: list[str] | None = None) -> int:
             default = sft_defaults(c.env, bool(c.model))
             c = read_flags(SftConfig, argv, "turbo.sft", default=default)
         check_sft(c)
-        find_alfworld(c)
-        if Path(c.out).exists() and any(Path(c.out).iterdir()) and not c.overwrite:
+        out = Path(c.out)
+        if out.is_dir() and any(out.iterdir()) and not c.overwrite:
             raise ValueError(
                 f"--out {c.out} is not empty: choose another folder, or add --overwrite"
             )
+        try_folder(out)
+        find_alfworld(c)
         if c.deals < (c.workers or cores()):
             raise ValueError(f"--deals {c.deals} is less than the number of workers")
     except (ValueError, OSError) as error:

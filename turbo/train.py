@@ -307,15 +307,19 @@ def run_folder(c: TrainConfig) -> tuple[Path, IO[str]]:
         if checkpoint.read_run(path).get("model_sha256") != model:
             raise ValueError(f"{path} was trained from another model than {c.model!r} is now")
         held = lock.acquire(path)
+        if not checkpoint.checkpoints(path):
+            print(f"warning: {path} has no checkpoint yet: it starts anew", file=sys.stderr)
+            return path, held
         folder, problems = checkpoint.newest(path)
         for problem in problems:
             print(f"warning: {problem}; going on from {folder}", file=sys.stderr)
         return path, held
     name = c.env.rpartition(":")[2]
     path = Path(c.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    checkpoint.occupied(path, c.overwrite)
-    held = lock.acquire(path)
-    checkpoint.create_run(path, c, model)
+    with checkpoint.writing(path):
+        checkpoint.occupied(path, c.overwrite)
+        held = lock.acquire(path)
+        checkpoint.create_run(path, c, model)
     return path, held
 
 
@@ -379,7 +383,7 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
             return fail(crew, error, 2)
         if run.is_over:
             return already_over(run)
-    elif c.teaches and c.guide_first:
+    if c.teaches and c.guide_first and run.teacher.count == run.update == 0:
         run.teacher.push(0, run.lora, run.score())  # the warm start itself
     with Scribe(run) as scribe:
         try:

@@ -184,7 +184,9 @@ def main(argv: list[str] | None = None) -> int:
         if c.serve is not None:
             return serve(Server(runs, c.episodes, c.serve), c.open)
         out = Path(c.out) if c.out else runs[0] / "view.html"
-        checkpoint.write_text(out, page(gather(runs, c.episodes)))
+        shown = page(gather(runs, c.episodes))
+        with checkpoint.writing(out):
+            checkpoint.write_text(out, shown)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

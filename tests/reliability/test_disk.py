@@ -69,6 +69,17 @@ def test_what_a_checkpoint_takes_is_known(tmp_path):
         assert 0.9 * written < told < 1.6 * written, more
 
 
+def test_a_place_where_nothing_can_be_made_is_named(tmp_path, capsys):
+    import tiny_models
+
+    (tmp_path / "file").write_text("mine")
+    out = str(tmp_path / "file" / "run")
+    flags = [*FLAGS.split(), "--model", str(tiny_models.fitted_folder())]
+    assert train.main(["numberline", "--out", out, *flags]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: --out {out} cannot be written: ") and err.count("\n") == 1
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
     import tiny_models

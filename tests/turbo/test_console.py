@@ -151,6 +151,18 @@ def test_ctrl_c_closes_the_live_view(tmp_path):
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["00000000"]
 
 
+@pytest.mark.slow
+def test_a_terminal_that_closes_ends_a_run_that_is_saved(tmp_path):
+    run = tmp_path / "run"
+    more = ("--steps-per-update", "20000", "--eval-episodes", "0", "--workers", "2")
+    terminal = Terminal(run, *more)
+    terminal.read("rollout")
+    os.close(terminal.slave)
+    os.close(terminal.master)
+    assert terminal.process.wait(60) == 129
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["00000000"]
+
+
 def test_lines_in_a_pipe(tmp_path, capsys):
     assert train.main(command(tmp_path / "run")) == 0
     out, err = capsys.readouterr()
@@ -174,16 +186,62 @@ def test_json_prints_the_records_and_nothing_else(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_reader_that_leaves_ends_no_run(monkeypatch, capsys):
+def say_all(display):
+    """Everything that a run may print."""
+    for _ in range(3):
+        display.say("news")
+        display.warn("a problem")
+        display.teach(ADVICE)
+        display.tell(METRICS, [ADVICE])
+        display.record(METRICS)
+
+
+def closed_pipe():
+    """A stream that nobody reads."""
     read, write = os.pipe()
-    os.close(read)  # nobody reads
-    with os.fdopen(write, "w") as nowhere:
+    os.close(read)
+    return os.fdopen(write, "w")
+
+
+def full_disk():
+    """A stream that takes nothing."""
+    return open("/dev/full", "w")
+
+
+@pytest.mark.parametrize("json", [False, True])
+@pytest.mark.parametrize(
+    ("stream", "told"),
+    [
+        (closed_pipe, "nobody reads standard output any more; metrics.jsonl goes on"),
+        (
+            full_disk,
+            "standard output cannot be written: [Errno 28] No space left on device; "
+            "metrics.jsonl goes on",
+        ),
+    ],
+)
+def test_output_that_fails_is_told_once_and_ends_no_run(json, stream, told, monkeypatch, capsys):
+    with stream() as nowhere:
         monkeypatch.setattr(sys, "stdout", nowhere)
-        display = Display(TrainConfig(json=True), "run", Phases())
-        for _ in range(3):
-            display.record(METRICS)
-    err = capsys.readouterr().err
-    assert err == "nobody reads standard output any more; metrics.jsonl goes on\n"
+        say_all(Display(TrainConfig(json=json), "run", Phases()))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines.count(told) == 1
+    if not json:  # with it, warnings are on standard error
+        assert lines == [told]
+
+
+def test_nobody_to_be_told_of_it_ends_no_run_either(monkeypatch):
+    with closed_pipe() as out, closed_pipe() as err:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        display = Display(TrainConfig(), "run", Phases())
+        display.notify("stopping")
+        say_all(display)
+    monkeypatch.setattr(sys, "stdout", None)  # closed from the start
+    monkeypatch.setattr(sys, "stderr", None)
+    display = Display(TrainConfig(), "run", Phases())
+    say_all(display)
+    display.notify("stopping")
 
 
 def test_quiet_prints_errors_only(tmp_path, capsys):

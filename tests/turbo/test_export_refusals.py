@@ -180,6 +180,9 @@ def test_an_interruption_leaves_nothing_half_made(
             assert export.main(argv) == (1 if how == "full disk" else 130)
             said = [x for x in capsys.readouterr().err.splitlines() if x and "Loading" not in x]
             assert len(said) == 1
+            if how == "full disk":
+                out = f"--out {argv[2]} cannot be written: "
+                assert said == [f"error: {out}[Errno 28] No space left on device"]
         assert [p.name for p in tmp_path.iterdir()] == ["old"]
     assert {p.name: p.read_bytes() for p in old.iterdir()} == before
 

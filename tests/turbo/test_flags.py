@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
-from turbo.flags import flags, read_flags
+from turbo.flags import conclude, flags, read_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -151,3 +151,32 @@ def test_nobody_reads_any_more():
     assert running.wait(60) == 128 + signal.SIGPIPE
     assert running.stderr.read() == ""
     running.stderr.close()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_output_that_cannot_be_written_is_told_in_one_line(unbuffered):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, "0"],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert "No space left on device" in done.stderr
+
+
+def test_standard_output_that_is_closed():
+    command = '"$0" -c "$1" 0 >&-'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, PROGRAM], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_error_of_a_file_keeps_its_traceback():
+    with pytest.raises(FileNotFoundError):
+        conclude(lambda: Path("no-such-file").stat().st_size)

@@ -3,6 +3,7 @@
 import ast
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,6 +53,17 @@ def leader_fails(crew):
     if crew.leads:
         raise LookupError("the first worker fails")
     crew.total(1)
+
+
+def begun(crew):
+    """Which signals the second worker does not hear while it is still being started."""
+    masks = []
+    if crew.leads:
+        (other,) = multiprocessing.active_children()
+        status = Path(f"/proc/{other.pid}/status").read_text()
+        masks = [int(mask, 16) for mask in re.findall(r"Sig(?:Blk|Ign):\s*(\w+)", status)]
+    crew.total(1)
+    return [n for n in range(1, 32) if any(mask >> (n - 1) & 1 for mask in masks)]
 
 
 def same_bits(crew):
@@ -188,7 +200,13 @@ def test_a_worker_that_does_not_come_is_not_waited_for_any_longer():
         barrier.wait(1, 60.0)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_a_worker_hears_no_ctrl_c_from_its_very_start():
+    assert {signal.SIGINT, signal.SIGHUP} <= set(run_crew(2, begun))
+    assert not {signal.SIGINT, signal.SIGHUP} & signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 def test_workers_leave_signals_to_the_first():
-    """Ctrl-C, or `timeout`, reach the whole process group."""
-    assert run_crew(2, worker_killed, signal.SIGTERM) == 2.0
-    assert run_crew(2, worker_killed, signal.SIGINT) == 2.0
+    """Ctrl-C, `timeout` or a closed terminal reach the whole process group."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        assert run_crew(2, worker_killed, number) == 2.0

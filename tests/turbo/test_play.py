@@ -87,6 +87,13 @@ def test_what_may_be_asked(capsys, monkeypatch):
     assert re.search(r"--seed \d+", played(capsys, monkeypatch, [], game))  # the end of the input
 
 
+def test_input_that_is_closed_has_ended(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert play.main(["numberline", "--seed", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "best possible: " in out and "won:" not in out and "lost:" not in out
+
+
 def test_a_slip_is_told_and_costs_what_it_costs_the_policy(capsys, monkeypatch):
     env = make("blackjack")
     env.reset(seed=0)

@@ -7,11 +7,13 @@ import re
 import pytest
 import tiny_models
 import torch
+from safetensors import SafetensorError
 from tiny_models import suffix_text
 
 from turbo import demos, sft
 from turbo.envs.cards import evaluate, tokenize
 from turbo.envs.formula import aim_of
+from turbo.flags import conclude
 from turbo.model import load
 from turbo.parallel import Crew
 
@@ -115,7 +117,8 @@ def test_the_read_out_learns_to_see(random_folder, monkeypatch):
 
 
 def test_a_warm_start_is_written_whole_and_can_be_used(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sft.tiny, "train_tokenizer", tiny_models.tokenizer)  # to save its time
+    known = tiny_models.tokenizer()
+    monkeypatch.setattr(sft.tiny, "train_tokenizer", lambda: known)  # to save its time
     out = tmp_path / "warm"
     small = "--size nano --steps 2 --deals 2 --read-out-steps 2 --eval-episodes 2 --workers 1"
     argv = ["numberline", "--out", str(out), "--dtype", "float32", *small.split()]
@@ -133,6 +136,30 @@ def test_a_warm_start_is_written_whole_and_can_be_used(tmp_path, monkeypatch, ca
     assert len(rollout.episodes) == 1
     assert sft.main(argv) == 2  # a second time it would overwrite
     assert "is not empty: choose another folder, or add --overwrite" in capsys.readouterr().err
+
+    def full(*arguments):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(sft, "save", full)  # after all that was learned
+    assert conclude(lambda: sft.main([*argv, "--overwrite"])) == 1
+    err = capsys.readouterr().err
+    told = f"error: --out {out} cannot be written: I/O error: No space left on device\n"
+    assert err.endswith(told) and "Traceback" not in err
+
+
+@pytest.mark.parametrize("more", [[], ["--model", "anything"]])
+def test_a_folder_that_cannot_be_written_is_told_before_anything_starts(
+    more, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sft, "run_crew", lambda *arguments, **options: 1 / 0)
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/x"):
+        assert sft.main(["numberline", "--out", str(out), *more]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: --out {out} cannot be written: ") and err.count("\n") == 1
+    out = tmp_path / "two" / "folders"
+    assert sft.main(["numberline", "--out", str(out), "--deals", "1", "--workers", "2", *more]) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(

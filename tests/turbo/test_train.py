@@ -157,6 +157,20 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run, tmp_path, capsy
     assert "before training" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_a_run_that_was_ended_before_its_first_checkpoint_starts_anew(
+    run, tmp_path, capsys, evaluated
+):
+    resumed = rewind(run, tmp_path / "resumed", 0)
+    if not evaluated:  # not even that before training
+        (resumed / "metrics.jsonl").write_text("")
+    assert train.main(["numberline", "--resume", str(resumed)]) == 0
+    out, err = capsys.readouterr()
+    assert err == f"warning: {resumed} has no checkpoint yet: it starts anew\n"
+    assert ("before training" in out) != evaluated
+    assert_same_run(run, resumed, 4)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -324,8 +338,21 @@ def test_the_second_signal_ends_at_once(monkeypatch):
     signal.raise_signal(signal.SIGTERM)
     assert interrupt.asked == signal.SIGTERM and asked == [True] and not ended
     assert len(told) == 1 and "once more to stop at once" in told[0]
+    signal.raise_signal(signal.SIGHUP)
+    assert not ended
     signal.raise_signal(signal.SIGINT)
     assert ended == [130]
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_closed_terminal_is_heard_unless_nohup_says_otherwise(before, monkeypatch):
+    ended = []
+    monkeypatch.setattr("turbo.scribe.os._exit", ended.append)
+    signal.signal(signal.SIGHUP, before)
+    interrupt = Interrupt(lambda: None, lambda text: None)
+    for _ in range(2):  # a shell that ends passes its own on
+        signal.raise_signal(signal.SIGHUP)
+    assert interrupt.asked == (signal.SIGHUP if before == signal.SIG_DFL else 0) and not ended
 
 
 def test_the_time_limit_ends_a_run_and_saves(tmp_path):
