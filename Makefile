@@ -1,4 +1,4 @@
-.PHONY: help install test test-fast test-gpu gpu gpu-model wheels test-long test-pretend test-faults test-fuzz test-browser lint format bench compiled bench-kernels bench-gpu bench-gpu-model results screenshot metrics memory tour wheel ci clean
+.PHONY: help install test test-fast test-gpu test-gpu-plan gpu gpu-model wheels test-long test-pretend test-faults test-fuzz test-browser lint format bench compiled bench-kernels bench-gpu bench-gpu-model results screenshot metrics memory tour wheel ci clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -12,8 +12,12 @@ test: ## every test that this machine can run
 test-fast: ## without the tests that train
 	python -m pytest -m 'not slow and not long'
 
-test-gpu: ## the tests that need a CUDA device, in one process
-	python -m pytest -n 0 -m gpu
+test-gpu: ## the Triton kernels' tests on a GPU, then what needs one; test-gpu-plan: 7B shapes, minutes
+	python -m pytest -n 8 -m 'not long' -k triton tests/kernels
+	python -m pytest -n 0 -m 'gpu and not long' tests/turbo
+
+test-gpu-plan: ## whether the memory planner is right within a tenth, for a model of 7B
+	python -m pytest -n 0 -s -m 'gpu and long' --timeout 0
 
 test-long: ## what takes minutes, but for make test-faults
 	python -m pytest -m long --timeout 0 --ignore tests/reliability

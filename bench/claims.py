@@ -222,7 +222,7 @@ def value_of(run: StudyRun, figure: str) -> float | None:
     return float(np.mean(np.abs(np.diff(values)))) if len(values) > 2 else None
 
 
-def spread(values: Sequence[float]) -> Finding:
+def mean_interval(values: Sequence[float]) -> Finding:
     """Mean of some values with its 95 % interval by Student's t; no interval for one value."""
     n = len(values)
     if n == 0:
@@ -241,10 +241,10 @@ def compare(runs: Sequence[StudyRun], c: Comparison) -> Finding:
         seeds = sorted(set.intersection(*map(set, found)))
         x = np.arange(len(found)) - (len(found) - 1) / 2
         values = np.array([[of_method[s] for of_method in found] for s in seeds])
-        return spread([float(x @ row / (x @ x)) for row in values])
+        return mean_interval([float(x @ row / (x @ x)) for row in values])
     first = final(runs, c.regime, c.better, c.figure)
     second = final(runs, c.regime, c.worse, c.against or c.figure)
-    return spread([first[s] - second[s] for s in sorted(first.keys() & second.keys())])
+    return mean_interval([first[s] - second[s] for s in sorted(first.keys() & second.keys())])
 
 
 def compare_passes(

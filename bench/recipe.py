@@ -33,12 +33,13 @@ import torch
 from torch import Tensor, nn
 
 from bench.flops import Sizes, causal_pairs, text_flops, vision_flops
-from turbo.config import PRESETS, TrainConfig
+from turbo.config import TrainConfig
 from turbo.gae import gae
 from turbo.hub import model_folder
 from turbo.kl import kl_estimate
 from turbo.model import ValueHead, VisionLanguageModel, loaded_parts, random_parts
 from turbo.ppo import ppo_loss, step_logprob, value_loss
+from turbo.presets import PRESETS
 from turbo.run import env_maker, prompt_style
 from turbo.shapes import COVERED
 

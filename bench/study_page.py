@@ -10,7 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.claims import CLAIMS, SUCCESS, TEACHER, Claim, compare, compare_passes, final, spread
+from bench.claims import (
+    CLAIMS,
+    SUCCESS,
+    TEACHER,
+    Claim,
+    compare,
+    compare_passes,
+    final,
+    mean_interval,
+)
 from bench.plot import curve, pyplot
 from bench.study_runs import StudyRun, read_table
 
@@ -53,7 +62,7 @@ def band(runs: Sequence[StudyRun], name: str) -> tuple[np.ndarray, np.ndarray, n
     curves = [curve(run, name) for run in runs]
     grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 50)
     values = np.array([np.interp(grid, x, y) for x, y in curves])  # [seeds, 50]
-    found = [spread(column) for column in values.T]
+    found = [mean_interval(column) for column in values.T]
     half = np.array([0.0 if math.isnan(f.low) else f.high - f.mean for f in found])
     return grid, values.mean(0), half
 
@@ -166,12 +175,12 @@ def regime_table(methods: dict[str, list[StudyRun]]) -> list[str]:
             return float(np.mean([r.curve[-1].get(name, math.nan) for r in runs]))
 
         regime = runs[0].regime
+        figures = (SUCCESS, TEACHER, "eval_reasoning_score")
+        ends = [final(runs, regime, method, figure) for figure in figures]
         cells = [
             method,
             str(len(runs)),
-            percent(spread(list(final(runs, regime, method, SUCCESS).values()))),
-            percent(spread(list(final(runs, regime, method, TEACHER).values()))),
-            percent(spread(list(final(runs, regime, method, "eval_reasoning_score").values()))),
+            *(percent(mean_interval(list(values.values()))) for values in ends),
             f"{last('self_bleu'):.2f}",
             f"{last('thought_entropy'):.3f}",
             f"{last('thought_length'):.1f}",

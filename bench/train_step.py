@@ -54,13 +54,14 @@ from bench.harness import (
 from bench.race import copy_rate, device_name, product_rate
 from bench.recipe import Recipe, fastest
 from turbo import hub
-from turbo.config import TrainConfig, check, defaults
+from turbo.config import TrainConfig, check
 from turbo.envs.points24 import Points24
 from turbo.kernels.nf4 import Nf4Matrix
 from turbo.log import METRICS, Metric
 from turbo.memory import peak_bytes
 from turbo.model import VisionLanguageModel, pick_dtype
 from turbo.parallel import Crew, cores, run_crew
+from turbo.presets import defaults
 from turbo.run import Run
 from turbo.train import train_update
 

@@ -52,6 +52,7 @@ FORMAT = 1  # of what is drawn from a seed; to be raised when that changes
 ATTEMPTS = 1_000  # to draw a game that is new, in the split, and has a plan
 AHEAD = 8  # games that a maker may have been asked for
 WORTH = 16  # games that are worth another process
+EVERY = 50  # games after which it is told how far it is, where no bar is shown
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,8 @@ def default_games() -> Path:
     with (out / "lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # of several processes the first one makes them
         if not (out / READY).exists():
-            print(f"making {DEFAULT_GAMES} small games of ALFWorld in {out}, once", file=sys.stderr)
+            what = f"{DEFAULT_GAMES + 2 * DEFAULT_HELD_OUT} small games of ALFWorld in {out}, once"
+            print(f"making {what}; it takes minutes, Ctrl-C keeps what is made", file=sys.stderr)
             print(run(GamesConfig(str(out), DEFAULT_GAMES, DEFAULT_HELD_OUT)), file=sys.stderr)
             (out / READY).touch()
     return out
@@ -381,6 +383,9 @@ def run(c: GamesConfig) -> str:
             for game in make_games(c.out, *settings, makers):
                 made.append(game)
                 bar.advance(shown)
+                if bar.disable and len(made) % EVERY == 0 and not game.kept:
+                    told = how_far(made, sum(numbers.values()), time.perf_counter() - started)
+                    print(told, file=sys.stderr)
     new = sum(not game.kept for game in made)
     rate = new / (time.perf_counter() - started)
     return (
@@ -388,6 +393,12 @@ def run(c: GamesConfig) -> str:
         f"{len(made) - new} kept, {new} new ({rate:.1f} a second), "
         f"{sum(game.without_plan for game in made)} drawn again for want of a plan"
     )
+
+
+def how_far(made: Sequence[Made], total: int, seconds: float) -> str:
+    """How many games there are, and how long the others will take at the rate of the new ones."""
+    each = seconds / max(1, sum(not game.kept for game in made))
+    return f"{len(made)} of {total} games, {(total - len(made)) * each / 60:.1f} minutes left"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,6 +19,7 @@ import io
 import json
 import random
 import re
+import sys
 import threading
 import time
 import zlib
@@ -222,7 +223,12 @@ def serve(
     env: str = "points24", *, port: int = 0, delay: float = 0.0, fail: float = 0.0, key: str = ""
 ) -> Iterator[str]:
     """Run the endpoint in a thread, on a free port unless one is given; gives its URL."""
-    server = Server(port, Expert(env), delay, fail, key)
+    try:
+        server = Server(port, Expert(env), delay, fail, key)
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"port {port} cannot be used: {error}; choose another one, or --port 0 for any"
+        ) from error
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -231,8 +237,8 @@ def serve(
         server.server_close()
 
 
-def main() -> None:
-    """Serve until interrupted."""
+def main() -> int:
+    """Serve until interrupted; returns the exit status."""
     defaults = argparse.ArgumentDefaultsHelpFormatter  # shows them
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=defaults)
     parser.add_argument("--env", choices=READ, default="points24", help="the game that is played")
@@ -241,10 +247,15 @@ def main() -> None:
     parser.add_argument("--fail", type=float, default=0.0, help="share of 503 and broken replies")
     parser.add_argument("--key", default="", help="the key that is asked for; empty for none")
     options = vars(parser.parse_args())
-    with suppress(KeyboardInterrupt), serve(**options) as url:
-        print(f"--teacher-url {url}", flush=True)
-        threading.Event().wait()
+    try:
+        with suppress(KeyboardInterrupt), serve(**options) as url:
+            print(f"--teacher-url {url}", flush=True)
+            threading.Event().wait()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

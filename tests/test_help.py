@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from turbo.__main__ import commands
+from turbo.envs.make import ENVIRONMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = [
@@ -85,6 +86,12 @@ def test_every_flag_is_explained(name):
     assert len(listed) > 1  # one is --help
     wrong = [f"{problem(entry)}: {entry}" for entry in listed if problem(entry)]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", ["turbo.train", "turbo.sft"])
+def test_every_environment_is_listed(name):
+    entry = next(entry for entry in entries(help_of(name)) if entry.startswith("[ENV]"))
+    assert [e for e in ENVIRONMENTS if not re.search(rf"\b{e}\b", entry)] == []
 
 
 @pytest.mark.parametrize("name", MODULES)

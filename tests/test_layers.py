@@ -26,8 +26,8 @@ MODULES = {
     """,
     # 1: no model
     1: """
-        advice attend batch coded config flags footprint gae graphs history kl log memory parallel
-        phases ppo prompts sft_config shapes terminal
+        advice attend batch coded config flags footprint gae graphs history idle kl log memory
+        parallel phases ppo presets prompts sft_config shapes terminal
     """,
     # 2: the model and its weights
     2: """

@@ -44,6 +44,12 @@ def round_up(n: int, step: int = 8) -> int:
     return -(-n // step) * step
 
 
+def evenly(count: int, wanted: int) -> list[int]:
+    """`wanted` numbers below `count` at even distances; all of them with 0."""
+    wanted = min(wanted or count, count)
+    return [i * count // wanted for i in range(wanted)]
+
+
 def pad_rows(
     suffixes: Sequence[list[int]],
     answers: Sequence[list[int]],

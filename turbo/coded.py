@@ -93,9 +93,9 @@ def bnb_read(bnb, matrix: Nf4Matrix) -> Tensor:
     return bnb.dequantize_4bit(matrix.codes[:, None], state)
 
 
-def merge_ground(base: Matrix) -> Tensor:
-    """What task vectors are added to in the scratch: the base, or zeros where it is in NF4."""
-    if isinstance(base, Nf4Matrix):
+def merge_ground(base: Matrix, apart: bool) -> Tensor:
+    """What task vectors are added to in the scratch: the base, or zeros where they stay apart."""
+    if apart:
         return torch.zeros(base.shape, dtype=base.dtype, device=base.device)
     return base.detach()
 

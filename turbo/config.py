@@ -1,10 +1,9 @@
-"""All settings of a training run: one flat dataclass, presets, and what makes a setting impossible.
+"""All settings of a training run: one flat dataclass, and what makes a setting impossible.
 
-The defaults are those of the built-in tiny model, measured in docs/LOG.md; `PRESETS["paper"]` holds
-the hyper-parameters of the paper's code (arXiv 2512.13043). The comment under a field is its help
-text.
+The defaults are those of the built-in tiny model, measured in docs/LOG.md. The comment under a
+field is its help text.
 
-Left out: reading the command line (`turbo.train`).
+Left out: games and presets (`turbo.presets`), reading the command line (`turbo.train`).
 """
 
 import math
@@ -22,8 +21,8 @@ class TrainConfig:
     """Train a policy with PPO, guided by a teacher merged from its own past checkpoints."""
 
     env: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[ENV]")] = "points24"
-    """which environment to play: points24, ezpoints, numberline or blackjack; one of your own as
-    module:Class; or the name of an installed entry point of the group gtr_turbo.envs"""
+    """which environment to play: points24, ezpoints, numberline, blackjack or alfworld; one of your
+    own as module:Class; or the name of an installed entry point of the group gtr_turbo.envs"""
     model: str = "tiny"
     """`tiny` for the built-in warm start of the environment; a folder with a vision-language model
     in Hugging Face format; or its id on the Hub, such as Qwen/Qwen2.5-VL-7B-Instruct"""
@@ -33,11 +32,11 @@ class TrainConfig:
     quantize: Literal["none", "nf4"] = "none"
     """nf4: the base and the merged teacher in 4 bits, so that 7B fits a 24 GB card"""
     play: Literal["auto", "merged", "unmerged"] = "auto"
-    """large models: the policy plays with base and LoRA apart, as it is trained; or merged into one
-    matrix, which is faster, and in 16 bits loses the smallest changes; auto: apart in 16 bits and
-    over a base in 4, else merged"""
+    """large models: the policy plays, and the teacher reads, with the base and what was learned
+    apart; or merged into one matrix, which is faster, and in 16 bits loses the smallest changes;
+    auto: apart in 16 bits and over a base in 4, else merged"""
     out: str = ""
-    """run directory; empty makes runs/<env>-<date>-<time>"""
+    """run directory of a new run; empty makes runs/<env>-<date>-<time>"""
     resume: str = ""
     """run directory to continue; all its settings are taken from it"""
     overwrite: bool = False
@@ -234,80 +233,15 @@ class TrainConfig:
     trackio: str = ""
     """also log to this project of trackio, on this machine (empty: no log)"""
 
+    @property
+    def teaches(self) -> bool:
+        """Whether the policy's own checkpoints are merged into a teacher."""
+        return self.guidance in ("kl", "sft")
 
-# Card games smaller than Points24 learn within a few updates.
-GAME_DEFAULTS: dict[str, dict] = {
-    "points24": {},
-    "ezpoints": dict(
-        updates=30,
-        steps_per_update=1024,
-        epochs=4,
-        learning_rate=1e-3,
-        final_learning_rate=1e-4,
-        baseline="loo",
-        kl_coef="0.5",
-    ),
-    "numberline": dict(updates=20, steps_per_update=1024),
-    "blackjack": dict(updates=30, steps_per_update=1024, group_size=16),
-    "alfworld": dict(
-        envs=64,
-        group_size=4,  # half of the attempts at a game, twice the games
-        steps_per_update=2048,
-        updates=24,
-        max_new_tokens=128,
-        temperature=1.0,  # the warm start wins as often as at 0.2, and plays a game in several ways
-        format_invalid=-8.0,
-        eval_episodes=240,
-    ),
-}
-
-PRESETS: dict[str, dict] = {
-    "tiny": {},
-    "paper": dict(
-        updates=30,
-        envs=64,
-        steps_per_update=1024,
-        group_size=1,
-        temperature=0.2,
-        max_new_tokens=256,
-        advantage="gae",
-        epochs=4,
-        minibatch=128,
-        clip=0.1,
-        skip_certain=0.0,
-        # The paper's code pays 3 for a legal answer and takes 2, outside of GAE. Within it, an
-        # episode that is dragged out would be worth more than one that is won.
-        format_valid=0.0,
-        format_invalid=-5.0,
-        learning_rate=1e-5,
-        final_learning_rate=1e-9,
-        critic_learning_rate=1e-3,
-        grad_clip=0.01,
-        adam_eps=1e-7,
-        lora_rank=128,
-        lora_alpha=256.0,
-        kl_placement="advantage",
-        kl_estimator="clip",
-        kl_coef="1.0",
-        weighting="sma",
-        history_max=0,
-        guide_first=False,
-    ),
-}
-
-
-# What a preset has of its own for some games
-PRESETS_OF_GAMES: dict[tuple[str, str], dict] = {
-    ("paper", "alfworld"): dict(updates=20, thought_coef=0.2),
-}
-
-
-def defaults(env: str, preset: str) -> TrainConfig:
-    """The settings of a preset for one environment."""
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is unknown: use {' or '.join(PRESETS)}")
-    own = PRESETS[preset] | PRESETS_OF_GAMES.get((preset, env), {})
-    return TrainConfig(**{"env": env, **GAME_DEFAULTS.get(env, {}), **own})
+    @property
+    def imitates(self) -> bool:
+        """Whether thoughts that another model wrote are imitated."""
+        return self.guidance in ("sft", "gtr")
 
 
 def check(c: TrainConfig) -> None:
@@ -357,7 +291,7 @@ def check(c: TrainConfig) -> None:
         need(c.backend == "text", "backend", "text except with alfworld")
     for flag in ("teacher_temperature", "teacher_timeout"):
         need(getattr(c, flag) > 0, flag, "more than 0")
-    if c.guidance in ("sft", "gtr"):
+    if c.imitates:
         need(c.sft_batch >= 1, "sft_batch", f"at least 1 with --guidance {c.guidance}")
     if c.guidance == "gtr":
         need(bool(c.teacher_url), "teacher_url", "the address of an endpoint with --guidance gtr")
@@ -377,10 +311,19 @@ def check(c: TrainConfig) -> None:
 
 
 def from_saved(saved: object, source: str) -> TrainConfig:
-    """Settings as a run saved them; ValueError names what is not of this program."""
+    """Settings as a run saved them; ValueError names what is not of this program.
+
+    A setting that is newer than the run stands at its field's default. So that of a new setting is
+    what the program did before it.
+    """
     kinds = get_type_hints(TrainConfig)
-    if not isinstance(saved, dict) or set(saved) != set(kinds):
-        raise ValueError(f"{source} was made by another version of the program: start a new run")
+    if not isinstance(saved, dict) or not saved:
+        raise ValueError(f"{source} has no settings: start a new run")
+    if odd := [str(name) for name in saved if name not in kinds]:
+        raise ValueError(
+            f"{source} was made by another version of the program, whose setting {odd[0]:.60} is "
+            "unknown here: use that version, or start a new run"
+        )
     for name, value in saved.items():
         kind = kinds[name]
         if get_origin(kind) is Literal:
@@ -391,12 +334,13 @@ def from_saved(saved: object, source: str) -> TrainConfig:
             good = type(value) is kind
         if not good:
             raise ValueError(f"{source}: {name} cannot be {value!r:.60}: the file was changed")
-    if not is_name(saved["env"]):
+    c = TrainConfig(**saved)
+    if not is_name(c.env):
         raise ValueError(
-            f"{source}: env cannot be {saved['env']!r:.60}, which is unknown here: install the "
-            "package that brings it"
+            f"{source}: env cannot be {c.env!r:.60}, which is unknown here: install the package "
+            "that brings it"
         )
-    return TrainConfig(**saved)
+    return c
 
 
 def changed(old: dict, new: TrainConfig) -> list[str]:

@@ -4,8 +4,9 @@
 
 The endpoint may be slow, overloaded or wrong at any time. Time-outs, broken connections, HTTP 408,
 409, 429, 5xx and replies without text are tried again with growing pauses; then the question is
-skipped and counted. Fatal is one thing only: an endpoint that has never answered and refuses with
-401, 403 or 404, for a wrong key or model must not make a run unguided in silence.
+skipped and counted. Fatal are two things only, for neither must make a run unguided in silence: an
+endpoint that nobody listens at before the run starts, and one that has never answered and refuses
+with 401, 403 or 404, for a wrong key or model.
 
 Left out: what becomes of a corrected answer (guidance); streaming; models that do not know
 `max_tokens` or `temperature`; repair of broken JSON.
@@ -15,12 +16,14 @@ import base64
 import io
 import json
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 import numpy as np
@@ -28,6 +31,7 @@ from PIL import Image
 
 MAX_BODY = 1_000_000  # bytes of a reply; a longer one is a failed attempt
 MAX_TOKENS_TOLD = 10_000_000  # a reply that tells of more tokens is not believed
+REACHED_IN = 5.0  # seconds to connect, before a run starts
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 RETRIED = frozenset({408, 409, 429})  # and 5xx
 REFUSED = {
@@ -105,7 +109,7 @@ class Corrector:
         temperature: float = 0.0,
         transport: httpx.BaseTransport | None = None,
     ):
-        check_url(url)
+        check_address(url)
         _check_positive(
             concurrency=concurrency, timeout=timeout, attempts=attempts, max_tokens=max_tokens
         )
@@ -236,6 +240,32 @@ class Corrector:
 
 
 def check_url(url: str) -> None:
+    """ValueError where `url` is not the address of an endpoint, or nobody listens there."""
+    check_address(url)
+    address = httpx.URL(url)
+    if behind_proxy(address):
+        return  # which knows the way
+    port = address.port or {"http": 80, "https": 443}[address.scheme]
+    try:
+        socket.create_connection((address.raw_host, port), REACHED_IN).close()
+    except (socket.gaierror, ConnectionRefusedError) as error:
+        raise ValueError(
+            f"--teacher-url {url!r} cannot be reached: {error.strerror}; start the endpoint, or "
+            "give another address"
+        ) from error
+    except OSError:
+        pass  # slow, or busy: questions are tried again
+
+
+def behind_proxy(address: httpx.URL) -> bool:
+    """Whether the environment names a proxy for this address, as httpx will heed it."""
+    proxies = getproxies()
+    return bool(proxies.get(address.scheme) or proxies.get("all")) and not proxy_bypass(
+        address.host
+    )
+
+
+def check_address(url: str) -> None:
     """ValueError where `url` is not the address of an endpoint."""
     try:
         address = httpx.URL(url)

@@ -1,4 +1,4 @@
-"""Evaluation on fresh deals: `python -m turbo.eval RUN_OR_MODEL --env points24`.
+"""Evaluation on fresh deals: `python -m turbo.eval RUN`, or `turbo.eval MODEL --env points24`.
 
 RUN_OR_MODEL is a run directory of `turbo.train`, a model folder of `turbo.sft`, or `tiny` for the
 built-in warm start. Success comes with its 95 % interval (Wilson), and says which deals it is on:
@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from turbo import checkpoint
-from turbo.config import TrainConfig, defaults, from_saved
+from turbo.config import TrainConfig, from_saved
 from turbo.envs.make import check_env
 from turbo.flags import conclude, read_flags
 from turbo.hub import is_hub_id, model_sha256, open_model, own_workers
@@ -27,6 +27,7 @@ from turbo.lora import new_lora
 from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew, run_crew
+from turbo.presets import defaults
 from turbo.run import env_maker, find_alfworld, held_out, prompt_style
 from turbo.teacher import Teacher
 
@@ -45,6 +46,10 @@ JSON_KEYS = [
     "seed",
     "temperature",
     "split",
+    "source",
+    "env",
+    "who",
+    "update",
 ]
 
 
@@ -54,8 +59,9 @@ class EvalConfig:
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_MODEL")]
     """run directory, model folder, id of a model on the Hub, or `tiny`"""
-    env: Annotated[str, tyro.conf.arg(metavar="ENV")] = "points24"
-    """which environment to play: a name as in training, or module:Class"""
+    env: Annotated[str, tyro.conf.arg(metavar="ENV")] = ""
+    """which environment to play: a name as in training, or module:Class (empty: the run's;
+    points24 for a model)"""
     episodes: int = 500
     """deals, each of its own seed"""
     samples: int = 1
@@ -100,28 +106,33 @@ def check(c: EvalConfig) -> TrainConfig:
         if getattr(c, flag) < 0:
             name = "--" + flag.replace("_", "-")
             raise ValueError(f"{name} must be zero or more, got {getattr(c, flag)}")
-    check_env(c.env)
-    if c.split and c.env not in ("points24", "alfworld"):
-        raise ValueError(f"--split {c.split} is for points24 and alfworld: leave it out")
-    if (c.games or c.tasks) and c.env != "alfworld":
-        raise ValueError("--games and --tasks are for alfworld alone: leave them out")
     path = Path(c.source)
     if c.source != "tiny" and not path.is_dir() and not is_hub_id(c.source):
         raise ValueError(
             f"{c.source!r} is neither a folder nor `tiny`: give a run, a model, or tiny"
         )
-    if (path / "checkpoints").is_dir():
+    trained = (path / "checkpoints").is_dir()
+    if trained:
         saved = checkpoint.read_run(path)
         run = from_saved(saved["config"], c.source)
-        if run.env != c.env:
+        if c.env not in ("", run.env):
             raise ValueError(f"{c.source} was trained on {run.env}: name that, not {c.env}")
+    else:
+        run = replace(defaults(c.env or "points24", "tiny"), model=c.source)
+    check_env(run.env)
+    if c.split and run.env not in ("points24", "alfworld"):
+        raise ValueError(f"--split {c.split} is for points24 and alfworld: leave it out")
+    if (c.games or c.tasks) and run.env != "alfworld":
+        raise ValueError("--games and --tasks are for alfworld alone: leave them out")
+    if trained:
         if saved["model_sha256"] != model_sha256(run):
             raise ValueError(f"{c.source} was trained from another model than {run.model!r} is now")
         checkpoint.load(path)
-        if c.teacher and run.guidance == "none":
-            raise ValueError(f"{c.source} has no teacher: it was trained with --guidance none")
+        if c.teacher and not run.teaches:
+            raise ValueError(
+                f"{c.source} has no teacher: it was trained with --guidance {run.guidance}"
+            )
     else:
-        run = replace(defaults(c.env, "tiny"), model=c.source)
         if c.teacher:
             raise ValueError(f"--teacher needs a run directory; {c.source!r} is a model")
         model_sha256(run)
@@ -134,30 +145,32 @@ def check(c: EvalConfig) -> TrainConfig:
     return replace(run, **own)
 
 
-def open_source(c: EvalConfig, run: TrainConfig) -> tuple[VisionLanguageModel, Weights]:
-    """The model, and the weights that are to play: a policy's, its merged teacher's, its own."""
+def open_source(c: EvalConfig, run: TrainConfig) -> tuple[VisionLanguageModel, Weights, int | None]:
+    """The model, and the weights that are to play: a policy's, its merged teacher's, its own; of a
+    run the update too."""
     vlm = open_model(run)
-    lora = None
+    lora = update = None
     if (Path(c.source) / "checkpoints").is_dir():
         adapter, state, meta = checkpoint.load(Path(c.source))
         lora = new_lora(vlm.matrices, run.lora_rank, run.lora_alpha, 0)
         lora.load_state_dict(adapter)
+        update = meta.get("update")
     with torch.no_grad():
         weights = vlm.weights(lora)
     if c.teacher:
         teacher = Teacher(vlm, lora, run)
         teacher.load_state_dict(checkpoint.section(state, "teacher/"), meta["teacher"])
         weights = teacher.weights
-    return vlm, weights
+    return vlm, weights, update
 
 
 def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
     """Load, play, and gather the figures; what every worker runs."""
-    vlm, weights = open_source(c, run)
+    vlm, weights, update = open_source(c, run)
     if c.split == "pool":
         make_env = env_maker(run)
     else:
-        make_env = env_maker(replace(run, hands=0), c.split or held_out(c.env))
+        make_env = env_maker(replace(run, hands=0), c.split or held_out(run.env))
     figures = evaluate(
         vlm,
         weights,
@@ -172,7 +185,9 @@ def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
         samples=c.samples,
     )
     asked = {key: getattr(c, key) for key in ("samples", "seed", "temperature")}
-    return {**figures, **asked, "split": c.split or held_out(c.env)}
+    split, who = c.split or held_out(run.env), "teacher" if c.teacher else "policy"
+    told = dict(split=split, source=c.source, env=run.env, who=who, update=update)
+    return {**figures, **asked, **told}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -181,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         c = read_flags(EvalConfig, argv, "turbo.eval")
         run = check(c)
-        find_alfworld(run, c.split or held_out(c.env))
+        find_alfworld(run, c.split or held_out(run.env))
         workers = own_workers(run, max(1, c.episodes // 16))
         figures = run_crew(workers, play, c, run)
     except (ValueError, OSError) as error:
@@ -198,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     who = "merged teacher" if c.teacher else "policy"
     deals = f"{figures['split']} deals"
-    print(f"{c.source} ({who}) on {c.env}, {deals}, T {c.temperature}, seed {c.seed}")
+    print(f"{c.source} ({who}) on {run.env}, {deals}, T {c.temperature}, seed {c.seed}")
     for key in JSON_KEYS[: JSON_KEYS.index("seed")]:
         print(f"  {key:18} {figures[key]:.4g}")
     for task, found in figures["tasks"].items():

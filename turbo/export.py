@@ -33,6 +33,7 @@ from turbo import checkpoint, families
 from turbo.card import Facts, card
 from turbo.coded import read_dense
 from turbo.config import TrainConfig, from_saved
+from turbo.envs.make import find
 from turbo.flags import conclude, read_flags
 from turbo.formats import (
     check_out,
@@ -116,7 +117,7 @@ def check(c: ExportConfig) -> TrainConfig:
     settings = from_saved(record["config"], c.run)
     if settings.random_weights:
         raise ValueError(f"{run} ran on random weights, for measuring: nothing of it is of use")
-    if c.what == "teacher" and settings.guidance in ("none", "gtr"):
+    if c.what == "teacher" and not settings.teaches:
         raise ValueError(
             f"{run} has no merged teacher, it was trained with --guidance {settings.guidance}: "
             "export its policy, or train with --guidance kl or sft"
@@ -126,6 +127,7 @@ def check(c: ExportConfig) -> TrainConfig:
             f"the teacher of {run} is the warm start, {settings.model!r}, itself: use that model, "
             "or train with --teacher merged"
         )
+    find(settings.env)  # it draws the example of the export
     if c.push and not HUB_NAME.fullmatch(c.push):
         raise ValueError(f"--push must be owner/name, got {c.push!r}")
     if c.private and not c.push:

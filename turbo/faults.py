@@ -94,7 +94,7 @@ def record(
     about: dict,
 ) -> None:
     """Write what computing this minibatch again needs; a full disk does not end the run."""
-    steps = [rollout.steps[i] for i in rows]
+    steps = rollout.select(rows)
     pictures, owner = local_pictures(steps)
     index = torch.tensor(rows)
     tensors = {f"lora/{k}": v for k, v in learner.lora.state_dict().items()}

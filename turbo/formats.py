@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import save_file
@@ -107,6 +108,11 @@ def check_out(
     for kept in map(Path, needed):
         if kept.exists() and kept.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"--out {out} would replace {kept}, which is needed: choose another")
+    try:
+        with TemporaryDirectory(dir=next(p for p in out.resolve().parents if p.exists())):
+            pass  # that the folder can be made is known before the work is done
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be made: {error.strerror}; choose another") from error
 
 
 def write_folder(out: Path, write: Callable[[Path], None]) -> None:

@@ -30,12 +30,6 @@ from turbo.score import local_pictures
 SLOTS = 256  # answers that are written at once
 
 
-def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` numbers below `count` at even distances; all of them with 0."""
-    wanted = min(wanted or count, count)
-    return [i * count // wanted for i in range(wanted)]
-
-
 @torch.no_grad()
 def write_answers(
     vlm: VisionLanguageModel,
@@ -55,7 +49,7 @@ def write_answers(
     if not rows:
         return []
     weights = vlm.merged(weights)
-    steps = [rollout.steps[i] for i in rows]
+    steps = rollout.select(rows)
     pictures, owner = local_pictures(steps)
     prefixes = Prefixes(vlm, weights, rollout.fixed)
     run_batches(
@@ -98,7 +92,7 @@ def ask_corrector(
     vlm: VisionLanguageModel, corrector: Corrector, rollout: Rollout, rows: Sequence[int]
 ) -> list[Episode]:
     """The steps `rows` as an external model corrects them; those it did not answer are left out."""
-    steps = [rollout.steps[i] for i in rows]
+    steps = rollout.select(rows)
     questions = [
         Question(s.asked.render(), s.asked.prompt("full").text, s.answer.text) for s in steps
     ]

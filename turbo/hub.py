@@ -62,7 +62,29 @@ def model_folder(c: TrainConfig) -> Path:
                 f"turbo.sft {c.env} --out DIR`, then use --model DIR"
             )
         return builtin_path(c.env)
-    return snapshot(c.model) if is_hub_id(c.model) else Path(c.model)
+    if is_hub_id(c.model):
+        return snapshot(c.model)
+    if told := no_model(Path(c.model)):
+        raise ValueError(f"model {c.model!r} {told}")
+    return Path(c.model)
+
+
+def no_model(folder: Path) -> str:
+    """What a path leads to in place of a model, and the remedy; nothing where it may be one."""
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        return f"{what}: give a folder with a model, the id of one on the Hub, or `tiny`"
+    if (folder / "checkpoints").is_dir() and (folder / "config.json").is_file():
+        return (
+            "is a run of turbo.train: make a model of its policy with `python -m turbo.export "
+            f"{folder} --what policy --out DIR`, and give DIR"
+        )
+    if (folder / "adapter_config.json").is_file() and missing_weights(folder):
+        return (
+            "is an adapter without its base: make a model of both with `python -m turbo.merge "
+            f"{folder} --exact --base BASE --out DIR`, or export the policy, and give DIR"
+        )
+    return ""
 
 
 def model_name(c: TrainConfig) -> str:
@@ -130,7 +152,7 @@ def model_sha256(c: TrainConfig) -> str:
     folder = model_folder(c)
     file = folder / "model.safetensors"
     if lacking := missing_weights(folder):
-        remedy = "make it with `python -m turbo.sft`"
+        remedy = f"give a folder that holds a model, or make one: `python -m turbo.sft {c.env}`"
         if lacking != [file.name]:
             remedy = "its index names it: copy or download it again"
         raise ValueError(f"model {c.model!r}: {folder / lacking[0]} is missing; {remedy}")

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from torch import Tensor
 
@@ -200,14 +200,11 @@ class JsonlLogger:
 
     def _write_waiting(self) -> None:
         """Append the lines that wait, all of them or none."""
-        data, size = "".join(self._waiting).encode(), self._file.seek(0, os.SEEK_END)
         try:
-            while data:
-                data = data[self._file.write(data) :]
+            append_whole(self._file, "".join(self._waiting).encode())
             self._waiting, self.problem = [], ""
         except OSError as error:
             self.problem = f"{len(self._waiting)} records wait to be written: {error}"
-            self._file.truncate(size)  # no half line is left
 
     def close(self) -> None:
         """Close the file and the sinks."""
@@ -222,6 +219,17 @@ class JsonlLogger:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def append_whole(file: BinaryIO, data: bytes) -> None:
+    """Write behind what a file holds, all of it or nothing (OSError)."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError:
+        file.truncate(size)  # no half line is left
+        raise
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, int | float | None]]:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from turbo.batch import evenly
 from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew
 from turbo.phases import Phases
@@ -64,8 +65,7 @@ def self_bleu(texts: Sequence[str], size: int = 64) -> float:
     1 where all say the same, near 0 where nothing is shared. Words are numbers, words and signs;
     n-grams that match nowhere count 0.1.
     """
-    texts = [texts[i * len(texts) // size] for i in range(size)] if len(texts) > size else texts
-    words = [_WORD.findall(text) for text in texts]
+    words = [_WORD.findall(texts[i]) for i in evenly(len(texts), size)]
     if len(words) < 2:
         return math.nan
     logs = [0.0] * len(words)

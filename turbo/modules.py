@@ -6,15 +6,16 @@ roles, which the weights that are handed to `forward` choose:
 
     base       x W^T
     adapted    x W^T + s (x A^T) B^T       training and scoring; no dense gradient ever exists
-    scratch    x M^T                       M: the teacher; or the policy merged, where that is asked
-               x W^T + x M^T               where W is in NF4; M: the teacher's task vector in NF4
+    scratch    x W^T + x M^T               M: the merged teacher's task vector, dense or in NF4
+               x M^T                       in float32, or with `--play merged`; M: the teacher, or
+                                           the policy, merged with its base
 
 A sum would not survive a base in NF4: its values lie on the levels already, and coding them again
 rounds away most of what training has added. Nor does all of it survive in bfloat16: where changes
 are smaller than half a unit of the weight in the last place, as in the first updates of a run at a
 learning rate of 1e-5, a merged policy is the base again. So the policy plays with base and factors
 apart, in the very operations in which it is trained, and its log-probabilities are those of the
-first pass of PPO. Over a coded base the scratch holds the coded task vector alone, 9 % off.
+first pass of PPO. The scratch holds the teacher's task vector alone; coded, it is 9 % off.
 
 The scratch is always filled from the pristine base: merging in and out of bfloat16 in place drifts.
 It has one content at a time, and weights that refer to an older one are refused.
@@ -92,10 +93,11 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
-        if self.state.role == SCRATCH:
-            y = linear(x, self.scratch, self.bias)
-            return y if self.coded is None else y + linear(x, self.coded, None)
+        if self.state.role == SCRATCH and not self.state.apart:
+            return linear(x, self.scratch, self.bias)
         y = linear(x, self.base, self.bias)
+        if self.state.role == SCRATCH:
+            return y + linear(x, self.scratch, None)
         if self.state.role == ADAPTED:
             a, b = (factor.to(x.dtype) for factor in self.factors)
             low = F.linear(x, a).flatten(0, -2)
@@ -107,6 +109,7 @@ class AdaptedLinear(nn.Module):
 class _State:
     """What all layers of a decoder share."""
 
+    apart: bool  # base and what is added to it: the scratch holds no sum
     role: str = BASE
     scale: float = 1.0
 
@@ -160,7 +163,7 @@ class ModuleText:
         quantize: bool = False,
         checkpointing: bool = True,
         record: Callable[[], Record] | None = None,  # decode steps, see `turbo.graphs`
-        apart: bool | None = None,  # base and LoRA, in playing; None: where a sum would lose some
+        apart: bool | None = None,  # base and what was learned; None: where a sum would lose some
     ):
         from transformers import AttentionInterface
         from transformers.utils import is_flash_attn_2_available
@@ -171,7 +174,7 @@ class ModuleText:
         self.dim, self.vocabulary = c.hidden_size, self.head.weight.shape[0]
         self.layers = c.num_hidden_layers
         self.dtype, self.device = self.head.weight.dtype, torch.device(device)
-        self._state, self.linears = _State(), {}
+        self.linears = {}
         _refuse_other_heads(model, c, self.head)
         # The argument that the layers' keys and values go through: `cache` in newer transformers
         names = signature(self.decoder.forward).parameters
@@ -180,6 +183,7 @@ class ModuleText:
         self.content, self.owner = 0, None  # what the scratch holds, and for whom
         half = self.dtype in (torch.bfloat16, torch.float16)
         self.apart = quantize or (half if apart is None else apart)
+        self._state = _State(self.apart)
         self.flash = self.device.type == "cuda" and half and is_flash_attn_2_available()
         self.in_place = self.device.type == "cuda"  # how the cache is read, see `turbo.decode`
         if self.device.type == "cuda":
@@ -268,15 +272,15 @@ class ModuleText:
     def fill(self, merge: Callable[[str, Matrix, Matrix], None], owner: object) -> ModuleWeights:
         """Write every matrix of the scratch by `merge(name, base, out)`; the weights that use it.
 
-        For a base in NF4, what is merged upon is zero. `owner` is remembered, so that the same
-        content need not be merged twice.
+        Where base and task vector stay apart, what is merged upon is zero. `owner` is remembered,
+        so that the same content need not be merged twice.
         """
         self.owner = None
         self.content += 1
         for name, module in self.linears.items():
             if module.scratch is None:
                 module.scratch = room_like(module.base)
-            merge(name, merge_ground(module.base), module.scratch)
+            merge(name, merge_ground(module.base, self.apart), module.scratch)
         self.owner = owner
         return ModuleWeights(SCRATCH, self.head.weight, self.content)
 

@@ -2,7 +2,7 @@
 
     python -m turbo.play points24                        you play
     python -m turbo.play points24 --model tiny           the built-in warm start plays
-    python -m turbo.play points24 --checkpoint RUN       the policy of a run; --teacher: its teacher
+    python -m turbo.play --checkpoint RUN                the policy of a run; --teacher: its teacher
 
 You and the policies are dealt the deals of an evaluation with the same seed, and a policy samples
 as there: what is watched are the episodes of `turbo.eval --seed SEED --workers 1 --envs 1`.
@@ -23,7 +23,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from turbo.config import TrainConfig, defaults
+from turbo.config import TrainConfig
 from turbo.decode import Decoder, Request
 from turbo.envs.base import Answer, Verdict, VisualEnv, action_key
 from turbo.envs.make import check_env
@@ -33,6 +33,7 @@ from turbo.flags import conclude, read_flags
 from turbo.measure import fresh_deals, mean
 from turbo.model import VisionLanguageModel, Weights
 from turbo.prefixes import Prefixes
+from turbo.presets import defaults
 from turbo.rollout import mix, read_answer
 from turbo.run import env_maker, find_alfworld, held_out, prompt_style
 from turbo.terminal import Screen
@@ -48,8 +49,9 @@ THOUGHT, ACTION, ASIDE = "italic cyan", "bold", "dim"
 class PlayConfig:
     """Play a game in the terminal, or watch a policy play it (--model, --checkpoint)."""
 
-    env: tyro.conf.Positional[str] = "points24"
-    """which environment is played: a name as in training, or module:Class"""
+    env: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[ENV]")] = ""
+    """which environment is played: a name as in training, or module:Class (empty: that of
+    --checkpoint, else points24)"""
     checkpoint: Annotated[str, tyro.conf.arg(metavar="RUN")] = ""
     """watch the policy of this run directory, as its newest checkpoint has it (empty: you play)"""
     teacher: bool = False
@@ -263,9 +265,12 @@ def summary(env: VisualEnv, played: list[Played]) -> str:
 
 
 def check(c: PlayConfig) -> None:
-    """Refuse what cannot be played."""
-    check_env(c.env)
-    if c.games and c.env != "alfworld":
+    """Refuse what cannot be played; without a run, an environment that is not named is points24."""
+    if not c.checkpoint:
+        c.env = c.env or "points24"
+    if c.env:
+        check_env(c.env)
+    if c.games and c.env not in ("", "alfworld"):
         raise ValueError("--games is for alfworld alone: leave it out")
     if c.max_new_tokens < 0:
         raise ValueError(f"--max-new-tokens must be zero or more, got {c.max_new_tokens}")
@@ -290,9 +295,9 @@ def open_game(c: PlayConfig, screen: Screen) -> tuple[VisualEnv, Player]:
         asked = EvalConfig(c.checkpoint or c.model, **{name: getattr(c, name) for name in names})
         run = check_source(asked)
         torch.set_num_threads(1)  # as in a crew: at small products threads wait for one another
-        vlm, weights = open_source(asked, run)
-        find_alfworld(run, held_out(c.env))
-        env = env_maker(replace(run, hands=0), held_out(c.env))()
+        vlm, weights, _ = open_source(asked, run)
+        find_alfworld(run, held_out(run.env))
+        env = env_maker(replace(run, hands=0), held_out(run.env))()
         return env, Policy(vlm, weights, screen, c, run)
     # the small pictures have the larger letters: they can be read in a terminal
     observation = "small" if screen.shows_pictures and not c.png else "full"

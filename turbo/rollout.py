@@ -13,7 +13,7 @@ environment's own.
 Left out: scoring under other weights (`turbo.score`), advantages (`turbo.gae`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -85,8 +85,13 @@ class Rollout:
 
     @property
     def steps(self) -> list[Step]:
-        """All steps, episode after episode."""
+        """All steps, episode after episode; a list that is made when it is asked for."""
         return [s for e in self.episodes for s in e.steps]
+
+    def select(self, rows: Iterable[int]) -> list[Step]:
+        """The steps of these numbers."""
+        steps = self.steps
+        return [steps[i] for i in rows]
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class Run:
         c, size = self.config, lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
         trained = size(self.learner.parameters())
         total = 3 * trained
-        if c.guidance in ("kl", "sft") and c.teacher == "merged":
+        if c.teaches and c.teacher == "merged":
             dense = 4 * sum(matrix.numel() for matrix in self.teacher.base.values())
             sums = (4 if c.merge == "ties" else 1) * dense
             kept = min(c.history_max or c.updates + 1, c.updates + 1)
@@ -102,7 +102,7 @@ class Run:
                 kept *= c.epochs
             total += dense if self.teacher.small else 0
             total += sums if self.teacher.streaming else kept * trained
-        if c.guidance in ("sft", "gtr"):
+        if c.imitates:
             examples = c.updates * (c.sft_rows or 2 * c.steps_per_update)
             examples = min(c.sft_max or examples, examples)
             places = 32 if self.vlm.text.small else 4 * 128  # with those of deeper layers
@@ -117,7 +117,8 @@ class Run:
             return ""
         return (
             f"{self.path} has {megabytes(free)} free, and {count} checkpoints take about "
-            f"{megabytes(needed)}: make room, choose another --out, or lower --keep"
+            f"{megabytes(needed)}: make room, choose another --out, or lower --keep or "
+            "--history-max"
         )
 
     def restore(self) -> None:

@@ -128,7 +128,7 @@ def read_answers(
     vlm: VisionLanguageModel, w: Weights, rollout: Rollout, rows: list[int]
 ) -> TeacherReading:
     """Read the answers of the steps `rows` with other weights, the teacher's."""
-    steps, hidden = [rollout.steps[i] for i in rows], {}
+    steps, hidden = rollout.select(rows), {}
 
     def work(group: list[int]) -> None:
         mine = [steps[i] for i in group]
@@ -182,7 +182,7 @@ def token_kl(
     temperature: float,
 ) -> dict[int, list[float]]:
     """The exact KL(policy || teacher) in nats at every answer token of the steps `rows`."""
-    steps, kl = [rollout.steps[i] for i in rows], {}
+    steps, kl = rollout.select(rows), {}
 
     def work(group: list[int]) -> None:
         mine = [steps[i] for i in group]

@@ -16,8 +16,8 @@ class SftConfig:
     """Make a warm start from expert traces: the tiny model from scratch, or any other by LoRA."""
 
     env: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[ENV]")] = "points24"
-    """which environment to learn: points24, ezpoints, numberline or blackjack; one of your own as
-    module:Class; or the name of an installed entry point of the group gtr_turbo.envs"""
+    """which environment to learn: points24, ezpoints, numberline, blackjack or alfworld; one of
+    your own as module:Class; or the name of an installed entry point of the group gtr_turbo.envs"""
     out: str = "warm-start"
     """folder for the model, the tokenizer and the record of how they were made"""
     overwrite: bool = False

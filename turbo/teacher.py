@@ -74,8 +74,8 @@ class Teacher:
         out = {}
         for name, module in self.vlm.text.linears.items():
             out[name] = read_dense(module.scratch)
-            if module.coded is not None:
-                out[name] = out[name] + read_dense(module.coded)
+            if self.vlm.text.apart:
+                out[name] = out[name] + read_dense(module.base)
         return out
 
     @property

@@ -26,17 +26,20 @@ from typing import IO
 import torch
 
 from turbo import checkpoint, lock
-from turbo.config import PRESETS, TrainConfig, changed, check, defaults, from_saved
+from turbo.batch import evenly
+from turbo.config import TrainConfig, changed, check, from_saved
 from turbo.corrector import check_url
 from turbo.envs.make import find
 from turbo.faults import NumericalFault, diagnosis
 from turbo.flags import conclude, read_flags
-from turbo.guidance import ask_corrector, spread, write_answers
+from turbo.guidance import ask_corrector, write_answers
 from turbo.hub import device_of, lack_of_memory, model_sha256, own_workers
+from turbo.idle import check_idle
 from turbo.kl import auto_coefficient
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
 from turbo.memory import GB, peak_bytes
 from turbo.parallel import Crew, run_crew
+from turbo.presets import PRESETS, defaults
 from turbo.rollout import Abandoned, Rollout, Step, mix
 from turbo.run import Run, due, find_alfworld
 from turbo.score import TeacherReading, read_answers, teacher_kl
@@ -93,25 +96,25 @@ def train_update(run: Run) -> tuple[dict, list[dict]]:
 
     # remember: this checkpoint becomes part of the teacher
     phases.begin("merge")
-    if teaches(c) and c.checkpoint_each == "update":
+    if c.teaches and c.checkpoint_each == "update":
         run.teacher.push(update, run.lora, run.score())
     phases.end()
 
-    steps = sum(len(e.steps) for e in episodes)
+    steps = [s for e in episodes for s in e.steps]
     counts = len(data.rows), rollout.guessed, rollout.accepted, data.faulty
     trained, guesses, accepted, faulty = run.crew.total(*counts)
-    if faulty == steps:
+    if faulty == len(steps):
         told = diagnosis(run.lora, {"the log-probabilities": math.nan})
         raise NumericalFault(f"no answer has a finite log-probability: {told}")
     run.update += 1
-    run.env_steps += steps
+    run.env_steps += len(steps)
     run.elapsed += phases.elapsed
     metrics = {
         "update": run.update,
         "env_steps": run.env_steps,
         "elapsed": run.elapsed,
         **outcomes(episodes),
-        **certainty([s for e in episodes for s in e.steps]),
+        **certainty(steps),
         "draft_accept_rate": accepted / max(1, guesses),
         **figures,
         **written,
@@ -119,9 +122,9 @@ def train_update(run: Run) -> tuple[dict, list[dict]]:
         "teacher_age": run.teacher.age,
         "explained_variance": data.explained_variance,
         "trained_rows": trained,
-        "dropped_rows": steps - trained,
+        "dropped_rows": len(steps) - trained,
         "faulty_steps": faulty,
-        **speed(run, [s for e in episodes for s in e.steps]),
+        **speed(run, steps),
     }
     if guided and c.kl_placement == "loss":  # known only now: it is for the next update
         steer(run, (metrics.get("teacher_kl", 0.0), 0.0), rollout)
@@ -140,19 +143,14 @@ def speed(run: Run, steps: list[Step]) -> dict[str, float]:
     }
 
 
-def teaches(c: TrainConfig) -> bool:
-    """Whether the policy's own checkpoints are merged into a teacher."""
-    return c.guidance in ("kl", "sft")
-
-
 def teacher_thoughts(run: Run, rollout: Rollout) -> dict[str, float]:
     """Let the teacher answer some of the steps: examples to imitate, figures of its thoughts."""
-    c, imitated = run.config, run.config.guidance in ("sft", "gtr")
+    c, imitated = run.config, run.config.imitates
     wanted = c.sft_rows if imitated else c.teacher_sample
     absent = run.teacher.weights is None and c.guidance != "gtr"
     if c.guidance == "none" or absent or not (imitated or wanted):
         return {}
-    rows = spread(len(rollout.steps), -(-wanted // run.crew.size))
+    rows = evenly(len(rollout.steps), -(-wanted // run.crew.size))
     if c.guidance == "gtr":
         written = ask_corrector(run.vlm, run.corrector, rollout, rows)
     else:
@@ -225,7 +223,7 @@ def learn(
             name = f"{run.update + 1:08d}-{epoch_batch:04d}"
             args = (rollout, data, rows[b::count], teacher, run.beta, found)
             faults.note(name, run.learner, *args)
-        if c.checkpoint_each == "epoch" and teaches(c) and b == count - 1:
+        if c.checkpoint_each == "epoch" and c.teaches and b == count - 1:
             run.teacher.push(run.update, run.lora)
         if c.target_kl and found["approx_kl"] > c.target_kl:
             break
@@ -286,14 +284,18 @@ def parse(argv: list[str]) -> TrainConfig:
 
     c = read(base)
     if c.resume:
+        if c.out:
+            raise ValueError(f"--out {c.out} is for a new run: leave it out with --resume")
         base = from_saved(checkpoint.read_run(Path(c.resume))["config"], c.resume)
         c = read(base)
     elif c.env != base.env:  # the environment was not named first
-        c = read(defaults(c.env, preset))
+        base = defaults(c.env, preset)
+        c = read(base)
     check(c)
     if c.resume and (odd := changed(dataclasses.asdict(base), c)):
         flags = ", ".join("--" + name.replace("_", "-") for name in odd)
         raise ValueError(f"a resumed run keeps its settings, but {flags} changed: leave them out")
+    check_idle(c, base)
     return c
 
 
@@ -381,7 +383,7 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
             return fail(crew, error, 2)
         if run.is_over:
             return already_over(run)
-    if teaches(c) and c.guide_first and run.teacher.count == run.update == 0:
+    if c.teaches and c.guide_first and run.teacher.count == run.update == 0:
         run.teacher.push(0, run.lora, run.score())  # the warm start itself
     with Scribe(run) as scribe:
         try:

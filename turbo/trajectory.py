@@ -30,7 +30,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from turbo.guidance import spread
+from turbo.batch import evenly
 from turbo.measure import thought
 from turbo.model import VisionLanguageModel, Weights
 from turbo.rollout import Episode, Rollout, Step
@@ -52,7 +52,7 @@ def sample_episodes(run: Run, policy: Weights, rollout: Rollout) -> list[dict]:
     return episode_records(
         run.vlm,
         policy,
-        run.teacher.weights if c.guidance in ("kl", "sft") else None,
+        run.teacher.weights if c.teaches else None,
         rollout,
         update=run.update + 1,
         temperature=c.temperature,
@@ -104,7 +104,7 @@ def choose(episodes: list[Episode]) -> dict[int, range]:
     for episode in episodes:
         starts.append(starts[-1] + len(episode.steps))
     chosen, left = {}, STEPS
-    for number in spread(len(episodes), EPISODES):
+    for number in evenly(len(episodes), EPISODES):
         own = range(starts[number], starts[number + 1])[:left]
         left -= len(own)
         if own:

@@ -215,7 +215,7 @@ class _Minibatch:
 
     def __init__(self, learner, rollout, data, rows, total, teacher, beta, weights, sums):
         self.l, self.rollout, self.data = learner, rollout, data
-        self.steps = [rollout.steps[i] for i in rows]
+        self.steps = rollout.select(rows)
         self.index = torch.tensor(rows)
         self.total, self.teacher, self.beta = total, teacher, beta
         self.weights, self.sums, self.value_head = weights, sums, learner.value_head

@@ -20,8 +20,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from turbo import checkpoint
+from turbo.batch import evenly
 from turbo.envs.make import ENVIRONMENTS, make
-from turbo.guidance import spread
 from turbo.log import METRICS, read_jsonl
 from turbo.measure import interval
 from turbo.run import pool
@@ -38,7 +38,7 @@ def read_run(path: Path, most: int) -> dict:
     metrics = read_records(path / checkpoint.METRICS)
     episodes = read_records(path / checkpoint.EPISODES)
     marks = collapsed(episodes)
-    chosen = spread(len(episodes), most)
+    chosen = evenly(len(episodes), most)
     shown = [episode(episodes[i]) | {"collapsed": marks[i]} for i in chosen]
     versions = record.get("versions")
     return {

@@ -15,8 +15,8 @@ import pytest
 from bench import harness, learn, metrics_page, plot, records, train_step
 from bench.harness import Spread, alternate, append_rows, measurement, slug, spread
 from turbo import checkpoint
-from turbo.config import defaults
 from turbo.measure import interval
+from turbo.presets import defaults
 
 
 def test_spread_is_median_and_quantiles():

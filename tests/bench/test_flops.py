@@ -6,8 +6,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.flops import Sizes, Tally, causal_pairs, text_flops, vision_flops
-from turbo.config import defaults
 from turbo.parallel import Crew
+from turbo.presets import defaults
 from turbo.run import Run
 from turbo.train import train_update
 

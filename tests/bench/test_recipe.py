@@ -12,11 +12,11 @@ import torch
 from bench import recipe as recipe_module
 from bench.recipe import MERGED, PHASES, Recipe, fastest
 from turbo.batch import pad_rows
-from turbo.config import defaults
 from turbo.hub import model_folder
 from turbo.lora import Lora, new_lora
 from turbo.model import VisionLanguageModel, load
 from turbo.parallel import Crew
+from turbo.presets import defaults
 from turbo.rollout import RolloutOptions, Table
 from turbo.run import env_maker
 from turbo.score import answer_hidden, score_answers

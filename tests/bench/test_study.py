@@ -21,8 +21,8 @@ from bench.claims import (
     Finding,
     compare,
     compare_passes,
+    mean_interval,
     rising,
-    spread,
     steadier,
     value_of,
 )
@@ -125,7 +125,7 @@ def test_verdicts():
     assert compare(runs, Comparison("r", "one", "absent")).verdict == "not run yet"
     single = [run_of("four", 0, 0.1)]
     assert compare(runs + single, Comparison("r", "one", "four")).verdict.startswith("one seed")
-    assert math.isnan(spread([]).mean)
+    assert math.isnan(mean_interval([]).mean)
 
 
 def test_steadiness_is_the_mean_change_between_evaluations():
@@ -143,7 +143,7 @@ def test_students_t():
     """Of samples with a known mean, 95 % of the intervals hold it."""
     rng = np.random.default_rng(0)
     for n in (2, 3, 5, 10):
-        held = [f.low <= 1.0 <= f.high for f in map(spread, rng.normal(1.0, 3.0, (4000, n)))]
+        held = [f.low <= 1.0 <= f.high for f in map(mean_interval, rng.normal(1.0, 3.0, (4000, n)))]
         assert np.mean(held) == pytest.approx(0.95, abs=0.012)
 
 

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from turbo.envs.alfworld_games import RECORD, draw_games, generate, main, make_games, making
+from turbo.envs import alfworld_games
+from turbo.envs.alfworld_games import (
+    RECORD,
+    Made,
+    draw_games,
+    generate,
+    how_far,
+    main,
+    make_games,
+    making,
+)
 from turbo.envs.alfworld_pddl import Planner
 from turbo.envs.alfworld_process import GameProcess
 from turbo.envs.alfworld_rooms import ROOMS, SPLITS, identity, room_text, split_of
@@ -170,6 +180,43 @@ def test_without_the_engine_nothing_is_overwritten(tmp_path, capsys, monkeypatch
     assert main([*flags, "--overwrite"]) == 1
     assert "pip install" in capsys.readouterr().err
     assert all_files(tmp_path) == before
+
+
+@needs_engine
+def test_the_games_of_all_are_told_of_and_kept_at_ctrl_c(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("GTR_TURBO_CACHE", str(tmp_path))
+    for name, value in {"DEFAULT_GAMES": 4, "DEFAULT_HELD_OUT": 1, "EVERY": 2}.items():
+        monkeypatch.setattr(alfworld_games, name, value)
+    own, written = alfworld_games.write_game, []
+
+    def write(*arguments):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(arguments)
+        own(*arguments)
+
+    monkeypatch.setattr(alfworld_games, "write_game", write)
+    with pytest.raises(KeyboardInterrupt):
+        alfworld_games.default_games()
+    out = tmp_path / "alfworld-small"
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == (
+        f"making 6 small games of ALFWorld in {out}, once; it takes minutes, Ctrl-C keeps what is "
+        "made"
+    )
+    assert len(told) == 2 and re.fullmatch(r"2 of 6 games, \d+\.\d minutes left", told[1])
+    monkeypatch.setattr(alfworld_games, "write_game", own)
+    assert alfworld_games.default_games() == out
+    told = capsys.readouterr().err.splitlines()
+    assert "3 kept, 3 new" in told[-1]
+    assert [line.split(",")[0] for line in told[1:-1]] == ["4 of 6 games", "6 of 6 games"]
+    alfworld_games.default_games()
+    assert capsys.readouterr().err == ""
+
+
+def test_the_minutes_left_count_new_games_alone():
+    made = [Made(Path(), kept, 0) for kept in (True, True, False, False)]
+    assert how_far(made, 10, 60.0) == "4 of 10 games, 3.0 minutes left"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pytest
 
-from examples.corrector_server import READ, Expert, PictureReader, serve
+from examples.corrector_server import READ, Expert, PictureReader, main, serve
 from turbo.corrector import Corrector, Question, chat_messages
 from turbo.envs.make import make, tiny_kwargs
 
@@ -176,3 +176,13 @@ def test_it_runs_by_itself():
         finally:
             server.terminate()
     assert env.judge(env.read_answer(answer)).right
+
+
+def test_a_port_that_is_taken_is_told_in_one_line(url, capsys, monkeypatch):
+    for port in (url.removesuffix("/v1").rpartition(":")[2], "65536"):
+        argv = ["corrector_server", "--env", "numberline", "--port", port]
+        monkeypatch.setattr(sys, "argv", argv)
+        assert main() == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1
+        assert err.startswith(f"error: port {port} cannot be used: ") and "--port 0 for any" in err

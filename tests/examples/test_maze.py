@@ -79,7 +79,7 @@ def test_the_whole_way(outside, capsys):
     assert episode["steps"][0]["verdict"] == dict.fromkeys(("perception", "aim", "follows"))
     assert "nan" not in capsys.readouterr().out
     flags = "--episodes 4 --workers 1 --max-new-tokens 12 --json"
-    assert eval.main(["run", "--env", NAME, *flags.split()]) == 0
+    assert eval.main(["run", *flags.split()]) == 0
     assert json.loads(capsys.readouterr().out)["episodes"] == 4
     assert export.main(["run", "--out", "policy"]) == 0
     assert f"plays {NAME}" in (outside / "policy" / "README.md").read_text()

@@ -3,6 +3,8 @@
 Without a CUDA device the kernels' own code runs in Triton's interpreter (tests/conftest.py).
 """
 
+import math
+
 import pytest
 import torch
 
@@ -14,8 +16,10 @@ DEVICE = device_of("triton")
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+    where = DEVICE if math.prod(shape) > 1 << 24 else "cpu"  # large ones take a core many seconds
+    generator = torch.Generator(where).manual_seed(seed)
+    options = dict(generator=generator, dtype=torch.float64, device=where)
+    return torch.randn(shape, **options).to(DEVICE, dtype)
 
 
 def factors(count, rows, columns, rank, dtype=torch.float32):

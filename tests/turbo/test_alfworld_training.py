@@ -10,11 +10,11 @@ import torch
 
 from turbo import eval as evaluation
 from turbo import sft, train
-from turbo.config import defaults
 from turbo.decode import Decoder, Request
 from turbo.envs.make import make, tiny_kwargs
 from turbo.log import read_jsonl
 from turbo.parallel import Crew
+from turbo.presets import defaults
 from turbo.rollout import RolloutOptions, Table
 from turbo.run import check_prompts, env_maker
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from family_models import FAMILIES, folder, load_plain
-from tiny_models import without_times
+from tiny_models import new_config, without_times
 
 from turbo import checkpoint, demos, eval, finetune, hub, sft, shapes, train
 from turbo.envs.make import make
@@ -240,3 +240,26 @@ def test_a_download_that_was_cut_off_is_not_taken_for_a_model(tmp_path, monkeypa
     with pytest.raises(ValueError, match=r"model-00002\S+ is missing; its index names it"):
         hub.model_sha256(train.parse(["numberline", "--model", str(model)]))
     assert hub.missing_files(whole) == []
+
+
+def test_folders_that_hold_no_model_say_what_they_are(tmp_path):
+    """A run, an adapter, an empty folder, and what is not there; each with its own remedy."""
+    run, adapter, empty = (tmp_path / name for name in ("run", "adapter", "empty"))
+    checkpoint.create_run(run, new_config(), "")
+    adapter.mkdir()
+    empty.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    told = {
+        run: f"is a run of turbo.train: .*turbo.export {run} --what policy --out DIR",
+        adapter: f"is an adapter .*turbo.merge {adapter} --exact --base BASE --out DIR.*export",
+        empty: "model.safetensors is missing; give a folder that holds a model, or make one",
+        tmp_path / "absent": "does not exist: give a folder with a model",
+        tmp_path / "file": "is a file: give a folder with a model",
+    }
+    for path, message in told.items():
+        c = new_config(model=str(path))
+        for opened in (hub.model_sha256, hub.model_folder)[: 2 - (path == empty)]:
+            with pytest.raises(ValueError, match=message) as error:
+                opened(c)
+            assert "\n" not in str(error.value)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turbo.batch import MICRO_ROWS, micro_batches, pad_rows, pad_to, round_up
+from turbo.batch import MICRO_ROWS, evenly, micro_batches, pad_rows, pad_to, round_up
 
 PAD = 0
 tokens = st.lists(st.integers(1, 9), min_size=1, max_size=40)
@@ -72,3 +72,9 @@ def test_micro_batches_hold_every_row_once(lengths, size):
     for one, two in itertools.pairwise(batches):  # from short to long
         assert max(lengths[i] for i in one) <= min(lengths[i] for i in two)
     assert len(micro_batches([5] * 100)[0]) == MICRO_ROWS
+
+
+def test_numbers_at_even_distances():
+    assert evenly(10, 5) == [0, 2, 4, 6, 8]
+    assert evenly(3, 8) == [0, 1, 2] == evenly(3, 0)
+    assert evenly(0, 4) == []

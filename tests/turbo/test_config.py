@@ -10,18 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turbo.config import (
-    GAME_DEFAULTS,
-    PRESETS,
-    PRESETS_OF_GAMES,
-    TrainConfig,
-    changed,
-    check,
-    defaults,
-    from_saved,
-)
+from turbo.config import TrainConfig, changed, check, from_saved
 from turbo.lora import Lora
 from turbo.model import ValueHead
+from turbo.presets import GAME_DEFAULTS, PRESETS, PRESETS_OF_GAMES, defaults
 from turbo.run import new_optimizer
 from turbo.sft_config import SFT_DEFAULTS, check_sft, sft_defaults
 from turbo.train import learning_rate
@@ -208,11 +200,22 @@ def test_saved_settings_of_a_wrong_type_are_named(name, value):
 def test_saved_settings_come_back():
     c = TrainConfig(updates=3, learning_rate=1, guidance="sft")  # an int where a float may be
     assert from_saved(dataclasses.asdict(c), "RUN") == c
-    more = {**dataclasses.asdict(c), "new": 1}
-    less = {k: v for k, v in dataclasses.asdict(c).items() if k != "seed"}
-    for odd in (more, less, {}, [], None):
-        with pytest.raises(ValueError, match="RUN was made by another version"):
+    for more in ({**dataclasses.asdict(c), "new": 1}, {"new": 1}):
+        with pytest.raises(ValueError, match=r"RUN was made by another version.* setting new is"):
+            from_saved(more, "RUN")
+    for odd in ({}, [], None):
+        with pytest.raises(ValueError, match="RUN has no settings"):
             from_saved(odd, "RUN")
+
+
+def test_a_setting_that_is_newer_than_a_run_stands_at_its_default():
+    """For evaluation and export, and a resumed run may not change it."""
+    c = TrainConfig(env="alfworld", updates=3, guidance="sft")
+    older = {k: v for k, v in dataclasses.asdict(c).items() if k not in ("play", "kl_share")}
+    assert from_saved(older, "RUN") == c
+    again = dataclasses.asdict(from_saved(older, "RUN"))
+    assert changed(again, c) == []
+    assert changed(again, dataclasses.replace(c, kl_share=0.3)) == ["kl_share"]
 
 
 @pytest.mark.parametrize("env", GAME_DEFAULTS)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from turbo.corrector import (
     Corrector,
     Question,
     Usage,
+    check_address,
     check_url,
     pause,
     read_body,
@@ -365,7 +367,45 @@ def test_retry_after_is_read():
 def test_an_address_that_is_none_is_refused(url):
     with pytest.raises(ValueError, match="--teacher-url"):
         check_url(url)
-    check_url("https://example.org/v1")
+    check_address("https://example.org/v1")
+
+
+def test_an_endpoint_that_nobody_listens_at_is_refused_before_the_run(monkeypatch):
+    with serve("numberline") as alive:
+        check_url(alive)
+    with pytest.raises(ValueError, match=r"cannot be reached: Connection refused; start the"):
+        check_url(alive)  # it has ended
+    with pytest.raises(ValueError, match=r"'http://a\.\.b' cannot be reached: "):
+        check_url("http://a..b")
+    Corrector(alive, "m").close()  # one that ends later is no error
+
+    asked = []
+
+    def connect(address, timeout):
+        asked.append(address)
+        raise result
+
+    monkeypatch.setattr(module.socket, "create_connection", connect)
+    result = socket.gaierror(-2, "Name or service not known")
+    with pytest.raises(ValueError, match="cannot be reached: Name or service not known"):
+        check_url("https://gone.example/v1")
+    for other in (TimeoutError("timed out"), OSError(113, "No route to host")):
+        result = other
+        check_url("http://slow.example/v1")  # is tried again in the run
+    assert asked == [(b"gone.example", 443), *2 * [(b"slow.example", 80)]]
+
+
+def test_a_proxy_is_left_to_find_the_endpoint(monkeypatch):
+    def connect(*arguments):
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr(module.socket, "create_connection", connect)
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    check_url("https://gone.example/v1")
+    monkeypatch.setenv("no_proxy", "gone.example")
+    with pytest.raises(AssertionError, match=r"gone\.example"):
+        check_url("https://gone.example/v1")
 
 
 def test_options_that_make_no_sense_are_refused():

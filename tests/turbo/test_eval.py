@@ -70,7 +70,21 @@ def test_the_names_that_scripts_read_do_not_change():
         "seed",
         "temperature",
         "split",
+        "source",
+        "env",
+        "who",
+        "update",
     ]
+
+
+def test_the_line_says_what_was_evaluated(runs, capsys):
+    wanted = {"source": str(runs["kl"]), "env": "numberline", "who": "teacher", "update": 1}
+    got = figures(capsys, runs["kl"], *FAST.split(), "--json", "--teacher")
+    assert {key: got[key] for key in wanted} == wanted
+    model = tiny_models.random_folder()
+    wanted |= {"source": str(model), "who": "policy", "update": None}
+    got = figures(capsys, model, *FAST.split(), "--json")
+    assert {key: got[key] for key in wanted} == wanted
 
 
 def test_samples_of_each_deal(runs, capsys):
@@ -83,7 +97,8 @@ def test_samples_of_each_deal(runs, capsys):
 
 def test_policy_teacher_and_model_are_told_apart(runs, capsys):
     policy = figures(capsys, runs["none"], *FAST.split(), "--json")
-    assert policy == figures(capsys, runs["kl"], *FAST.split(), "--json")  # the same factors
+    alike = figures(capsys, runs["kl"], *FAST.split(), "--json")  # the same factors
+    assert alike | {"source": policy["source"]} == policy
     teacher = figures(capsys, runs["kl"], *FAST.split(), "--json", "--teacher")
     assert teacher["legal_rate"] < policy["legal_rate"]
     model = figures(capsys, tiny_models.fitted_folder(), *FAST.split(), "--json")
@@ -139,12 +154,32 @@ def test_bad_numbers_are_refused(runs, capsys, options, message):
     assert message in refused(capsys, runs["kl"], *FAST.split(), *options.split())
 
 
+def test_a_run_is_played_in_its_own_environment(runs, capsys):
+    fast = FAST.removeprefix("--env numberline").split()
+    got = figures(capsys, runs["kl"], *fast, "--json")
+    assert got == figures(capsys, runs["kl"], *FAST.split(), "--json")
+    assert eval.main([str(runs["kl"]), *fast]) == 0
+    assert "(policy) on numberline, all deals" in capsys.readouterr().out
+    assert "not points24" in refused(capsys, runs["kl"], *fast, "--env", "points24")
+    assert "environment 'chess' is unknown" in refused(capsys, "tiny", "--env", "chess")
+
+
+def test_a_model_is_played_on_points24_unless_told():
+    for source, env, wanted in (("tiny", "", "points24"), ("tiny", "ezpoints", "ezpoints")):
+        assert eval.check(eval.EvalConfig(source, env=env)).env == wanted
+
+
 def test_bad_sources_are_refused(runs, tmp_path, capsys):
     assert "is neither a folder nor `tiny`" in refused(capsys, tmp_path / "absent", *FAST.split())
     assert "model.safetensors is missing" in refused(capsys, tmp_path, *FAST.split())
     model = tiny_models.fitted_folder()
     assert "--teacher needs a run directory" in refused(capsys, model, *FAST.split(), "--teacher")
     assert "--guidance none" in refused(capsys, runs["none"], *FAST.split(), "--teacher")
+    corrected = shutil.copytree(runs["none"], tmp_path / "gtr")
+    record = json.loads((corrected / "config.json").read_text())
+    record["config"]["guidance"] = "gtr"
+    (corrected / "config.json").write_text(json.dumps(record))
+    assert "--guidance gtr" in refused(capsys, corrected, *FAST.split(), "--teacher")
     pool = ["--env", "points24", "--split", "pool"]
     assert "--split pool needs a run" in refused(capsys, model, *FAST.split(), *pool)
 

@@ -133,6 +133,20 @@ def test_what_is_there_is_left_alone(runs, adapter, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine", "old"]
 
 
+def test_what_cannot_work_is_bad_input_before_the_model_is_loaded(runs, tmp_path, capsys):
+    """The status is 2, as that of eval and view."""
+    (tmp_path / "file").write_text("")
+    told = refused(capsys, runs["kl"], "--out", tmp_path / "file" / "x" / "out")
+    assert "out cannot be made: Not a directory; choose another" in told
+    run = shutil.copytree(runs["kl"], tmp_path / "run")
+    record = json.loads((run / checkpoint.CONFIG).read_text())
+    record["config"]["env"] = "gone_with_the_wind:Game"
+    (run / checkpoint.CONFIG).write_text(json.dumps(record))
+    told = refused(capsys, run, "--out", tmp_path / "out")
+    assert "cannot be imported: there is no module 'gone_with_the_wind'" in told
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "run"]
+
+
 @pytest.fixture
 def ctrl_c():
     """Python's own answer to Ctrl-C, whatever ran in this process before."""

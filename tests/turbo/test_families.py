@@ -315,6 +315,32 @@ def test_a_policy_that_plays_lies_in_the_scratch_until_a_teacher_does():
 
 
 @torch.no_grad()
+def test_in_16_bits_a_teacher_keeps_the_smallest_changes():
+    """The scratch holds them and no sum; what it computes is base and changes together."""
+    vlm = model("qwen2_5_vl", dtype=torch.bfloat16)
+    lora = tiny_models.noisy_lora(vlm)
+
+    def merge(name, base, out):
+        merge_policy(base, *lora.factors[name], lora.scale, out)
+
+    row = [vlm.encode(TEXT)]
+    adapted, plain = (our_logits(vlm, x, shown(1), [0], row).float() for x in (lora, None))
+    features, grid = vlm.see(shown(1))
+    teacher = vlm.text.fill(merge, "teacher")
+    prefix = vlm.prefix(teacher, features, "the rules", grid)
+    hidden = vlm.suffix(teacher, torch.tensor(row), prefix)
+    logits = torch.nn.functional.linear(hidden, teacher.head).float()
+    assert (logits - adapted).std() < 0.05 * (logits - plain).std()
+    for _, b in lora.factors.values():
+        b.mul_(1e-5)
+    vlm.text.fill(merge, "teacher of small changes")
+    for name, module in vlm.text.linears.items():
+        a, b = lora.factors[name]
+        change = lora.scale * b @ a
+        assert (module.scratch - change).norm() < 0.01 * change.norm()
+
+
+@torch.no_grad()
 def test_a_sum_in_bfloat16_loses_the_first_changes_of_a_run():
     """What is left of changes of 8e-6 in weights of 0.02; and of them when they stay apart."""
     torch.manual_seed(0)

@@ -7,9 +7,10 @@ import tiny_models
 import torch
 
 from examples.corrector_server import serve
+from turbo.batch import evenly
 from turbo.corrector import Corrector
 from turbo.envs.base import Answer
-from turbo.guidance import Examples, ask_corrector, spread, told, write_answers
+from turbo.guidance import Examples, ask_corrector, told, write_answers
 from turbo.measure import light, thoughts
 from turbo.parallel import Crew
 
@@ -26,16 +27,10 @@ def written_by(vlm, lora, rollout, rows, **changes):
     return write_answers(vlm, vlm.weights(lora), rollout, rows, **{**OPTIONS, **changes})
 
 
-def test_rows_are_spread_evenly():
-    assert spread(10, 5) == [0, 2, 4, 6, 8]
-    assert spread(3, 8) == [0, 1, 2] == spread(3, 0)
-    assert spread(0, 4) == []
-
-
 def test_what_is_written_is_of_the_teachers_distribution(fitted, rollout):
     """Its log-probabilities are those of transformers' own pass with the teacher's weights."""
     teacher = tiny_models.noisy_lora(fitted, 3, 0.05)
-    rows = spread(len(rollout.steps), 6)
+    rows = evenly(len(rollout.steps), 6)
     episodes = written_by(fitted, teacher, rollout, rows)
     pictures = tiny_models.shown_pictures(rollout)
     parameters = tiny_models.merged_parameters(fitted, teacher)
@@ -177,7 +172,7 @@ def test_snapshots_do_not_travel(rollout):
 
 def test_the_corrector_answers_from_the_solver(fitted, rollout):
     """Over HTTP, from the picture and the prompt alone; its thoughts are right."""
-    rows = spread(len(rollout.steps), 12)
+    rows = evenly(len(rollout.steps), 12)
     with serve("numberline") as url:
         corrector = Corrector(url, "expert")
         episodes = ask_corrector(fitted, corrector, rollout, rows)

@@ -22,13 +22,13 @@ import tiny_models
 from rich.console import Console
 
 from turbo import checkpoint, play
-from turbo.config import defaults
 from turbo.envs.base import ACTION_KEY, Answer, Optimum, Prompt, Verdict
 from turbo.envs.make import make
 from turbo.eval import EvalConfig, check, open_source
 from turbo.hub import model_sha256
 from turbo.measure import fresh_deals
 from turbo.parallel import Crew
+from turbo.presets import defaults
 from turbo.rollout import RolloutOptions, Table
 from turbo.run import Run, env_maker
 from turbo.terminal import HALF, Screen, printable
@@ -170,7 +170,7 @@ def test_actions_may_change_at_every_step(capsys, monkeypatch):
 def test_what_is_watched_is_what_an_evaluation_plays(temperature, seed, capsys, monkeypatch):
     c = EvalConfig(str(tiny_models.fitted_folder()), env="numberline", workers=1)
     config = check(c)
-    vlm, weights = open_source(c, config)
+    vlm, weights, _ = open_source(c, config)
     table = Table(vlm, env_maker(config), RolloutOptions(1, 1, temperature, 40), Crew())
     deals = fresh_deals(4, seed)
     rollout = table.collect(vlm.merged(weights), (seed, 2**31), deals=deals)
@@ -236,6 +236,7 @@ def test_a_checkpoint_and_its_teacher(run, capsys, monkeypatch):
     assert '"current number": "' in policy and "episode 3 of 3" in policy
     assert garbled not in policy
     assert teacher.count(garbled) == 30 and "0 of 3 won, mean return -10" in teacher
+    assert played(capsys, monkeypatch, [], *flags[1:]) == policy  # the run knows its environment
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,9 @@ def test_a_checkpoint_and_its_teacher(run, capsys, monkeypatch):
         (["--checkpoint", "runs/absent"], "--checkpoint runs/absent is no run directory"),
         (["--model", "tiny", "--temperature", "0"], "--temperature must be more than 0"),
         (["--episode", "3"], "did you mean --episodes?"),
-        (["--checkpoint", "RUN"], "was trained on numberline: name that, not points24"),
+        (["points24", "--checkpoint", "RUN"], "on numberline: name that, not points24"),
+        (["--checkpoint", "RUN", "--games", "x"], "are for alfworld alone"),
+        (["--games", "x"], "--games is for alfworld alone"),
     ],
 )
 def test_what_cannot_be_played_is_refused(run, argv, message, capsys, monkeypatch, tmp_path):

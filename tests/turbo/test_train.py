@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from examples.corrector_server import serve
 from turbo import train
-from turbo.config import GAME_DEFAULTS, TrainConfig
+from turbo.config import TrainConfig
 from turbo.log import METRICS, read_jsonl
 from turbo.parallel import Crew
+from turbo.presets import GAME_DEFAULTS
 from turbo.run import Run, pool
 from turbo.scribe import Interrupt
 from turbo.update import StepData
@@ -280,6 +281,27 @@ def test_a_corrector_that_fails_is_told_of_and_stops_nothing(tmp_path, capsys, m
     assert [r["sft_examples"] for r in records] == [0, 0]
 
 
+def test_a_dead_endpoint_is_refused_before_anything_is_made(tmp_path, capsys):
+    with serve("numberline") as url:
+        pass
+    out = tmp_path / "run"
+    asked = ["--guidance", "gtr", "--teacher-model", "expert", "--teacher-url", url, "--out", out]
+    err = refused(capsys, ["numberline", "--model", tiny_models.fitted_folder(), *asked])
+    assert f"--teacher-url {url!r} cannot be reached: Connection refused" in err
+    assert not out.exists()
+
+
+def test_an_endpoint_that_dies_after_the_start_stops_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("turbo.corrector.FIRST_PAUSE", 0.01)
+    with serve("numberline") as url:
+        pass
+    monkeypatch.setattr(train, "check_url", lambda url: None)  # it lived then
+    asked = ["--guidance", "gtr", "--teacher-model", "expert", "--sft-rows", "4", "--updates", "1"]
+    assert start(tmp_path / "run", *asked, "--teacher-url", url) == 0
+    record = read_jsonl(tmp_path / "run" / "metrics.jsonl")[1]
+    assert (record["teacher_failed"], record["sft_examples"]) == (4, 0)
+
+
 def test_a_run_repeats_itself_and_another_seed_does_not(tmp_path):
     for name, seed in (("one", "3"), ("two", "3"), ("other", "4")):
         assert start(tmp_path / name, "--updates", "1", "--seed", seed) == 0
@@ -427,7 +449,10 @@ def test_a_run_of_another_model_is_refused(run, tmp_path, capsys):
             ["numberline", "--guidance", "gtr", "--teacher-url", "ftp:x", "--teacher-model", "m"],
             "--teacher-url 'ftp:x' is not an address",
         ),
-        (["numberline", "--model", "absent-folder"], "absent-folder.*is missing"),
+        (
+            ["numberline", "--model", "absent-folder"],
+            "'absent-folder' does not exist: give a folder with a model",
+        ),
         (["numberline", "--resume", "absent-folder"], "absent-folder is not a run directory"),
         (
             ["numberline", "--envs", "2", "--group-size", "4", "--workers", "1"],

@@ -1,0 +1,34 @@
+"""What a run is asked for and would do nothing, refused before it starts.
+
+What a preset sets is left alone, and so is what an older run was saved with. Left out: settings
+that cannot work (`turbo.config`).
+"""
+
+from turbo.config import TrainConfig
+
+
+def check_idle(c: TrainConfig, base: TrainConfig) -> None:
+    """Refuse what is not as in `base`, a preset or a run's own settings, and would do nothing."""
+    external = "is for --guidance gtr: add that, or leave it out"
+    rules = {
+        "teacher": (
+            c.teaches,
+            f"has no use with --guidance {c.guidance}: leave it out, or use --guidance kl",
+        ),
+        "teacher_url": (c.guidance == "gtr", external),
+        "teacher_model": (c.guidance == "gtr", external),
+        "density": (
+            c.density > 0,
+            "keeps no entry, and the teacher would be the warm start: give more than 0, or "
+            "--teacher initial",
+        ),
+        "history_length": (c.env == "alfworld", "is for alfworld alone: leave it out"),
+        "critic_learning_rate": (
+            c.advantage == "gae",
+            "is for the critic: add --advantage gae, or leave it out",
+        ),
+    }
+    for name, (used, why) in rules.items():
+        value = getattr(c, name)
+        if value != getattr(base, name) and not used:
+            raise ValueError(f"--{name.replace('_', '-')} {value} {why}")
