@@ -54,7 +54,6 @@ from turbo.teacher import Teacher
 
 RECORD, PICTURE = "gtr_turbo.json", "example.png"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Files of the base that transformers' AutoProcessor reads and the parts do not write
 
 
 @dataclass

@@ -122,8 +122,11 @@ def snapshot(name: str) -> Path:
 
 def missing_files(folder: Path) -> list[str]:
     """What a model's folder lacks to be loaded, as far as its own index of weights tells."""
-    parts = ["config.json"], ["tokenizer.json", "tokenizer_config.json"]
-    parts = *parts, ["preprocessor_config.json", "processor_config.json"]
+    parts = (
+        ["config.json"],
+        ["tokenizer.json", "tokenizer_config.json"],
+        ["preprocessor_config.json", "processor_config.json"],
+    )
     lacking = [names[0] for names in parts if not any((folder / n).is_file() for n in names)]
     return lacking + missing_weights(folder)
 
@@ -133,9 +136,8 @@ def missing_weights(folder: Path) -> list[str]:
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
+            known = json.loads(index.read_text(encoding="utf-8"))
+            names = sorted(set(known["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is no index of weights: {error!r}") from error
     return [name for name in names if not (folder / name).is_file()]
