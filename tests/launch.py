@@ -8,6 +8,7 @@ process with threads may wait forever for a lock that one of them held.
 import fcntl
 import os
 import resource
+import signal
 import sys
 import termios
 
@@ -31,4 +32,5 @@ if __name__ == "__main__":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
     else:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run behind nohup
     os.execv(argv[0], argv)

@@ -156,10 +156,13 @@ def test_a_terminal_that_closes_ends_a_run_that_is_saved(tmp_path):
     run = tmp_path / "run"
     more = ("--steps-per-update", "20000", "--eval-episodes", "0", "--workers", "2")
     terminal = Terminal(run, *more)
-    terminal.read("rollout")
-    os.close(terminal.slave)
-    os.close(terminal.master)
-    assert terminal.process.wait(60) == 129
+    try:
+        terminal.read("rollout")
+        os.close(terminal.slave)
+        os.close(terminal.master)
+        assert terminal.process.wait(60) == 129
+    finally:
+        terminal.process.kill()
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["00000000"]
 
 
