@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bench.endpoint import corrector
@@ -86,7 +86,7 @@ class Planned:
 
 def plan(table: dict) -> list[Planned]:
     """All runs in order: first the groups as they stand, within a group seed after seed."""
-    planned, models = [], {}
+    planned, models, read = [], {}, {}
     for group in table["groups"]:
         regime = table["regimes"][group["regime"]]
         for seed in range(group.get("first_seed", 0), group["seeds"]):
@@ -95,7 +95,9 @@ def plan(table: dict) -> list[Planned]:
                 if method in regime.get("watched", []):
                     parts.append(table["watch"])
                 flags = " ".join(part for part in parts if part)
-                config = settings(flags, seed)
+                if flags not in read:
+                    read[flags] = settings(flags, seed)
+                config = replace(read[flags], seed=seed)
                 if config.env not in models:
                     models[config.env] = model_sha256(config)
                 model = models[config.env]

@@ -107,7 +107,7 @@ def test_what_cannot_be_measured_is_refused(flag, why, capsys):
     assert why in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_model_of_random_weights(tmp_path, monkeypatch, capsys):
     """One variant of one family's configuration, as a GPU measures the published shapes."""
     pytest.importorskip("peft")

@@ -151,7 +151,7 @@ def test_ctrl_c_closes_the_live_view(tmp_path):
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["00000000"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_terminal_that_closes_ends_a_run_that_is_saved(tmp_path):
     run = tmp_path / "run"
     more = ("--steps-per-update", "20000", "--eval-episodes", "0", "--workers", "2")
