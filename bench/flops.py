@@ -103,12 +103,13 @@ class Tally:
             return rollout
 
         def counted_gradients(rollout, data, rows, total, teacher, *others) -> dict[str, Tensor]:
-            self.minibatch(rollout.select(rows), *others)
+            chosen = rollout.select(rows)
+            self.minibatch(chosen, *others)
             if teacher is not None and teacher is not self.known:
                 self.known = teacher
                 self.steps(rollout.select(teacher.hidden), predicted=False)
             if teacher is not None:  # its layers have read the answers, its head reads them now
-                read = sum(len(s.tokens) for s in rollout.select(rows))
+                read = sum(len(s.tokens) for s in chosen)
                 self.flops += text_flops(self.sizes, 0, 0, read)
             return gradients(rollout, data, rows, total, teacher, *others)
 

@@ -72,9 +72,9 @@ def status() -> int:
     """Of the process: 0, or 1 where one of ours failed or was wrong, which is told once more."""
     for what in _failed:
         print(f"error: {what}", file=sys.stderr)
-    status = int(bool(_failed))
+    failed = bool(_failed)
     _failed.clear()
-    return status
+    return int(failed)
 
 
 def check_close(

@@ -112,13 +112,12 @@ def try_folder(out: Path) -> None:
     """OSError where nothing can be written into a folder; no trace of the trial is left."""
     made = [p for p in (out, *out.parents) if not p.exists()]
     try:
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=out) as file:
-                file.write(b"x")
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(b"x")
     finally:
-        with contextlib.suppress(OSError):  # what was not made
-            for folder in made:
+        for folder in made:
+            with contextlib.suppress(OSError):  # it was not made
                 folder.rmdir()
 
 

@@ -160,7 +160,7 @@ def backward_demos(
         vlm,
         weights,
         features,
-        *fixed,
+        demos[0].fixed,
         grid,
         owner,
         [s for d in demos for s in d.suffixes],

@@ -37,7 +37,7 @@ from turbo.model import VisionLanguageModel
 from turbo.modules import merge_policy
 from turbo.parallel import Crew
 from turbo.run import env_maker, held_out, prompt_style
-from turbo.sft_config import SftConfig, too_long
+from turbo.sft_config import SftConfig, expert_options, too_long
 
 PICTURES = 16  # that the vision tower sees together
 
@@ -90,8 +90,7 @@ def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> i
 
 def expert_maker(run: TrainConfig, c: SftConfig) -> Callable:
     """Makes the environment of the demonstrations: where deals are told apart, those to be seen."""
-    solved = {"expert_solutions": c.solutions} if c.env in ("points24", "ezpoints") else {}
-    return env_maker(run, "seen" if c.env == "points24" else "all", **solved)
+    return env_maker(run, "seen" if c.env == "points24" else "all", **expert_options(c))
 
 
 @contextmanager

@@ -13,13 +13,12 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from turbo.checkpoint import writing
+from turbo.checkpoint import try_folder, writing
 from turbo.lora import Lora
 from turbo.model import VisionLanguageModel
 
@@ -109,8 +108,7 @@ def check_out(
         if kept.exists() and kept.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"--out {out} would replace {kept}, which is needed: choose another")
     try:
-        with TemporaryDirectory(dir=next(p for p in out.resolve().parents if p.exists())):
-            pass  # that the folder can be made is known before the work is done
+        try_folder(out.resolve().parent)  # known before the work is done
     except OSError as error:
         raise ValueError(f"--out {out} cannot be made: {error.strerror}; choose another") from error
 

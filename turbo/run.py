@@ -219,7 +219,8 @@ class Run:
 def new_optimizer(learner: Learner, c: TrainConfig) -> torch.optim.Optimizer:
     """AdamW without weight decay; with 8-bit moments on request (Dettmers et al. 2022).
 
-    A group each for policy and critic, whose `scale` times the policy's learning rate is its own.
+    A group each for policy and critic: `scale` times the policy's learning rate is its own, `norm`
+    is the figure of its gradient.
     """
     kind = torch.optim.AdamW
     if c.optimizer == "adamw8bit":
@@ -229,10 +230,11 @@ def new_optimizer(learner: Learner, c: TrainConfig) -> torch.optim.Optimizer:
             raise ValueError(
                 "--optimizer adamw8bit needs bitsandbytes: pip install 'gtr-turbo[nf4]'"
             ) from error
-    groups = [dict(params=learner.lora.parameters(), scale=1.0)]
+    groups = [dict(params=learner.lora.parameters(), scale=1.0, norm="grad_norm")]
     if learner.value_head is not None:
         scale = (c.critic_learning_rate or c.learning_rate) / c.learning_rate
-        groups.append(dict(params=list(learner.value_head.parameters()), scale=scale))
+        critic = list(learner.value_head.parameters())
+        groups.append(dict(params=critic, scale=scale, norm="critic_grad_norm"))
     return kind(groups, lr=c.learning_rate, eps=c.adam_eps, weight_decay=0.0)
 
 

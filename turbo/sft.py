@@ -40,7 +40,7 @@ from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel, Weights, pick_dtype
 from turbo.parallel import Crew, cores, run_crew
 from turbo.run import alfworld_options, find_alfworld
-from turbo.sft_config import SftConfig, check_sft, sft_defaults, too_long
+from turbo.sft_config import SftConfig, check_sft, expert_options, sft_defaults, too_long
 
 SPLIT_GAMES = ("points24", "alfworld")  # some deals are kept from the warm start
 IGNORED = -100  # a target that costs nothing
@@ -236,9 +236,7 @@ def parameter_count(module: nn.Module) -> int:
 
 def env_maker(c: SftConfig) -> Callable:
     """A function of the split that makes one environment."""
-    options = tiny.tiny_kwargs(c.env)
-    if c.env in ("points24", "ezpoints"):
-        options["expert_solutions"] = c.solutions
+    options = tiny.tiny_kwargs(c.env) | expert_options(c)
 
     def build(split: str):
         extra = {"split": split} if c.env == "points24" else {}
@@ -285,7 +283,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(
                 f"--out {c.out} is not empty: choose another folder, or add --overwrite"
             )
-        try_folder(out)
+        with writing(out):
+            try_folder(out)
         find_alfworld(c)
         if c.deals < (c.workers or cores()):
             raise ValueError(f"--deals {c.deals} is less than the number of workers")

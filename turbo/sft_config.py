@@ -112,6 +112,11 @@ def sft_defaults(env: str, fine_tuning: bool = False) -> SftConfig:
     return SftConfig(**{"env": env, **SFT_DEFAULTS.get(env, {}), **more})
 
 
+def expert_options(c: SftConfig) -> dict:
+    """What the settings say of the expert, for the environments that have it."""
+    return {"expert_solutions": c.solutions} if c.env in ("points24", "ezpoints") else {}
+
+
 def too_long(longest: int, limit: int) -> str:
     """What to say where the expert's answers are longer than answers may be; else nothing."""
     if longest <= limit:
@@ -134,12 +139,13 @@ def check_sft(c: SftConfig) -> None:
     plain = sft_defaults(c.env, bool(c.model))
     for flag in OF_A_NEW_MODEL if c.model else OF_ANY_MODEL:
         if getattr(c, flag) != getattr(plain, flag):
-            name, other = "--" + flag.replace("_", "-"), "with --model"
-            hint = ""
-            if c.model:
-                other = "of a new model, without --model"
-                hint = "; that of its factors is --lora-learning-rate" * flag.endswith("rate")
-            raise ValueError(f"{name} is a setting {other}: leave it out{hint}")
+            name = "--" + flag.replace("_", "-")
+            if not c.model:
+                raise ValueError(f"{name} is a setting with --model: leave it out")
+            hint = "; that of its factors is --lora-learning-rate" * flag.endswith("rate")
+            raise ValueError(
+                f"{name} is a setting of a new model, without --model: leave it out{hint}"
+            )
     if not 0 <= c.stray < 1:
         raise ValueError(f"--stray must be a share from 0 to below 1, got {c.stray}")
     if (c.games or c.tasks) and c.env != "alfworld":

@@ -210,9 +210,9 @@ def learn(
         sums = run.learner.gradients(
             rollout, data, rows[b::count], size, teacher, run.beta, imitated(run, order)
         )
-        for part, group in zip(("", "critic_"), run.optimizer.param_groups, strict=False):
+        for group in run.optimizer.param_groups:
             norm = torch.nn.utils.clip_grad_norm_(group["params"], c.grad_clip)
-            sums[f"{part}grad_norm"] = norm
+            sums[group["norm"]] = norm
         found = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
         if all(map(math.isfinite, found.values())):
             run.optimizer.step()

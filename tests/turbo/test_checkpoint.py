@@ -214,3 +214,11 @@ def test_the_optimizer_goes_on_with_the_same_bits():
     steps(r, fresh, 6, 7)
     steps(q, other, 6, 7)
     assert not torch.equal(r[0], q[0])  # the moments matter
+
+
+def test_a_trial_of_a_folder_leaves_no_trace(tmp_path):
+    """Also where its parents could be made, and it could not."""
+    checkpoint.try_folder(tmp_path / "a" / "b")
+    with pytest.raises(OSError, match="too long"):
+        checkpoint.try_folder(tmp_path / "c" / ("d" * 300))
+    assert list(tmp_path.iterdir()) == []
