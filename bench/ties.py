@@ -3,13 +3,16 @@
 On a CPU: one matrix of 2,048 x 2,048, rank 64, 8 checkpoints, against peft's `ties` on the dense
 task vectors and mergekit's on the dense checkpoints (which are made beforehand, at their gain),
 with thresholds at hand and with them computed; then the peak memory for 2, 8 and 32 checkpoints. On
-a GPU: also all 196 text matrices of Qwen2.5-VL-7B's shapes, rank 128, 30 checkpoints.
+a GPU: also all 196 text matrices of Qwen2.5-VL-7B's shapes, rank 128, 30 checkpoints, and the
+largest of them against peft, whose 30 dense task vectors take 8 GB in fp32.
 
 Each result is first compared with the fp64 reference. Where votes cancel but for rounding, and at
 the threshold, either answer is right: one entry in a thousand may differ.
 """
 
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -100,15 +103,7 @@ def compare(c: Config, device: str) -> None:
     weights = [1.0] * c.checkpoints
     dense = [y @ x for x, y in zip(a, b, strict=True)]
     checkpoints = [base + tau for tau in dense]
-
-    def levels() -> list[torch.Tensor]:
-        return [trim_threshold(x, y, 1.0, DENSITY) for x, y in zip(a, b, strict=True)]
-
-    known = levels()
-    variants = {
-        "ours, thresholds at hand": lambda: ties_merge_lora(base, a, b, scales, weights, known),
-        "ours, thresholds computed": lambda: ties_merge_lora(base, a, b, scales, weights, levels()),
-        "peft ties, task vectors at hand": lambda: peft_ties(base, dense),
+    variants = ours_and_peft(base, a, b, dense) | {
         "mergekit ties, checkpoints at hand": lambda: mergekit_ties(base, checkpoints),
     }
     linear = {"ours, linear merge": lambda: linear_merge_lora(base, a, b, scales, weights)}
@@ -132,6 +127,40 @@ def compare(c: Config, device: str) -> None:
         device=device,
         repeats=c.repeats,
         floor=flops / product_rate(torch.float32, device),
+        save=c.save,
+    )
+
+
+def ours_and_peft(base: torch.Tensor, a: list, b: list, dense: list) -> dict[str, Callable]:
+    """TIES with unit scales and weights: ours twice, and peft's of the dense task vectors."""
+    ones = [1.0] * len(a)
+
+    def levels() -> list[torch.Tensor]:
+        return [trim_threshold(x, y, 1.0, DENSITY) for x, y in zip(a, b, strict=True)]
+
+    known = [float(level) for level in levels()]
+    return {
+        "ours, thresholds at hand": lambda: ties_merge_lora(base, a, b, ones, ones, known),
+        "ours, thresholds computed": lambda: ties_merge_lora(base, a, b, ones, ones, levels()),
+        "peft ties, task vectors at hand": lambda: peft_ties(base, dense),
+    }
+
+
+def large_matrix(c: Config, rank: int = 128, count: int = 30) -> None:
+    """The largest matrix of a 7B model with factors in bf16, against peft on fp32 task vectors."""
+    size = max(QWEN_7B.values(), key=math.prod)
+    base, a, b, _ = make(size, rank, count, torch.bfloat16, "cuda")
+    dense = [y.float() @ x.float() for x, y in zip(a, b, strict=True)]
+    levels = [reference.trim_threshold_reference(tau, DENSITY) for tau in dense]
+    shape = f"{size[0]}x{size[1]} r={rank} K={count} bfloat16"
+    variants = ours_and_peft(base, a, b, dense)
+    race(
+        "ties",
+        shape,
+        agreeing(f"ties {shape}", variants, lambda call: check_rows(call(), base, a, b, levels)),
+        device="cuda",
+        repeats=c.repeats,
+        floor=2 * size[0] * size[1] * rank * count / product_rate(torch.bfloat16, "cuda"),
         save=c.save,
     )
 
@@ -210,6 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"on {device_name(device)}")
     if device == "cuda":
         whole_model(c)
+        large_matrix(c)
     compare(c, device)
     memory(c, device)
     return status()

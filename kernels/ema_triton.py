@@ -1,9 +1,10 @@
 """The Triton kernels of the EMA: a list of tensors in one launch, and base + s B A tile by tile.
 
-The list is cut into blocks; a program finds its tensor and its place there in two small tables,
-which stay on the device as long as the lists stay where they are. Random bits are Philox numbers of
-(seed + block, entry): no state is kept, and the same seed gives the same bits. Equations and
-rounding: ema.py.
+The list is cut into spans; a program finds its tensor and its place there in two small tables,
+which stay on the device as long as the lists stay where they are, and walks over its span in blocks
+of 16 bytes a thread: a short chain of loads each, and many programs at once to hide it. Random bits
+are Philox numbers of (seed + span, entry): no state is kept, and the same seed gives the same bits.
+Equations and rounding: ema.py.
 
 Importing this needs triton. Left out: fp64, which ema.py computes with PyTorch.
 """
@@ -17,9 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles_triton import FUSED, TRITON_DTYPES, addresses, rounded, table, tau_tile, tiling
+from .tiles_triton import (
+    FUSED,
+    TRITON_DTYPES,
+    addresses,
+    random_bits,
+    rounded,
+    table,
+    tau_tile,
+    tiling,
+)
 
-BLOCK = 4096
+BLOCK = 1024  # entries at once
+SPAN = 8 * BLOCK  # of one program
 
 
 @triton.jit
@@ -31,8 +42,8 @@ def _lerp(old, fresh, alpha):
 
 @triton.jit(do_not_specialize=["seed"])  # a random number: one of 16 would be compiled for
 def _ema_list(
-    tensors,  # [4, count] int64: addresses of average and new, entries, number of the first block
-    tensor_of_block,  # [blocks] int32
+    tensors,  # [4, count] int64: addresses of average and new, entries, number of the first span
+    tensor_of_span,  # [spans] int32
     count,
     alpha,
     seed,
@@ -40,41 +51,45 @@ def _ema_list(
     NEW: tl.constexpr,
     ALIGNED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    block = tl.program_id(0)
-    tensor = tensors + tl.load(tensor_of_block + block)
+    span = tl.program_id(0)
+    tensor = tensors + tl.load(tensor_of_span + span)
     average = tl.load(tensor).to(tl.pointer_type(AVERAGE))
     new = tl.load(tensor + count).to(tl.pointer_type(NEW))
-    start = (block - tl.load(tensor + 3 * count)) * BLOCK
+    start = (span - tl.load(tensor + 3 * count)) * SPAN
     if ALIGNED:  # the compiler cannot know it of numbers that come from memory
         average, new = tl.multiple_of(average, 16), tl.multiple_of(new, 16)
-    left = tl.load(tensor + 2 * count) - start
-    seed += block
-    if left >= BLOCK:  # no mask, which would take entries apart that can be read together
-        _ema_block(average + start, new + start, left, alpha, seed, False, STOCHASTIC, BLOCK)
-    else:
-        _ema_block(average + start, new + start, left, alpha, seed, True, STOCHASTIC, BLOCK)
+    left = tl.minimum(tl.load(tensor + 2 * count) - start, SPAN)
+    average, new = average + start, new + start
+    whole = (left // BLOCK * BLOCK).to(tl.int32)
+    for at in range(0, whole, BLOCK):  # no mask, which would take apart what is read together
+        _ema_block(average, new, at, left, alpha, seed + span, False, STOCHASTIC, BLOCK)
+    if whole < left:
+        _ema_block(average, new, whole, left, alpha, seed + span, True, STOCHASTIC, BLOCK)
 
 
 @triton.jit
 def _ema_block(
     average,
     new,
-    left,  # entries from here on
+    at,  # first entry
+    left,  # entries of the span
     alpha,
     seed,
     MASKED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    entry = tl.arange(0, BLOCK)
+    entry = at + tl.arange(0, BLOCK)
     inside = entry < left if MASKED else None
     other = 0.0 if MASKED else None
     old = tl.load(average + entry, mask=inside, other=other).to(tl.float32)
     fresh = tl.load(new + entry, mask=inside, other=other).to(tl.float32)
+    random = random_bits(seed, at, BLOCK) if STOCHASTIC else 0
     dtype: tl.constexpr = average.dtype.element_ty
-    x = rounded(_lerp(old, fresh, alpha), dtype, seed, entry, STOCHASTIC)
+    x = rounded(_lerp(old, fresh, alpha), dtype, random, STOCHASTIC)
     tl.store(average + entry, x, mask=inside)
 
 
@@ -104,9 +119,9 @@ def _ema_lora(
     old = tl.load(average + at, mask=inside, other=0.0).to(tl.float32)
     fresh = tl.load(base + at, mask=inside, other=0.0).to(tl.float32) + tau
     block = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    entry = m[:, None] * BN + n[None, :]
+    random = tl.reshape(random_bits(seed + block, 0, BM * BN), [BM, BN]) if STOCHASTIC else 0
     dtype: tl.constexpr = average.dtype.element_ty
-    x = rounded(_lerp(old, fresh, alpha), dtype, seed + block, entry, STOCHASTIC)
+    x = rounded(_lerp(old, fresh, alpha), dtype, random, STOCHASTIC)
     tl.store(average + at, x, mask=inside)
 
 
@@ -124,11 +139,11 @@ def ema_list_(
         old, fresh = zip(*group, strict=True)
         kind, starts = (old[0].dtype, fresh[0].dtype), (addresses(old), addresses(fresh))
         sizes = tuple(tensor.numel() for tensor in old)
-        tensors, tensor_of_block = _places(*map(tuple, starts), sizes, old[0].device)
-        blocks = len(tensor_of_block)
-        _ema_list[(blocks,)](
+        tensors, tensor_of_span = _places(*map(tuple, starts), sizes, old[0].device)
+        spans = len(tensor_of_span)
+        _ema_list[(spans,)](
             tensors,
-            tensor_of_block,
+            tensor_of_span,
             len(old),
             alpha,
             (seed or 0) + launched,
@@ -136,10 +151,11 @@ def ema_list_(
             NEW=TRITON_DTYPES[kind[1]],
             ALIGNED=all(start % 16 == 0 for side in starts for start in side),
             STOCHASTIC=seed is not None and kind[0] == torch.bfloat16,
+            SPAN=SPAN,
             BLOCK=BLOCK,
             **FUSED,
         )
-        launched += blocks
+        launched += spans
 
 
 @lru_cache(maxsize=4)
@@ -147,11 +163,11 @@ def _places(
     average: tuple[int, ...], new: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """What `_ema_list` looks up, from where tensors begin and how many entries they have."""
-    blocks = torch.tensor([triton.cdiv(size, BLOCK) for size in sizes])
-    first = blocks.cumsum(0) - blocks
+    spans = torch.tensor([triton.cdiv(size, SPAN) for size in sizes])
+    first = spans.cumsum(0) - spans
     tensors = table([average, new, sizes, first.tolist()], torch.int64, device)
-    tensor_of_block = torch.arange(len(sizes)).repeat_interleave(blocks)
-    return tensors, table(tensor_of_block, torch.int32, device)
+    tensor_of_span = torch.arange(len(sizes)).repeat_interleave(spans)
+    return tensors, table(tensor_of_span, torch.int32, device)
 
 
 def ema_lora_(

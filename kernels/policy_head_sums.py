@@ -83,11 +83,19 @@ class Sides:
         return self.products(part) if head.triton else self.logits(part, head)
 
     def products(self, part: slice) -> tuple[Tensor, Tensor]:
-        """h W^T of one part in fp32 for the Triton kernels; no teacher: its place is not read."""
+        """h W^T of one part in fp32 for the Triton kernels; no teacher: its place is not read.
+
+        Where the part is the whole vocabulary and both sides share the head, the rows of both are
+        one product: few rows alone would leave a GPU's tensor cores idle in part.
+        """
         weight = self.weight[part]
-        student = product(self.hidden, weight.T)
         if self.teacher_hidden is None:
+            student = product(self.hidden, weight.T)
             return student, student
+        if len(weight) == len(self.weight) and is_same(self.weight, self.teacher_weight):
+            both = torch.cat([self.hidden, self.teacher_hidden])
+            return product(both, weight.T).chunk(2)
+        student = product(self.hidden, weight.T)
         return student, product(self.teacher_hidden, self.teacher_weight[part].T)
 
 
@@ -199,6 +207,12 @@ def part_gradient(z: Tensor, u: Tensor | None, targets: Tensor, part: slice, row
     return x
 
 
+def is_same(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors are the same memory, read alike."""
+    same = one.data_ptr() == two.data_ptr() and one.dtype == two.dtype
+    return same and one.shape == two.shape and one.stride() == two.stride()
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in fp32, not rounded to the dtype of 16-bit inputs in between."""
     if left.dtype == torch.float32:
@@ -214,5 +228,5 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     elif left.is_cpu:
         total += left @ right
-    else:
-        total += product(left, right)
+    else:  # the sum is read and written by the product itself, not by a pass of its own
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)

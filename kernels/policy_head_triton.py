@@ -62,38 +62,53 @@ def _add_chunk(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + row) - start
     at = sums + tl.program_id(1).to(tl.int64) * 9 * T + row
-    m, sum_p, sum_pz = tl.load(at), tl.load(at + T), tl.load(at + 2 * T)
-    z_target = tl.load(at + 3 * T)
-    if TEACHER:
-        n, sum_q, sum_pd = tl.load(at + 4 * T), tl.load(at + 5 * T), tl.load(at + 6 * T)
-        sum_qd, u_target = tl.load(at + 7 * T), tl.load(at + 8 * T)
+    m, n = tl.load(at), tl.load(at + 4 * T)
+    first_m, first_n = m, n
+    # Each lane adds up its own columns: across the lanes only the largest logit is looked for
+    p = tl.zeros([BLOCK], dtype=tl.float32)
+    pz, q, pd, qd = p, p, p, p
     first = tl.program_id(1) * share
     for begin in range(first, min(first + share, width), BLOCK):
         column = begin + tl.arange(0, BLOCK)
-        known = column < width
-        hit = known & (column == target)  # the target may lie in the next part
         z = _logits(student, bias, inverse_temperature, row, column, start, width, BIASED)
-        z_target += tl.sum(tl.where(hit, z, 0.0), 0)
-        new_m = tl.maximum(m, tl.max(z, 0))
-        shrink = tl.exp(m - new_m)
-        shifted = tl.where(known, z - new_m, 0.0)
-        p = tl.where(known, tl.exp(shifted), 0.0)
-        sum_pz = shrink * (sum_pz + sum_p * (m - new_m)) + tl.sum(p * shifted, 0)
-        sum_p = shrink * sum_p + tl.sum(p, 0)
-        m = new_m
+        largest = tl.maximum(m, tl.max(z, 0))
+        if largest > m:
+            shrink = tl.exp(m - largest)
+            pz = shrink * (pz + p * (m - largest))
+            p, pd, m = shrink * p, shrink * pd, largest
+        shifted = z - m
+        e = tl.exp(shifted)
+        p += e
+        pz += e * shifted
         if TEACHER:
             u = _logits(teacher, bias, inverse_temperature, row, column, start, width, BIASED)
-            u_target += tl.sum(tl.where(hit, u, 0.0), 0)
             d = z - u
-            sum_pd = shrink * sum_pd + tl.sum(p * d, 0)
-            new_n = tl.maximum(n, tl.max(u, 0))
-            shrink = tl.exp(n - new_n)
-            q = tl.where(known, tl.exp(u - new_n), 0.0)
-            sum_q = shrink * sum_q + tl.sum(q, 0)
-            sum_qd = shrink * sum_qd - tl.sum(q * d, 0)
-            n = new_n
+            pd += e * d
+            largest = tl.maximum(n, tl.max(u, 0))
+            if largest > n:
+                shrink = tl.exp(n - largest)
+                q, qd, n = shrink * q, shrink * qd, largest
+            e = tl.exp(u - n)
+            q += e
+            qd -= e * d
+    shift = first_m - m
+    shrink = tl.exp(shift)
+    sum_p = tl.load(at + T)
+    sum_pz = tl.sum(pz, 0) + shrink * (tl.load(at + 2 * T) + sum_p * shift)
+    sum_p = tl.sum(p, 0) + shrink * sum_p
+    target = tl.load(targets + row) - start
+    hit = (tl.program_id(1) == 0) & (target >= 0) & (target < width)  # or in another part
+    target = tl.where(hit, target, 0)
+    z = _logits(student, bias, inverse_temperature, row, target, start, width, BIASED)
+    z_target = tl.load(at + 3 * T) + tl.where(hit, z, 0.0)
+    if TEACHER:
+        sum_pd = tl.sum(pd, 0) + shrink * tl.load(at + 6 * T)
+        shrink = tl.exp(first_n - n)
+        sum_q = tl.sum(q, 0) + shrink * tl.load(at + 5 * T)
+        sum_qd = tl.sum(qd, 0) + shrink * tl.load(at + 7 * T)
+        u = _logits(teacher, bias, inverse_temperature, row, target, start, width, BIASED)
+        u_target = tl.load(at + 8 * T) + tl.where(hit, u, 0.0)
     tl.store(at, m)
     tl.store(at + T, sum_p)
     tl.store(at + 2 * T, sum_pz)
@@ -138,7 +153,7 @@ def _grad_logits(
         log_q = u - b
         x += of_reverse * (log_p - log_q - reverse) + of_forward
         more -= of_forward * tl.exp(log_q)
-    gradient = rounded(tl.exp(log_p) * x + more, dz.dtype.element_ty, 0, 0, False)
+    gradient = rounded(tl.exp(log_p) * x + more, dz.dtype.element_ty, 0, False)
     tl.store(dz + row * width + column, gradient, mask=column < width)
 
 

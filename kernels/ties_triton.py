@@ -26,6 +26,7 @@ from .tiles_triton import FUSED, TRITON_DTYPES, addresses, rounded, table, tau_t
 DIGITS = ((23, 8), (15, 8), (7, 8), (0, 7))  # (shift, bits) of each counting pass over 31 bits
 PROGRAMS = 1024  # that count: enough for any GPU, few enough that adding up costs nothing
 SQUARE = tl.constexpr(16)  # tiles across, of 64 columns; the 8 below each other have 128 rows
+SMALLEST = 2.0**-149  # above zero in fp32
 ALIGNMENT = 16  # bytes of an address, and entries of a rank: then copies are of 16 bytes
 
 
@@ -45,7 +46,7 @@ def place():
 def merged_tile(
     base,
     factors,  # [3, K] int64: addresses of A and of B, rank
-    numbers,  # [3, K] float32: scale, threshold, weight
+    numbers,  # [3, K] float32: scale, threshold > 0, weight
     lam,
     rows,
     columns,
@@ -74,11 +75,11 @@ def merged_tile(
         threshold = tl.load(numbers + count + i)
         weight = tl.load(numbers + 2 * count + i)
         tau = tau_tile(a, b, rank, scale, rows, columns, row, column, BM, BN, BR, ONCE)
-        tau = tl.where(tl.abs(tau) >= threshold, tau, 0.0)
-        positive += weight * tl.maximum(tau, 0.0)
-        negative += weight * tl.minimum(tau, 0.0)
-        positive_weight += tl.where(tau > 0, weight, 0.0)
-        negative_weight += tl.where(tau < 0, weight, 0.0)
+        above, below = tau >= threshold, tau <= -threshold  # a zero is neither
+        positive = tl.where(above, positive + weight * tau, positive)
+        negative = tl.where(below, negative + weight * tau, negative)
+        positive_weight = tl.where(above, positive_weight + weight, positive_weight)
+        negative_weight = tl.where(below, negative_weight + weight, negative_weight)
     total = positive + negative
     agreeing = tl.where(total > 0, positive, tl.where(total < 0, negative, 0.0))
     weight = tl.where(total > 0, positive_weight, tl.where(total < 0, negative_weight, 1.0))
@@ -88,7 +89,7 @@ def merged_tile(
     at = m[:, None] * columns + n[None, :]
     old = tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
     merged = old + lam * tl.div_rn(agreeing, weight)
-    return rounded(merged, base.dtype.element_ty, 0, 0, False), m, n
+    return rounded(merged, base.dtype.element_ty, 0, False), m, n
 
 
 @triton.jit
@@ -234,6 +235,7 @@ def launch(
     known = [a.shape[0] for a in lora_a]
     places = addresses(lora_a), addresses(lora_b)
     factors = table([*places, known], torch.int64, device)
+    thresholds = [max(float(threshold), SMALLEST) for threshold in thresholds]
     numbers = table([scales, thresholds, weights], torch.float32, device)
     arguments = [factors, numbers, lam, rows, columns, len(lora_a)]
     blocks = tiling(lora_a, max(known))

@@ -26,7 +26,7 @@ aten = torch.ops.aten
 MOVES = {aten._to_copy.default, aten.copy_.default}
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}
 # What only a GPU has: sums of a product in another type. Where the type stands, and a sum before.
-WIDE_PRODUCTS = {aten.mm.dtype: (2, 0), aten.addmm.dtype: (3, 1)}
+WIDE_PRODUCTS = {aten.mm.dtype: (2, 0), aten.addmm.dtype_out: (3, 1)}
 FROM_NUMBERS = {torch.tensor, torch.as_tensor, torch.asarray}
 
 
@@ -130,7 +130,7 @@ def compute(function, args: tuple, kwargs: dict):
     if function in WIDE_PRODUCTS:
         place, first = WIDE_PRODUCTS[function]
         left, right = (x.to(given[place]) for x in given[first : first + 2])
-        out = left @ right if first == 0 else given[0] + left @ right
+        out = left @ right if first == 0 else named["out"].copy_(given[0] + left @ right)
     else:
         out = function(*given, **named)
     if not on_gpu or function is aten._local_scalar_dense.default:

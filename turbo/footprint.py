@@ -185,13 +185,13 @@ def read_back_bytes(shape: TextShape, nf4: bool) -> int:
     return BF16 * shape.largest_weights if nf4 else 0
 
 
-def merge_bytes(shape: TextShape, rank: int, history: int, master: bool) -> int:
+def merge_bytes(shape: TextShape, rank: int, history: int) -> int:
     """The factors of so many checkpoints of the largest matrix, and a tile of the merge."""
     columns = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
     tile = BYTES_PER_TILE_ENTRY * max(MIN_TILE_ROWS * columns, CUDA_TILE_ELEMENTS)
-    return history * history_entry_bytes(rank, shape.largest_features, master) + tile
+    return history * history_entry_bytes(rank, shape.largest_features) + tile
 
 
-def history_entry_bytes(rank: int, features: int, master: bool) -> int:
-    """LoRA factors of one checkpoint for matrices of so many in + out features, as trained."""
-    return (BF16 if master else FP32) * rank * features
+def history_entry_bytes(rank: int, features: int) -> int:
+    """LoRA factors of one checkpoint for matrices of so many in + out features."""
+    return BF16 * rank * features

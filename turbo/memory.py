@@ -157,7 +157,7 @@ def plan(shape: TextShape, s: Settings, gpu_bytes: float) -> Plan:
         waste[phase] = int(size.STATIC_WASTE * staying + size.DYNAMIC_WASTE * moving)
     terms.append(Term("fragmentation", waste, counted=False))
     terms.append(Term("CUDA context", dict.fromkeys(PHASES, size.CUDA_CONTEXT), counted=False))
-    n = size.history_entry_bytes(s.lora_rank, shape.covered_features, s.lora_dtype == "bfloat16")
+    n = size.history_entry_bytes(s.lora_rank, shape.covered_features)
     tokens = s.steps_per_update * s.max_new_tokens
     host = {
         f"factors of {s.history} checkpoints": s.history * n,
@@ -211,7 +211,7 @@ def _passing(shape: TextShape, s: Settings) -> list[Term]:
             "train": size.head_bytes(shape, tokens, backward=True),
         },
         "optimizer's temporaries": {"step": size.step_bytes(shape, rank, master, eight)},
-        "merge workspace": {"merge": size.merge_bytes(shape, rank, s.history, master)},
+        "merge workspace": {"merge": size.merge_bytes(shape, rank, s.history)},
     }
     return [Term(name, found, counted=False) for name, found in modelled.items()]
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import device_of
 from hypothesis import given
 from hypothesis import strategies as st
 from live_bytes import LiveBytes
@@ -33,6 +34,7 @@ def of_sequences(lengths):
 
     def loss(out, some):
         mine = owner[(owner >= some.start) & (owner < some.stop)] - some.start
+        mine = mine.to(out.logprob.device)
         count = some.stop - some.start
         logprob = out.logprob.new_zeros(count).index_add(0, mine, out.logprob)
         gain = (advantage[some].to(logprob) * (0.1 * logprob).exp()).sum()
@@ -46,9 +48,10 @@ def of_sequences(lengths):
 @pytest.mark.parametrize("size", SIZES)
 def test_loss_and_every_gradient_are_those_of_autograd(size, impl):
     dtype = torch.float32 if impl == "triton" else torch.float64
-    hidden, weight, targets, teacher = make(dtype=dtype)
+    device = device_of(impl)
+    hidden, weight, targets, teacher = (x.to(device) for x in make(dtype=dtype))
     targets[1] = -100
-    bias = torch.linspace(-1, 1, len(weight), dtype=dtype)
+    bias = torch.linspace(-1, 1, len(weight), dtype=dtype, device=device)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     options = dict(temperature=0.7, teacher_hidden=teacher, teacher_weight=weight.detach() + 0.1)
     loss = of_sequences(LENGTHS)
