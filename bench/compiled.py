@@ -126,8 +126,7 @@ def launches() -> dict[str, Callable[[], object]]:
     """What is launched for which inputs, on tensors without data."""
     from turbo.kernels import ema_triton, nf4_triton, policy_head_triton, ties_triton
     from turbo.kernels.nf4 import empty_nf4
-    from turbo.kernels.policy_head import OUTPUTS, STUDENT_OUTPUTS
-    from turbo.kernels.policy_head_sums import Head, Sides
+    from turbo.kernels.policy_head_sums import OUTPUTS, STUDENT_OUTPUTS, Head, Sides
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -160,7 +159,7 @@ def launches() -> dict[str, Callable[[], object]]:
         want = OUTPUTS if teacher else STUDENT_OUTPUTS
         options = Head(1.0, banned, want, 1 << 24, keep=False, how="triton")
         part, rows = slice(0, 1 << 14), empty(8, TOKENS, dtype=torch.float32)
-        policy_head_triton.head_sums(sides, options, [part], sides.products)
+        policy_head_triton.head_outputs(sides, options, [part], sides.products)
         policy_head_triton.part_gradients(sides, options, rows, sides.products)(part)
 
     bf16, fp32 = torch.bfloat16, torch.float32

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.race import needs_cuda
 from turbo.kernels.policy_head import policy_head
-from turbo.kernels.policy_head_loss import PIECE_ELEMENTS, policy_head_loss
+from turbo.kernels.policy_head_loss import policy_head_loss
 from turbo.kernels.reference import PolicyHeadOutput
 
 # hidden, W, targets, teacher; and the loss of the outputs, for what is given it
@@ -76,7 +76,7 @@ def ours(*want: str, chunk_elements: int | None = None) -> Head:
     return call
 
 
-def ours_given_loss(*want: str, mean: bool = False, piece_elements: int = PIECE_ELEMENTS) -> Head:
+def ours_given_loss(*want: str, mean: bool = False, piece_elements: int | None = None) -> Head:
     """The kernel that forms the gradient beside the loss, which is a sum over rows."""
 
     def call(hidden, weight, targets, teacher, loss):

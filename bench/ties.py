@@ -46,6 +46,8 @@ class Config:
     """rank of the factors"""
     checkpoints: int = 8
     """task vectors that are merged"""
+    whole: bool = True
+    """on a GPU, the whole model of 7B too"""
     repeats: int = 5
     """timed turns"""
     save: bool = True
@@ -238,7 +240,8 @@ def main(argv: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"on {device_name(device)}")
     if device == "cuda":
-        whole_model(c)
+        if c.whole:
+            whole_model(c)
         large_matrix(c)
     compare(c, device)
     memory(c, device)

@@ -18,7 +18,8 @@ The rates are those of a product of square matrices in the dtype of the run and 
 workers at once, measured in every turn. The floor is told of large models alone: the weights of a
 small one stay in the processor's cache. Peak memory is the most that a variant's processes hold,
 summed, in two updates of their own (what one variant has freed may stay resident and would count
-for the next).
+for the next). A single variant on a GPU is asked in the timed updates, beside what the memory
+planner expects.
 
 Left out: evaluation and log files, which `turbo.train` writes between the updates.
 """
@@ -83,6 +84,7 @@ OWN = {
     "utilisation": Metric("its share of what a matrix product reaches on this device", "0..1"),
     "decode_floor_share": Metric("share of the rate that reading the weights allows", "0..1"),
     "peak_bytes": Metric("most memory that the processes hold, summed", "bytes"),
+    "planned_bytes": Metric("what the memory planner expects of a run on a GPU", "bytes"),
 }
 REPORTED = (
     "steps_per_second",
@@ -96,6 +98,7 @@ REPORTED = (
     "flops_per_second",
     "utilisation",
     "peak_bytes",
+    "planned_bytes",
 )
 UNITS = {name: (OWN | METRICS)[name].unit for name in REPORTED}
 Turns = dict[str, list[dict[str, float]]]  # figures of every timed update, per variant
@@ -128,6 +131,8 @@ class BenchConfig:
     """environment steps of an update (0: the default of training)"""
     envs: int = 0
     """environments that play at once (0: the default of training)"""
+    epochs: int = 0
+    """passes over an update's steps (0: the default of training)"""
     recipe_steps: int = 64
     """environment steps of an update of the published recipe (0: leave it out; it needs peft)"""
     memory: bool = True
@@ -143,8 +148,13 @@ class BenchConfig:
 class RandomActions(Points24):
     """Points24 for a model that cannot play: an illegal answer takes an action at random.
 
-    All would lose at once and alike otherwise, and nothing would be left to train on.
+    All would lose at once and alike otherwise, and nothing would be left to train on. An episode
+    has two steps at most, so that an update of some hundred ends with all environments at work, as
+    one of thousands is nearly always.
     """
+
+    def __init__(self, **options):
+        super().__init__(max_tokens=1, **options)
 
     def step_illegal(self) -> tuple:
         """A step with an action of the game's own random numbers."""
@@ -187,6 +197,7 @@ def settings(c: BenchConfig) -> dict[str, TrainConfig]:
         max_new_tokens=c.max_new_tokens or base.max_new_tokens,
         steps_per_update=c.steps or base.steps_per_update,
         envs=c.envs or base.envs,
+        epochs=c.epochs or base.epochs,
         teacher_url=f"http://127.0.0.1:{c.port}/v1",
     )
     names = [c.only] if c.only else VARIANTS
@@ -278,7 +289,10 @@ def new_recipe(c: BenchConfig, s: Setting, folder: Path) -> Recipe:
 
 def updates(crew: Crew, c: BenchConfig, folder: Path) -> Measured:
     """Figures of every timed update, per variant; what every worker runs."""
+    start = time.perf_counter()
     runs = {name: new_run(crew, c, name, folder) for name in settings(c)}
+    if crew.leads:
+        print(f"models and runs are made: {time.perf_counter() - start:.0f} s", flush=True)
     calls = {name: lambda own=own: one_update(*own) for name, own in runs.items()}
     config, device = common(c), device_of(next(iter(runs.values()))[0])
     dtype = pick_dtype(config.dtype, device)
@@ -299,7 +313,16 @@ def updates(crew: Crew, c: BenchConfig, folder: Path) -> Measured:
     calls = {name: lambda n=name, call=call: told(crew, n, call()) for name, call in calls.items()}
     timed = alternate(calls | {PRODUCT: product}, repeats=c.updates - 1)
     turns = {name: [figures for _, figures in results] for name, results in timed.items()}
+    if device == "cuda" and len(calls) == 2:  # nothing else has held memory there
+        for figures in turns[next(iter(runs))]:
+            figures |= {"peak_bytes": peak_bytes(torch.device(device)), **planned(config)}
     return Measured(compare(turns) if crew.leads else turns, setting)
+
+
+def planned(config: TrainConfig) -> dict[str, float]:
+    """The bytes that the memory planner expects, where it knows the model."""
+    plan = hub.memory_plan(config)
+    return {"planned_bytes": plan.total} if plan else {}
 
 
 def told(crew: Crew, name: str, figures: dict[str, float]) -> dict[str, float]:
@@ -418,6 +441,7 @@ def describe(c: BenchConfig, workers: int, setting: Setting | None) -> dict[str,
     ours += f" base={c.quantize}" * (c.quantize != "none") + " graphs" * c.decode_graphs
     ours += f" play={c.play}" * (c.play != "auto")
     ours += f" answers={c.max_new_tokens}" * bool(c.max_new_tokens)
+    ours += f" epochs={c.epochs}" * bool(c.epochs)
     return dict.fromkeys(settings(c), ours) | {
         RECIPE: f"{game} workers=1 envs=1 steps={c.recipe_steps} {setting} checkpoint=each",
         PRODUCT: f"workers={workers} dtype={dtype}",

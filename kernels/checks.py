@@ -214,8 +214,8 @@ def check_head_inputs(
     temperature: float,
     bias: Tensor | None,
     banned: Tensor | None,
-) -> None:
-    """All of the policy head's arguments but the teacher's."""
+) -> bool:
+    """All of the policy head's arguments but the teacher's; whether every row has a target."""
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
     for name, tensor in (("hidden", hidden), ("weight", weight)):
@@ -232,14 +232,22 @@ def check_head_inputs(
         check_tensor("bias", bias, (vocabulary,), dtype, device)
     if banned is not None:
         check_tensor("banned", banned, (vocabulary,), torch.bool, device)
-        if banned.all():
-            raise ValueError("banned: expected at least one entry that is not banned, got none")
+    if not rows:
+        return True
+    # One answer of the device for all that is asked
+    asked = [*targets.aminmax(), targets.new_zeros(()) if banned is None else banned.all()]
+    lowest, highest, all_banned = torch.stack([x.to(torch.int64) for x in asked]).tolist()
+    if all_banned:
+        raise ValueError("banned: expected at least one entry that is not banned, got none")
+    if lowest >= 0 and highest < vocabulary:
+        return True
     good = (targets == IGNORED_TARGET) | ((targets >= 0) & (targets < vocabulary))
     if not good.all():
         raise ValueError(
             f"targets: expected {IGNORED_TARGET} or 0..{vocabulary - 1}, "
             f"got {targets[~good][:5].tolist()}"
         )
+    return False
 
 
 def check_head_teacher(

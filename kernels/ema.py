@@ -28,6 +28,7 @@ from .reference import ema_reference
 from .tiles import row_tiles, task_vector_tile
 
 ROUNDINGS = ("nearest", "stochastic")
+PLAIN = {torch.float32, torch.bfloat16, torch.float64}  # dtypes that every rounding takes
 TILE = 1 << 16  # entries worked on at once: their fp32 copies stay in a core's cache
 
 
@@ -47,7 +48,7 @@ def ema_update_(
         return
     how = choose_impl(impl, average[0].device, has_triton=True)
     seed = _draw_seed(generator) if rounding == "stochastic" else None
-    if how == "triton" and all(_fits_triton(a, n) for a, n in zip(average, new, strict=True)):
+    if how == "triton" and _fits_triton((*average, *new)):
         from .ema_triton import ema_list_
 
         return ema_list_(average, new, alpha, seed)
@@ -88,7 +89,7 @@ def ema_update_lora_(
     check_same("lora_a device", lora_a.device, "average", average.device)
     how = choose_impl(impl, average.device, has_triton=True)
     seed = _draw_seed(generator) if rounding == "stochastic" else None
-    if how == "triton" and all(_fits_triton(average, t) for t in (base, lora_a)):
+    if how == "triton" and _fits_triton((average, base, lora_a)):
         from .ema_triton import ema_lora_
 
         return ema_lora_(average, base, lora_a, lora_b, scale, alpha, seed)
@@ -138,10 +139,11 @@ def _draw_seed(generator: torch.Generator | None) -> int:
     return int(torch.randint(2**31 - 1, (), generator=generator))
 
 
-def _fits_triton(average: Tensor, new: Tensor) -> bool:
-    """What the kernel takes: contiguous, fp32 or narrower."""
-    tensors = (average, new)
-    return all(t.is_contiguous() and t.dtype != torch.float64 for t in tensors)
+def _fits_triton(tensors: Sequence[Tensor]) -> bool:
+    """What the kernels take: contiguous, fp32 or narrower."""
+    return torch.float64 not in {t.dtype for t in tensors} and all(
+        t.is_contiguous() for t in tensors
+    )
 
 
 def _check(average: Sequence[Tensor], new: Sequence[Tensor], alpha: float, rounding: str) -> None:
@@ -150,6 +152,11 @@ def _check(average: Sequence[Tensor], new: Sequence[Tensor], alpha: float, round
         raise ValueError(f"rounding: expected one of {ROUNDINGS}, got {rounding!r}")
     if len(average) != len(new):
         raise ValueError(f"new: expected {len(average)} tensors like average, got {len(new)}")
+    devices = {t.device for side in (average, new) for t in side}
+    dtypes = {t.dtype for side in (average, new) for t in side}
+    alike = all(a.shape == n.shape for a, n in zip(average, new, strict=True))
+    if alike and len(devices) <= 1 and dtypes <= PLAIN:
+        return  # a list of hundreds of small tensors is not looked at one by one
     for i, (a, n) in enumerate(zip(average, new, strict=True)):
         check_floating("average", a, i)
         check_floating("new", n, i)

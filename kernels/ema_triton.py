@@ -11,7 +11,6 @@ Importing this needs triton. Left out: fp64, which ema.py computes with PyTorch.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby
 
 import torch
 import triton
@@ -129,18 +128,17 @@ def ema_list_(
     average: Sequence[Tensor], new: Sequence[Tensor], alpha: float, seed: int | None
 ) -> None:
     """`ema.ema_update_` of contiguous tensors; one launch for each pair of dtypes among them."""
-    pairs = [(a, n) for a, n in zip(average, new, strict=True) if a.numel()]
-
-    def dtypes(pair: tuple[Tensor, Tensor]) -> tuple[str, str]:
-        return str(pair[0].dtype), str(pair[1].dtype)
-
+    kinds = [(a.dtype, n.dtype) for a, n in zip(average, new, strict=True)]
     launched = 0
-    for _, group in groupby(sorted(pairs, key=dtypes), key=dtypes):
-        old, fresh = zip(*group, strict=True)
-        kind, starts = (old[0].dtype, fresh[0].dtype), (addresses(old), addresses(fresh))
+    for kind in dict.fromkeys(kinds):
+        own = [i for i, other in enumerate(kinds) if other == kind]
+        old, fresh = [average[i] for i in own], [new[i] for i in own]
         sizes = tuple(tensor.numel() for tensor in old)
-        tensors, tensor_of_span = _places(*map(tuple, starts), sizes, old[0].device)
+        starts = tuple(addresses(old)), tuple(addresses(fresh))
+        tensors, tensor_of_span, aligned = _places(*starts, sizes, old[0].device)
         spans = len(tensor_of_span)
+        if not spans:
+            continue
         _ema_list[(spans,)](
             tensors,
             tensor_of_span,
@@ -149,7 +147,7 @@ def ema_list_(
             (seed or 0) + launched,
             AVERAGE=TRITON_DTYPES[kind[0]],
             NEW=TRITON_DTYPES[kind[1]],
-            ALIGNED=all(start % 16 == 0 for side in starts for start in side),
+            ALIGNED=aligned,
             STOCHASTIC=seed is not None and kind[0] == torch.bfloat16,
             SPAN=SPAN,
             BLOCK=BLOCK,
@@ -161,13 +159,14 @@ def ema_list_(
 @lru_cache(maxsize=4)
 def _places(
     average: tuple[int, ...], new: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, bool]:
     """What `_ema_list` looks up, from where tensors begin and how many entries they have."""
     spans = torch.tensor([triton.cdiv(size, SPAN) for size in sizes])
     first = spans.cumsum(0) - spans
     tensors = table([average, new, sizes, first.tolist()], torch.int64, device)
     tensor_of_span = torch.arange(len(sizes)).repeat_interleave(spans)
-    return tensors, table(tensor_of_span, torch.int32, device)
+    aligned = all(start % 16 == 0 for start in (*average, *new))
+    return tensors, table(tensor_of_span, torch.int32, device), aligned
 
 
 def ema_lora_(

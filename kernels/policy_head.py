@@ -36,7 +36,8 @@ from torch.autograd.function import once_differentiable
 from .checks import check_head_inputs, check_head_teacher
 from .dispatch import choose_impl
 from .policy_head_sums import (
-    TEACHER_OUTPUTS,
+    OUTPUTS,
+    STUDENT_OUTPUTS,
     Head,
     Sides,
     add_product,
@@ -46,15 +47,13 @@ from .policy_head_sums import (
 )
 from .reference import IGNORED_TARGET, PolicyHeadOutput, policy_head_reference
 
-STUDENT_OUTPUTS = ("logprob", "entropy")
-OUTPUTS = STUDENT_OUTPUTS + TEACHER_OUTPUTS
 DIFFERENTIABLE = ("logprob", "entropy", "reverse_kl", "forward_kl")
 CHUNK_ELEMENTS = 1 << 21  # logits held at once: 8 MB in fp32, for each of student and teacher
 # A GPU needs larger chunks to be busy: 168 MB of fp32 logits a side, and 84 MB of dz in bf16. So
-# 256 tokens over a vocabulary of 151,936 are one part, and one piece of policy_head_loss.py.
+# 256 tokens over a vocabulary of 151,936 are one part.
 CUDA_CHUNK_ELEMENTS = 5 << 23
 KEPT_ELEMENTS = 1 << 22  # up to this many logits in all, keep them for the backward
-ALIGNED = 128  # parts of the vocabulary are multiples of it
+ALIGNED = 128  # parts of the vocabulary are multiples of it, and rows of a piece
 
 
 def policy_head(
@@ -72,7 +71,7 @@ def policy_head(
     chunk_elements: int | None = None,  # bound on logits held at once; given, none are kept
 ) -> PolicyHeadOutput:
     """The wanted outputs, in fp32 (fp64 for fp64 inputs); the others are None and cost nothing."""
-    sides, head = checked(
+    sides, head, all_counted = checked(
         hidden,
         weight,
         targets,
@@ -88,7 +87,7 @@ def policy_head(
     if chunk_elements is None:
         kept = CUDA_CHUNK_ELEMENTS if hidden.is_cuda else KEPT_ELEMENTS
         head = replace(head, keep=targets.numel() * weight.shape[0] <= kept)
-    return apply_head(sides, head)
+    return apply_head(sides, head, all_counted)
 
 
 def checked(
@@ -104,10 +103,10 @@ def checked(
     want: Sequence[str] | None = None,
     impl: str | None = None,
     chunk_elements: int | None = None,
-) -> tuple[Sides, Head]:
-    """The arguments of `policy_head`, checked; no logits are kept."""
+) -> tuple[Sides, Head, bool]:
+    """The arguments of `policy_head`, checked, no logits kept; whether all rows have a target."""
     want = _check_want(want, teacher_hidden is not None)
-    check_head_inputs(hidden, weight, targets, temperature, bias, banned)
+    all_counted = check_head_inputs(hidden, weight, targets, temperature, bias, banned)
     if teacher_hidden is not None:
         teacher_weight = weight if teacher_weight is None else teacher_weight
         check_head_teacher(hidden, weight, teacher_hidden, teacher_weight)
@@ -117,10 +116,10 @@ def checked(
         how = "torch"
     chunk = chunk_elements or (CUDA_CHUNK_ELEMENTS if hidden.is_cuda else CHUNK_ELEMENTS)
     sides = Sides(hidden, weight, bias, targets, teacher_hidden, teacher_weight)
-    return sides, Head(temperature, banned, want, chunk, keep=False, how=how)
+    return sides, Head(temperature, banned, want, chunk, keep=False, how=how), all_counted
 
 
-def apply_head(sides: Sides, head: Head, all_counted: bool = False) -> PolicyHeadOutput:
+def apply_head(sides: Sides, head: Head, all_counted: bool) -> PolicyHeadOutput:
     """The head of checked arguments; `all_counted`: every row is known to have a target."""
     if head.how == "reference":
         return _reference(sides, head)
@@ -158,16 +157,16 @@ class _OnlineHead(torch.autograd.Function):
             return logits
 
         if head.triton:
-            from .policy_head_triton import head_sums
+            from .policy_head_triton import head_outputs
 
-            sums = head_sums(sides, head, parts, form)
+            values, rows = head_outputs(sides, head, parts, form)
         else:
             sums = None
             for part in parts:
                 more = part_sums(*form(part), targets, part, head.want)
                 sums = more if sums is None else stack(sums, more).join()
-        never = None if head.banned is None else head.banned[targets]
-        values, rows = sums.outputs(never)
+            never = None if head.banned is None else head.banned[targets]
+            values, rows = sums.outputs(never)
         # Saved so that the backward gives the logits up, not whoever holds the loss.
         inputs = hidden, weight, bias, targets, teacher_hidden, teacher_weight
         ctx.save_for_backward(*inputs, rows, *kept)

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+STUDENT_OUTPUTS = ("logprob", "entropy")
 TEACHER_OUTPUTS = ("teacher_logprob", "reverse_kl", "forward_kl")
+OUTPUTS = STUDENT_OUTPUTS + TEACHER_OUTPUTS
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ cache where it is: copying it costs more than rows that nobody asked for.
 With `--decode-graphs` passes over few tokens are recorded and replayed (`turbo.graphs`). The cache
 then grows in larger steps, and rows and lengths take few sizes, so that shapes recur.
 
-Left out: top-k, top-p, penalties (they would make the scored policy another one).
+Left out: top-k, top-p, penalties (they would make the scored policy another one); when a large
+model guesses (`turbo.pace`).
 """
 
 from collections.abc import Callable
@@ -37,6 +38,15 @@ from turbo.batch import fits, micro_batches, round_up
 from turbo.graphs import Graphs
 from turbo.kernels.policy_head_sums import ban_bias
 from turbo.model import VisionLanguageModel, Weights
+from turbo.pace import Pace
+
+CACHED = 32  # places of the cache are reserved in multiples of this,
+RECORDED = 128  # or of this where passes are recorded
+LOGITS = 1 << 26  # logits that are held at once while answers are sampled, about
+AFTER_REFUSAL = 4  # tokens guessed behind a refused guess, beside as many as were right before it
+UNBOUND = 1 << 30
+MOST = 0.75  # share of the slots from which on all of them run, where the cache is read in place
+SHORT = 8  # inputs of at most so many tokens run together, apart from longer ones
 
 
 @dataclass
@@ -66,18 +76,10 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
     whole: list[int] = field(default_factory=list)  # the guess that the draft was cut from
-    limit: int = 1 << 30  # longest draft: short after a refusal, free again after a confirmation
+    limit: int = UNBOUND  # longest draft: short after a refusal, free again after a confirmation
     hidden: Tensor | None = None
     judged: Tensor | None = None  # [draft + 1] uniform numbers of this pass
     drawn: Tensor | None = None  # [1]
-
-
-CACHED = 32  # places of the cache are reserved in multiples of this,
-RECORDED = 128  # or of this where passes are recorded
-LOGITS = 1 << 26  # logits that are held at once while answers are sampled, about
-AFTER_REFUSAL = 4  # tokens guessed behind a refused guess, beside as many as were right before it
-MOST = 0.75  # share of the slots from which on all of them run, where the cache is read in place
-SHORT = 8  # inputs of at most so many tokens run together, apart from longer ones
 
 
 class Decoder:
@@ -105,6 +107,7 @@ class Decoder:
         self.cache = _Cache(vlm, slots)
         self.rows: dict[int, _Row] = {}
         self.passes = self.guessed = self.accepted = 0
+        self.pace = Pace(vlm.text.small)
 
     def show(self, slot: int, prefix: PrefixKV, number: int) -> None:
         """Put prefix `number` into a slot; it stays for all requests until another is shown."""
@@ -129,8 +132,11 @@ class Decoder:
     def advance(self) -> list[tuple[int, Sample]]:
         """One forward pass for every row; the slots whose answers are complete, and the answers."""
         rows = list(self.rows.values())
+        accepted = self.accepted
         for row in rows:
-            row.draft = self._draft(row)
+            row.draft = [] if self.pace.rest and row.position else self._draft(row)
+            if row.limit < UNBOUND:
+                row.draft = row.draft[: self.pace.most(len(rows))]
         self._draw_noise(rows)
         fresh = [r for r in rows if r.position == 0]
         short = [r for r in rows if r.position and len(r.pending) + len(r.draft) <= SHORT]
@@ -138,6 +144,7 @@ class Decoder:
         size = self.vlm.batches.decode
         for group in (*_similar(fresh, size), *_similar(short, 4 * size), *_similar(long, size)):
             self._pass(group)
+        self.pace.consider(sum(bool(row.draft) for row in rows), self.accepted - accepted)
         done = []
         for row in rows:
             if row.tokens[-1] == self.vlm.end or len(row.tokens) >= self.max_new:
@@ -221,7 +228,7 @@ class Decoder:
             row.logprobs += [*logp, new_logp]
             row.position += len(row.pending) + k
             row.pending = [new]
-            row.limit = AFTER_REFUSAL + k if k < len(row.draft) else 1 << 30
+            row.limit = AFTER_REFUSAL + k if k < len(row.draft) else UNBOUND
             self.guessed += len(row.draft)
             self.accepted += k
             offset += count

@@ -29,10 +29,10 @@ covered matrices, and products in bf16:
     all layers   with checkpointing the stream x of each layer, L D' T, and one layer at work; else
                  L layers' working sets.
     head         `kernels.policy_head_loss` on N scored tokens: a piece of C = min(N V,
-                 PIECE_ELEMENTS) logits, of both sides in fp32, and of d loss / d logits in
-                 bf16; of the C / V rows that fill it the gradient in fp32, a product to add to it,
-                 and the gradient in bf16; of all rows both sides' inputs and gradient in bf16:
-                 8 C + 2 C + (4 + 4 + 2) D C / V + 3 * 2 N D.
+                 CUDA_PIECE_ELEMENTS) logits, of both sides in fp32, and of d loss / d logits in
+                 bf16; of the C / V rows that fill it both sides' inputs side by side, the gradient
+                 in fp32, a product to add to it, and the gradient in bf16; of all rows both sides'
+                 inputs and gradient in bf16: 8 C + 2 C + (4 + 4 + 4 + 2) D C / V + 3 * 2 N D.
 
 Left out, all small: the critic, vectors of one number a token, tables of the rotary embedding, the
 attention mask. Left out and not small: attention that writes its scores, 2 H S bytes a token and
@@ -41,7 +41,7 @@ layer for S keys; SDPA and FlashAttention do not, `turbo.fused` on a CPU does.
 
 from turbo.kernels.nf4 import BLOCK
 from turbo.kernels.policy_head import CUDA_CHUNK_ELEMENTS
-from turbo.kernels.policy_head_loss import PIECE_ELEMENTS
+from turbo.kernels.policy_head_loss import CUDA_PIECE_ELEMENTS
 from turbo.kernels.tiles import CUDA_TILE_ELEMENTS, MIN_TILE_ROWS
 from turbo.shapes import TextShape
 
@@ -168,14 +168,17 @@ def read_bytes(shape: TextShape, tokens: int, wide: bool) -> int:
 def head_bytes(shape: TextShape, tokens: int, backward: bool) -> int:
     """`policy_head` on so many scored tokens with a teacher, or `policy_head_loss` with gradient.
 
-    A piece has the rows that fill a chunk, and their gradient twice in fp32 while it is summed.
+    A piece has the rows that fill a chunk, both sides' one behind the other for one product, and
+    their gradient twice in fp32 while it is summed.
     """
-    most = PIECE_ELEMENTS if backward else CUDA_CHUNK_ELEMENTS
+    most = CUDA_PIECE_ELEMENTS if backward else CUDA_CHUNK_ELEMENTS
     chunk = min(most, tokens * shape.vocabulary)
+    rows = chunk // shape.vocabulary
     forward = 2 * FP32 * chunk + 2 * BF16 * tokens * shape.hidden
+    if backward or rows == tokens:
+        forward += 2 * BF16 * rows * shape.hidden
     if not backward:
         return forward
-    rows = chunk // shape.vocabulary
     piece = BF16 * chunk + rows * shape.hidden * (2 * FP32 + BF16)
     return forward + piece + BF16 * tokens * shape.hidden
 

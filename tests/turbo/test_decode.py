@@ -8,8 +8,9 @@ import tiny_models
 import torch
 from tiny_models import suffix_text
 
-from turbo.decode import Decoder, Request
+from turbo.decode import UNBOUND, Decoder, Request
 from turbo.kernels.policy_head_sums import ban_bias
+from turbo.pace import Pace
 
 LETTERS = "xyzw"  # what the models of the chi-square tests may say, beside the end
 TEMPERATURE = 0.15  # makes a random model's nearly equal probabilities uneven
@@ -98,8 +99,12 @@ KINDS = ("right", "wrong", "empty", "nothing", "banned", "long", "other letters"
 BOUND = 60.0  # 20 degrees of freedom: exceeded once in 140,000 by chance, and the seed is fixed
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_are_drawn_from_p_whatever_is_guessed(limited, prompt, truth, kind):
+def test_answers_are_drawn_from_p_whatever_is_guessed(
+    limited, prompt, truth, kind, large, monkeypatch
+):
+    monkeypatch.setattr(limited.text, "small", not large)  # a large model pauses now and then
     letter_of = {limited.encode(c)[0]: c for c in LETTERS}
     guess = guessers(truth, letter_of)[kind]
     slots, rounds = 400, 8
@@ -120,6 +125,38 @@ def test_answers_are_drawn_from_p_whatever_is_guessed(limited, prompt, truth, ki
         assert decoder.guessed > 0
     if kind in ("empty", "nothing"):
         assert decoder.guessed == 0
+
+
+def test_a_large_model_pauses_longer_after_every_vain_guess():
+    small = Pace(small=True)
+    small.consider(64, 0)
+    assert small.rest == 0 and small.most(64) is None
+    pace = Pace(small=False)
+    for length in (1, 3, 7, 15, 31, 31):
+        pace.consider(64, 31)
+        assert pace.rest == length
+        for left in reversed(range(length)):
+            pace.consider(0, 0)
+            assert pace.rest == left
+    pace.consider(64, 32)
+    assert pace.rest == 0
+    pace.consider(64, 0)
+    assert pace.rest == 1
+
+
+def test_a_large_model_guesses_no_more_than_is_free(limited, prompt, truth, monkeypatch):
+    monkeypatch.setattr(limited.text, "small", False)
+    slots = 100
+    decoder = decoder_for(limited, prompt, slots, max_new=50)
+    for slot in range(slots):
+        decoder.ask(slot, Request(prompt[2], lambda w: w + "x" * 40))
+    decoder.advance()
+    behind = [row for row in decoder.rows.values() if row.draft]
+    assert behind and all(len(row.draft) > 4 for row in behind)  # with the prompt: all of it
+    refused = [row for row in behind if row.limit < UNBOUND]
+    decoder.pace.rest = 0
+    decoder.advance()
+    assert refused and {len(row.draft) for row in refused} == {1}  # 200 tokens in all
 
 
 def test_a_guess_that_is_refused_is_not_drawn_again(limited, prompt, truth):

@@ -20,7 +20,7 @@ from turbo import shapes
 from turbo.decode import _Cache
 from turbo.kernels import policy_head as head
 from turbo.kernels.nf4 import quantize_nf4
-from turbo.kernels.policy_head_loss import loss_in_pieces
+from turbo.kernels.policy_head_loss import CUDA_PIECE_ELEMENTS, loss_in_pieces
 from turbo.kernels.policy_head_sums import Head, Sides
 from turbo.kernels.tiles import MIN_TILE_ROWS, merged_tile
 from turbo.lora import new_lora
@@ -337,7 +337,7 @@ class NoLaunch:
 def test_peak_of_the_head_at_the_published_shape(tokens, monkeypatch):
     from turbo.kernels import policy_head_triton
 
-    for name in ("_add_chunk", "_grad_logits"):
+    for name in ("_add_chunk", "_finish", "_grad_logits"):
         monkeypatch.setattr(policy_head_triton, name, NoLaunch())
     shape = text_shape(shapes.published("qwen2.5-vl-7b"))
 
@@ -370,7 +370,7 @@ def test_peak_of_the_head_at_the_published_shape(tokens, monkeypatch):
                 options,
                 lambda out, some: (out.logprob - out.entropy + out.reverse_kl).sum(),
                 [1] * tokens,
-                chunk,
+                CUDA_PIECE_ELEMENTS,
                 all_counted=True,
             )
             (gradient,) = torch.autograd.grad(loss, hidden)

@@ -24,7 +24,7 @@ TEXT = '{"thoughts": "12+3=15, so 4", "action": "+"}'
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_cpu(family, quantize):
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     found = []
     for device in ("cpu", "cuda"):
         vlm = load(folder(family), torch.float32, Engine("modules", device, quantize))
@@ -61,7 +61,7 @@ def test_products_with_codes(shape, rows):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recorded_decoding_samples_the_same_answers(family, quantize):
     """CUDA graphs against the same steps one by one; the cache moves on the way."""
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     found = []
     for graphs in (False, True):
         engine = Engine("modules", "cuda", quantize, decode_graphs=graphs)
