@@ -14,7 +14,7 @@ test-fast: ## without the tests that train
 
 test-gpu: ## the Triton kernels' tests on a GPU, then what needs one; test-gpu-plan: 7B shapes, minutes
 	python -m pytest -n 8 -m 'not long' -k triton tests/kernels
-	python -m pytest -n 0 -m 'gpu and not long' tests/turbo
+	python -m pytest -n 8 -m 'gpu and not long' tests/turbo
 
 test-gpu-plan: ## whether the memory planner is right within a tenth, for a model of 7B
 	python -m pytest -n 0 -s -m 'gpu and long' --timeout 0

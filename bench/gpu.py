@@ -4,10 +4,10 @@ For a GPU that is at hand for a quarter of an hour. Each part is a command of it
 of time, what decides comes first, and a part that fails or is stopped stops no other: rows are
 written race by race. All output goes to the console and into gpu.log.
 
-    kernels   the policy head, a whole TIES merge of a 7B, the kernels' tests, EMA, NF4, then the
-              policy head at other sizes
-    model     whole updates of a model of 7B shapes, without and with decode graphs, then with the
-              policy merged for playing
+    kernels   the policy head, EMA, TIES against peft, the kernels' tests, NF4, a whole TIES merge
+              of a 7B, then the policy head at another width
+    model     whole updates of a model of 7B shapes, with and without decode graphs, then with the
+              policy merged for playing; the tests that need a GPU
     recipe    the same beside the published recipe, whose two models need some 80 GB together
 
 On a machine where only one folder is kept, `--out` names it; `python -m bench.report --add` takes
@@ -44,25 +44,26 @@ class Part:
 
 LARGE = (
     "-m bench.train_step --model qwen2.5-vl-7b --random-weights --only kl --no-memory "
-    "--envs 64 --max-new-tokens 100 --updates 2"
+    "--envs 64 --max-new-tokens 100 --steps 128 --epochs 1 --updates 2"
 )
 HEAD = "-m bench.policy_head --widths"
 PARTS = {
     "kernels": [
-        Part(f"{HEAD} 3584 --rows 8192 1024 --chunks 38895616 134217728", 200),
-        Part("-m bench.ties --repeats 3", 120),
-        Part("-m pytest -q -n 8 -m 'not long' -k triton tests/kernels", 120),
-        Part("-m bench.ema --repeats 5", 60),
+        Part(f"{HEAD} 3584 --rows 8192 256 1024 4096", 200),
+        Part("-m bench.ema --repeats 5", 45),
+        Part("-m bench.ties --repeats 3 --no-whole", 60),
+        Part("-m pytest -q -n 8 -m 'not long' -k triton tests/kernels", 90),
         Part("-m bench.nf4 --repeats 3", 30),
-        Part(f"{HEAD} 3584 --rows 4096 256", 240),
+        Part("-m bench.ties --repeats 3", 120),
         Part(f"{HEAD} 2048 --rows 8192 4096 1024 256", 480),
     ],
     "model": [
-        Part(f"{LARGE} --steps 64 --recipe-steps 0", 260),
-        Part(f"{LARGE} --steps 64 --recipe-steps 0 --decode-graphs", 260),
-        Part(f"{LARGE} --steps 64 --recipe-steps 0 --decode-graphs --play merged", 260),
+        Part(f"{LARGE} --recipe-steps 0 --decode-graphs", 150),
+        Part(f"{LARGE} --recipe-steps 0", 150),
+        Part(f"{LARGE} --recipe-steps 0 --decode-graphs --play merged", 150),
+        Part("-m pytest -q -n 8 -m 'gpu and not long' tests/turbo", 200),
     ],
-    "recipe": [Part(f"{LARGE} --steps 128 --recipe-steps 4", 440)],
+    "recipe": [Part(f"{LARGE} --recipe-steps 4", 440)],
 }
 
 

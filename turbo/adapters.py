@@ -61,11 +61,8 @@ def read_adapter(path: str) -> Adapter:
         raise ValueError(f"{path!r} is no folder: give a peft adapter, or a run of turbo.train")
     if (folder / ADAPTER_CONFIG).is_file():
         return _read_peft(path, folder)
-    if (folder / checkpoint.CHECKPOINTS).is_dir():
-        return _read_run(path, folder, None)
-    if checkpoint.NAME.fullmatch(folder.resolve().name) and (folder / checkpoint.ADAPTER).is_file():
-        number = int(folder.resolve().name)
-        return _read_run(path, folder.resolve().parent.parent, number)
+    if found := checkpoint.run_of(folder):
+        return _read_run(path, *found)
     raise ValueError(
         f"{path!r} is no adapter: it has neither {ADAPTER_CONFIG} nor a run's checkpoints"
     )

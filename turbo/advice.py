@@ -25,6 +25,7 @@ CERTAIN = 0.2  # of its highest level: entropy that is about to vanish
 SOLVED = 0.9  # success of a policy that may be certain
 OLD = 5  # checkpoints that a teacher may miss
 LARGE_CLIP, LARGE_KL = 0.3, 0.3  # share of the steps; nats of a step
+APART = 0.02  # nats of a step: ratios that begin 0.2 off 1
 DIVERGED = 5.0  # times its lowest level: the critic's loss
 IDLE = 1e-4  # nats of guidance: nothing beside advantages of spread 1
 STILL = 1e-3  # nats a step: a policy that hardly moves leaves its teacher nothing to do
@@ -44,7 +45,8 @@ class Advice:
 
 def advise(records: Records, c: TrainConfig) -> list[Advice]:
     """All warnings that hold after the last of the records."""
-    checks = (collapse, template, certainty, failure, large_steps, divergence, old_teacher, idle)
+    checks = (collapse, template, certainty, failure, large_steps, mismatch, divergence)
+    checks += (old_teacher, idle)
     return [found for check in checks if (found := check(records, c)) is not None]
 
 
@@ -145,6 +147,20 @@ def large_steps(records: Records, c: TrainConfig) -> Advice | None:
         f"{clipped[-1]:.0%} of the steps are clipped, and an update moves the policy by "
         f"{kl[-1]:.2g} nats a step: the rollout says little about the policy that results",
         "lower --learning-rate or --epochs, or raise --minibatch",
+    )
+
+
+def mismatch(records: Records, c: TrainConfig) -> Advice | None:
+    """Answers that were sampled with other probabilities than training gives them."""
+    apart = levels(records, "sampling_kl")
+    if not apart or apart[-1] <= APART:
+        return None
+    merged = "; --play unmerged plays with the products of training" * (c.play == "merged")
+    return Advice(
+        "sampling and training disagree",
+        f"before an update's first step its answers are {apart[-1]:.2g} nats off what they were "
+        "sampled with: PPO's ratios do not begin at 1",
+        "--dtype float32, in which rounding differs less" + merged,
     )
 
 

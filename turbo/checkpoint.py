@@ -248,6 +248,17 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found)
 
 
+def run_of(path: str | Path) -> tuple[Path, int | None] | None:
+    """The run that a path leads to, and the update where it is RUN/checkpoints/N; None: no run."""
+    folder = Path(path)
+    if (folder / CHECKPOINTS).is_dir():
+        return folder, None
+    folder = folder.resolve()
+    if NAME.fullmatch(folder.name) and (folder / ADAPTER).is_file():
+        return folder.parent.parent, int(folder.name)
+    return None
+
+
 def newest(run: Path) -> tuple[Path, list[str]]:
     """A run's newest checkpoint that is whole, and what is wrong with those that are newer."""
     problems = []

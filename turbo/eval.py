@@ -58,7 +58,8 @@ class EvalConfig:
     """Play fresh deals with a policy, its merged teacher or a warm start; report how it does."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_MODEL")]
-    """run directory, model folder, id of a model on the Hub, or `tiny`"""
+    """run directory, of which the newest checkpoint plays, RUN/checkpoints/N for another; model
+    folder, id of a model on the Hub, or `tiny`"""
     env: Annotated[str, tyro.conf.arg(metavar="ENV")] = ""
     """which environment to play: a name as in training, or module:Class (empty: the run's;
     points24 for a model)"""
@@ -111,9 +112,9 @@ def check(c: EvalConfig) -> TrainConfig:
         raise ValueError(
             f"{c.source!r} is neither a folder nor `tiny`: give a run, a model, or tiny"
         )
-    trained = (path / "checkpoints").is_dir()
+    trained = checkpoint.run_of(path)
     if trained:
-        saved = checkpoint.read_run(path)
+        saved = checkpoint.read_run(trained[0])
         run = from_saved(saved["config"], c.source)
         if c.env not in ("", run.env):
             raise ValueError(f"{c.source} was trained on {run.env}: name that, not {c.env}")
@@ -127,7 +128,7 @@ def check(c: EvalConfig) -> TrainConfig:
     if trained:
         if saved["model_sha256"] != model_sha256(run):
             raise ValueError(f"{c.source} was trained from another model than {run.model!r} is now")
-        checkpoint.load(path)
+        checkpoint.load(*trained)
         if c.teacher and not run.teaches:
             raise ValueError(
                 f"{c.source} has no teacher: it was trained with --guidance {run.guidance}"
@@ -150,8 +151,8 @@ def open_source(c: EvalConfig, run: TrainConfig) -> tuple[VisionLanguageModel, W
     run the update too."""
     vlm = open_model(run)
     lora = update = None
-    if (Path(c.source) / "checkpoints").is_dir():
-        adapter, state, meta = checkpoint.load(Path(c.source))
+    if trained := checkpoint.run_of(c.source):
+        adapter, state, meta = checkpoint.load(*trained)
         lora = new_lora(vlm.matrices, run.lora_rank, run.lora_alpha, 0)
         lora.load_state_dict(adapter)
         update = meta.get("update")

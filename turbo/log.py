@@ -71,6 +71,9 @@ METRICS: dict[str, Metric] = {
     "value_loss": Metric("half the squared error of the critic, mean over the steps", "reward^2"),
     "explained_variance": Metric("1 - Var(returns - values) / Var(returns)", "<= 1"),
     "approx_kl": Metric("k3 estimate of KL(rollout policy || current policy) of a step", "nats"),
+    "sampling_kl": Metric(
+        "approx_kl before the first step: what sampling and training disagree by", "nats"
+    ),
     "clip_fraction": Metric("share of the steps whose ratio lies outside the clip range", "0..1"),
     "grad_norm": Metric("norm of the gradient before clipping, mean over optimiser steps", "1"),
     "critic_grad_norm": Metric("the same of the critic's gradient, with --advantage gae", "1"),

@@ -15,7 +15,6 @@ import secrets
 import sys
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Protocol
 
 import numpy as np
@@ -23,6 +22,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from turbo.checkpoint import run_of
 from turbo.config import TrainConfig
 from turbo.decode import Decoder, Request
 from turbo.envs.base import Answer, Verdict, VisualEnv, action_key
@@ -53,7 +53,8 @@ class PlayConfig:
     """which environment is played: a name as in training, or module:Class (empty: that of
     --checkpoint, else points24)"""
     checkpoint: Annotated[str, tyro.conf.arg(metavar="RUN")] = ""
-    """watch the policy of this run directory, as its newest checkpoint has it (empty: you play)"""
+    """watch the policy of this run directory, as its newest checkpoint has it, or RUN/checkpoints/N
+    (empty: you play)"""
     teacher: bool = False
     """with --checkpoint: watch the run's merged teacher instead of its policy"""
     model: str = ""
@@ -284,7 +285,7 @@ def check(c: PlayConfig) -> None:
         raise ValueError(f"--model {c.model} and --checkpoint {c.checkpoint}: give one of the two")
     if c.teacher and not c.checkpoint:
         raise ValueError("--teacher needs --checkpoint RUN, whose merged teacher it is")
-    if c.checkpoint and not (Path(c.checkpoint) / "checkpoints").is_dir():
+    if c.checkpoint and not run_of(c.checkpoint):
         raise ValueError(f"--checkpoint {c.checkpoint} is no run directory of turbo.train")
 
 

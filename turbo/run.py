@@ -101,7 +101,9 @@ class Run:
             if c.checkpoint_each == "epoch" and not c.history_max:
                 kept *= c.epochs
             total += dense if self.teacher.small else 0
-            total += sums if self.teacher.streaming else kept * trained
+            numbers = sum(p.numel() for p in self.lora.parameters())
+            history = kept * numbers * self.teacher.kept_dtype.itemsize
+            total += sums if self.teacher.streaming else history
         if c.imitates:
             examples = c.updates * (c.sft_rows or 2 * c.steps_per_update)
             examples = min(c.sft_max or examples, examples)
@@ -124,15 +126,19 @@ class Run:
     def restore(self) -> None:
         """Continue from the run's newest checkpoint, or from the start where it has none yet;
         metrics written after it are dropped."""
-        saved = checkpoint.load(self.path) if checkpoint.checkpoints(self.path) else None
+        problem = ""
         try:
-            if saved:
-                self._load(*saved)
+            if checkpoint.checkpoints(self.path):
+                self._load(*checkpoint.load(self.path))
+        except checkpoint.CheckpointError as error:
+            problem = str(error)
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise ValueError(
+            problem = (
                 f"the checkpoint of {self.path} is not of these settings: {error}; resume it with "
                 "the program and the model that made it"
-            ) from error
+            )
+        if problem := next(filter(None, self.crew.share(problem)), ""):  # maybe of one worker alone
+            raise ValueError(problem)
         records = []
         written = (checkpoint.EPISODES, checkpoint.WARNINGS, checkpoint.METRICS)
         for name in written if self.crew.leads else ():

@@ -200,7 +200,7 @@ def learn(
     sizes = [int(n) for n in run.crew.share(len(data.rows))]
     count = max(1, min(max(sizes), round(sum(sizes) / c.minibatch)))  # minibatches of an epoch
     totals: dict[str, float] = {}
-    batches, faults, before = 0, run.faults, run.faults.total
+    batches, faults, before, first = 0, run.faults, run.faults.total, 0.0
     run.phases.expect(c.epochs * count if sum(sizes) else 0)
     for epoch_batch in range(run.phases.total):
         b, run.phases.done = epoch_batch % count, epoch_batch
@@ -217,6 +217,7 @@ def learn(
         if all(map(math.isfinite, found.values())):
             run.optimizer.step()
             faults.passed()
+            first = first if batches else found["approx_kl"]
             totals = {name: totals.get(name, 0.0) + value for name, value in found.items()}
             batches += 1
         else:  # the same in all workers
@@ -230,8 +231,8 @@ def learn(
     for p in run.learner.parameters():
         p.grad = None  # nothing but the next minibatch needs them
     means = {name: value / batches for name, value in totals.items()}
-    skipped = {"skipped_batches": faults.total - before}
-    return {**means, **skipped, "learning_rate": learning_rate(c, run.update)}
+    more = {"skipped_batches": faults.total - before, "sampling_kl": first}
+    return {**means, **more, "learning_rate": learning_rate(c, run.update)}
 
 
 def imitated(run: Run, generator: torch.Generator) -> Imitated | None:
@@ -369,17 +370,17 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
     """What every worker runs; worker 0 also talks, logs and saves."""
     try:
         run = Run(c, path, crew)
-        problem = crew.share(run.lack_of_space())[0]
-    except (ValueError, OSError) as error:  # a model that does not fit its settings: in all workers
-        problem = error
-    if problem:
+        problem = run.lack_of_space()
+    except (ValueError, OSError) as error:  # a model that does not fit its settings, or its file
+        problem = str(error)
+    if problem := next(filter(None, crew.share(problem)), ""):  # maybe of one worker alone
         if crew.leads and not c.resume:
             shutil.rmtree(path)  # nothing is in it yet
         return fail(crew, problem, 2)
     if c.resume:
         try:
             run.restore()
-        except ValueError as error:  # alike in all workers
+        except ValueError as error:  # in all workers, though one alone may have it
             return fail(crew, error, 2)
         if run.is_over:
             return already_over(run)

@@ -17,7 +17,7 @@ NAME = "labyrinth:Maze"
 LEARN = """--size nano --steps 3 --deals 4 --read-out-steps 2 --eval-episodes 2 --workers 1
     --max-new-tokens 24"""
 TRAIN = """--updates 2 --envs 16 --group-size 4 --steps-per-update 16 --minibatch 16 --lora-rank 4
-    --epochs 1 --max-new-tokens 12 --eval-episodes 4 --save-every 1 --workers 2 --skip-certain 0"""
+    --epochs 1 --max-new-tokens 12 --eval-episodes 4 --save-every 1 --workers 1 --skip-certain 0"""
 
 
 def test_it_fits_and_the_expert_walks_the_shortest_way():

@@ -136,6 +136,21 @@ def test_what_is_said_names_figures_and_flags():
     assert "(it is 50)" in said["teacher is old"].remedy
 
 
+@pytest.mark.parametrize("play", ["auto", "merged"])
+def test_sampling_and_training_that_disagree(play):
+    c = TrainConfig(play=play)
+
+    def told(*apart):
+        records = [{"update": i, "sampling_kl": kl} for i, kl in enumerate(apart)]
+        return [a for a in advise(records, c) if a.name == "sampling and training disagree"]
+
+    assert not told(0.0007, 0.0007, 0.0007) and not told(0.03, 0.03)  # two updates tell nothing
+    assert not advise([{"update": i} for i in range(5)], c)  # of runs made before it was measured
+    (advice,) = told(0.001, 0.03, 0.03, 0.036)
+    assert "0.032 nats" in advice.meaning and "--dtype float32" in advice.remedy
+    assert ("--play unmerged" in advice.remedy) == (play == "merged")
+
+
 def test_thoughts_that_turn_into_a_template():
     """As in the paper's collapse: ever more of the thoughts are the same sentence."""
     c, own = (

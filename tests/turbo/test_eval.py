@@ -191,6 +191,29 @@ def vouch(folder):
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def test_an_earlier_checkpoint_is_evaluated(runs, tmp_path, capsys):
+    run = shutil.copytree(runs["kl"], tmp_path / "run") / "checkpoints"
+    later = shutil.copytree(run / "00000001", run / "00000002")
+    meta = json.loads((later / "meta.json").read_text())
+    (later / "meta.json").write_text(json.dumps(meta | {"update": 2}))
+    adapter = load_file(later / "adapter.safetensors")
+    save_file(
+        {name: 50 * factor for name, factor in adapter.items()}, later / "adapter.safetensors"
+    )
+    vouch(later)
+    asked = [*FAST.split(), "--json"]
+    first = figures(capsys, runs["kl"], *asked)
+    newest = figures(capsys, run.parent, *asked)
+    earlier = figures(capsys, run / "00000001", *asked)
+    assert (newest["update"], earlier["update"]) == (2, 1)
+    assert newest["legal_rate"] != first["legal_rate"]  # nonsense
+    assert earlier == first | {"source": str(run / "00000001")}
+    assert "is neither a folder" in refused(capsys, run / "00000003", *FAST.split())
+    shutil.rmtree(later)
+    (run / "00000001" / "state.safetensors").write_bytes(b"")
+    assert "is not the file that was written" in refused(capsys, run / "00000001", *FAST.split())
+
+
 def test_damaged_runs_are_refused(runs, tmp_path, capsys):
     def copied(name):
         return shutil.copytree(runs["kl"], tmp_path / name)

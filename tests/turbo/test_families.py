@@ -315,6 +315,36 @@ def test_a_policy_that_plays_lies_in_the_scratch_until_a_teacher_does():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_the_history_of_a_model_in_16_bits_is_the_policy_that_played(quantize):
+    """Rounded as every pass rounds its factors; what was saved in fp32 is merged all the same."""
+    vlm = model("qwen2_5_vl", dtype=torch.bfloat16, quantize=quantize)
+    config = tiny_models.new_config(density=1.0, history_max=3)
+    teacher = Teacher(vlm, tiny_models.noisy_lora(vlm), config)
+    loras = [tiny_models.noisy_lora(vlm, k) for k in range(2)]
+    for k, lora in enumerate(loras):
+        teacher.push(k, lora)
+        played = vlm.merged(vlm.weights(lora)).lora.factors
+        for name, pair in teacher.history.entries[-1].factors.items():
+            for kept, own in zip(pair, played[name], strict=True):
+                assert kept.dtype == torch.bfloat16 and torch.equal(kept, own)
+    tensors, data = teacher.state_dict()
+    older = {
+        key: tensor.float() if key.startswith("history/0.") else tensor
+        for key, tensor in tensors.items()
+    }
+    resumed = Teacher(vlm, tiny_models.noisy_lora(vlm), config)
+    resumed.load_state_dict(older, data)  # the first checkpoint in fp32, the second as now
+    kinds = [
+        {f.dtype for pair in e.factors.values() for f in pair} for e in resumed.history.entries
+    ]
+    assert kinds == [{torch.float32}, {torch.bfloat16}]
+    wanted = teacher.dense()
+    for name, matrix in resumed.dense().items():
+        torch.testing.assert_close(matrix, wanted[name])
+
+
+@torch.no_grad()
 def test_in_16_bits_a_teacher_keeps_the_smallest_changes():
     """The scratch holds them and no sum; what it computes is base and changes together."""
     vlm = model("qwen2_5_vl", dtype=torch.bfloat16)

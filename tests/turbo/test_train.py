@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import time
 
 import pytest
 import tiny_models
@@ -15,7 +16,7 @@ from examples.corrector_server import serve
 from turbo import train
 from turbo.config import TrainConfig
 from turbo.log import METRICS, read_jsonl
-from turbo.parallel import Crew
+from turbo.parallel import Crew, run_crew
 from turbo.presets import GAME_DEFAULTS
 from turbo.run import Run, pool
 from turbo.scribe import Interrupt
@@ -80,7 +81,7 @@ ALWAYS = """
     update env_steps elapsed episodes success_rate success_solvable episode_return episode_length
     legal_rate card_rate reasoning_score thought_length distinct_thoughts thought_entropy
     skipped_batches faulty_steps aim_rate follow_rate self_bleu action_entropy draft_accept_rate
-    policy_loss clip_fraction approx_kl teacher_kl value_loss
+    policy_loss clip_fraction approx_kl sampling_kl teacher_kl value_loss
     grad_norm learning_rate teacher_kl_coef explained_variance trained_rows dropped_rows
     steps_per_second tokens_per_second seconds_rollout seconds_score seconds_train seconds_merge
     seconds_other peak_memory_gb seconds_write sft_loss teacher_legal_rate teacher_card_rate
@@ -106,6 +107,7 @@ def test_metrics(run):
         assert r["trained_rows"] + r["dropped_rows"] >= 16
         assert all(v >= 0 for k, v in r.items() if k.startswith("seconds_"))
         assert r["approx_kl"] < 0.1 and r["grad_norm"] > 0
+        assert 0 <= r["sampling_kl"] < 1e-4 and r["sampling_kl"] < r["approx_kl"]
     steps = [r["env_steps"] for r in records]
     assert steps == sorted(steps) and steps[1] >= 16
     assert [r["teacher_kl_coef"] for r in records[1:5]] == [0.5, 0.5, 0.5, 0.5]
@@ -579,3 +581,44 @@ def test_beta_and_counters_start_where_they_should(tmp_path):
     run = Run(tiny_models.new_config(model=str(tiny_models.fitted_folder())), tmp_path, Crew())
     assert (run.update, run.env_steps, run.elapsed, run.beta) == (0, 0, 0.0, 0.5)
     assert run.value_head is None and run.teacher.weights is None
+
+
+@pytest.mark.slow
+def test_what_fails_in_one_worker_alone_ends_the_run_at_once(tmp_path, monkeypatch, capsys):
+    """The first worker waited half an hour for one that had no model, say, and said nothing."""
+    (tmp_path / "odd.py").write_text(
+        "import multiprocessing\n"
+        "from turbo.envs.numberline import NumberLine\n"
+        "class Odd(NumberLine):\n"
+        "    def __init__(self, **options):\n"
+        "        super().__init__(**options)\n"
+        "        if multiprocessing.parent_process():\n"
+        "            raise ValueError('the second worker has none of these')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    started = time.perf_counter()
+    assert start(tmp_path / "run", "--workers", "2", game="odd:Odd") == 2
+    assert time.perf_counter() - started < 120
+    assert capsys.readouterr().err == "error: the second worker has none of these\n"
+    assert not (tmp_path / "run").exists()
+
+
+def restored_alone(crew, c, paths):
+    try:
+        Run(c, paths[crew.rank], crew).restore()
+    except ValueError as error:
+        return str(error)
+    return "restored"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_worker_alone_cannot_read(run, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    for folder in (damaged / "checkpoints").iterdir():
+        (folder / "state.safetensors").write_bytes(b"")
+    c = TrainConfig(**json.loads((run / "config.json").read_text())["config"])
+    started = time.perf_counter()
+    told = run_crew(2, restored_alone, c, (run, damaged))
+    assert time.perf_counter() - started < 120
+    assert "has no checkpoint that is whole" in told and str(damaged) in told
