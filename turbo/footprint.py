@@ -9,10 +9,10 @@ covered matrices, and products in bf16:
 
     weights      base 2 W, or 4 bits a weight and an fp32 maximum per 64: W/2 + 4 W/64; and 2 bytes
                  each for what LoRA does not cover. The scratch buffer: W alone, as in the base.
-    factors      a matrix [out, in] has A [r, in] and B [out, r]: n = r F numbers of 4 bytes, or of
-                 2 + 4 with an fp32 master. Gradients 4 n or 2 n; two moments 8 n, or in 8 bits
-                 2 (n + 4 n/256). A layer's products copy fp32 factors to bf16: 2 n/L; a policy that
-                 plays over a base in NF4 holds copies of all, 2 n.
+    factors      a matrix [out, in] has A [r, in] and B [out, r]: n = r F numbers of 4 bytes.
+                 Gradients 4 n; two moments 8 n, or in 8 bits 2 (n + 4 n/256). A layer's products
+                 copy the factors to bf16: 2 n/L; a policy that plays over a base in NF4 holds
+                 copies of all, 2 n. A checkpoint in the history, on the host: 2 n.
     cache        a token leaves a key and a value in each layer: 2 * 2 L K.
     one layer    autograd keeps, per token (base weights are frozen: products with them keep none
                  of their inputs, the LoRA branch A x keeps x):
@@ -79,14 +79,9 @@ def factor_numbers(shape: TextShape, rank: int) -> int:
     return rank * shape.covered_features
 
 
-def factor_bytes(shape: TextShape, rank: int, master: bool) -> int:
-    """LoRA factors in fp32, or in bf16 beside their fp32 master."""
-    return (BF16 + FP32 if master else FP32) * factor_numbers(shape, rank)
-
-
-def gradient_bytes(shape: TextShape, rank: int, master: bool) -> int:
-    """One gradient a factor, in the factor's dtype; no dense matrix has one."""
-    return (BF16 if master else FP32) * factor_numbers(shape, rank)
+def factor_bytes(shape: TextShape, rank: int) -> int:
+    """LoRA factors, and as much again their gradients, in fp32; no dense matrix has a gradient."""
+    return FP32 * factor_numbers(shape, rank)
 
 
 def moment_bytes(shape: TextShape, rank: int, eight_bit: bool) -> int:
@@ -95,14 +90,9 @@ def moment_bytes(shape: TextShape, rank: int, eight_bit: bool) -> int:
     return 2 * (n + FP32 * -(-n // EIGHT_BIT_BLOCK)) if eight_bit else 2 * FP32 * n
 
 
-def step_bytes(shape: TextShape, rank: int, master: bool, eight_bit: bool) -> int:
-    """Temporaries of the optimiser's step.
-
-    PyTorch's AdamW over lists of tensors holds sqrt(v) of all factors at once; an fp32 master gets
-    its gradient in fp32.
-    """
-    n = factor_numbers(shape, rank)
-    return (0 if eight_bit else FP32 * n) + (FP32 * n if master else 0)
+def step_bytes(shape: TextShape, rank: int, eight_bit: bool) -> int:
+    """Temporaries of the step: PyTorch's AdamW over lists holds sqrt(v) of all factors at once."""
+    return 0 if eight_bit else FP32 * factor_numbers(shape, rank)
 
 
 def cache_bytes(shape: TextShape, tokens: int) -> int:

@@ -56,8 +56,6 @@ class Settings:
     """base of the matrices that LoRA covers: bf16, or 4-bit NormalFloat"""
     lora_rank: int = 128
     """rank of the LoRA factors"""
-    lora_dtype: Literal["float32", "bfloat16"] = "float32"
-    """factors in fp32, or in bf16 with an fp32 master"""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """moments in fp32, or in 8 bits"""
     gradient_checkpointing: bool = True
@@ -171,31 +169,28 @@ def plan(shape: TextShape, s: Settings, gpu_bytes: float) -> Plan:
 
 def _lasting(shape: TextShape, s: Settings) -> list[Term]:
     """What is there in every phase, and gradients."""
-    master, eight = s.lora_dtype == "bfloat16", s.optimizer == "adamw8bit"
+    factors = size.factor_bytes(shape, s.lora_rank)
     always = {
         "base": size.base_bytes(shape, s.nf4),
         "scratch": size.scratch_bytes(shape, s.nf4),
-        "LoRA": size.factor_bytes(shape, s.lora_rank, master),
-        "optimizer": size.moment_bytes(shape, s.lora_rank, eight),
+        "LoRA": factors,
+        "optimizer": size.moment_bytes(shape, s.lora_rank, s.optimizer == "adamw8bit"),
     }
     terms = [Term(name, dict.fromkeys(PHASES, n), counted=True) for name, n in always.items()]
-    gradients = size.gradient_bytes(shape, s.lora_rank, master)
-    return [*terms, Term("gradients", dict.fromkeys(("train", "step"), gradients), counted=True)]
+    return [*terms, Term("gradients", dict.fromkeys(("train", "step"), factors), counted=True)]
 
 
 def _passing(shape: TextShape, s: Settings) -> list[Term]:
     """What a phase makes and drops again."""
-    master, eight = s.lora_dtype == "bfloat16", s.optimizer == "adamw8bit"
     wide, tokens, rank = s.stream == "float32", s.micro_tokens, s.lora_rank
     read = size.read_bytes(shape, tokens, wide)
     layer = size.layer_bytes(shape, tokens, rank, wide)
     stream = size.stream_bytes(shape, tokens, wide)
     layers = 1 if s.gradient_checkpointing else shape.layers
     kept = stream + layers * layer + size.layer_gradient_bytes(shape, tokens, wide)
-    if not master:
-        kept += size.cast_bytes(shape, rank, layers)
+    kept += size.cast_bytes(shape, rank, layers)
     back = size.read_back_bytes(shape, s.nf4)
-    narrow = 0 if master or not s.nf4 else size.cast_bytes(shape, rank, shape.layers)
+    narrow = size.cast_bytes(shape, rank, shape.layers) if s.nf4 else 0
     answers = s.envs * (s.suffix_tokens + s.max_new_tokens)
     prompts = (s.envs + KEPT) * s.prompt_tokens
     modelled = {
@@ -210,7 +205,9 @@ def _passing(shape: TextShape, s: Settings) -> list[Term]:
             "score": size.head_bytes(shape, tokens, backward=False),
             "train": size.head_bytes(shape, tokens, backward=True),
         },
-        "optimizer's temporaries": {"step": size.step_bytes(shape, rank, master, eight)},
+        "optimizer's temporaries": {
+            "step": size.step_bytes(shape, rank, s.optimizer == "adamw8bit")
+        },
         "merge workspace": {"merge": size.merge_bytes(shape, rank, s.history)},
     }
     return [Term(name, found, counted=False) for name, found in modelled.items()]

@@ -98,20 +98,17 @@ def test_base_and_scratch(tiny):
 def test_factors_gradients_and_moments(tiny):
     model, shape = tiny
     parameters = new_factors(model)
-    assert size.factor_bytes(shape, RANK, master=False) == nbytes(*parameters)
-    half = [p.detach().bfloat16() for p in parameters]
-    assert size.factor_bytes(shape, RANK, master=True) == nbytes(*half, *parameters)
+    assert size.factor_bytes(shape, RANK) == nbytes(*parameters)
     for p in parameters:
         p.grad = torch.zeros_like(p)
-    assert size.gradient_bytes(shape, RANK, master=False) == nbytes(*(p.grad for p in parameters))
-    assert size.gradient_bytes(shape, RANK, master=True) == nbytes(*half)
+    assert size.factor_bytes(shape, RANK) == nbytes(*(p.grad for p in parameters))
     optimizer = torch.optim.AdamW(parameters, foreach=True)
     optimizer.step()
     moments = [optimizer.state[p][k] for p in parameters for k in ("exp_avg", "exp_avg_sq")]
     assert size.moment_bytes(shape, RANK, eight_bit=False) == nbytes(*moments)
     with LiveBytes(*parameters, *moments, *(p.grad for p in parameters)) as live:
         optimizer.step()
-    planned = size.step_bytes(shape, RANK, master=False, eight_bit=False)
+    planned = size.step_bytes(shape, RANK, eight_bit=False)
     assert live.peak <= 1.001 * planned and planned <= PLANNED * live.peak
 
 
@@ -234,7 +231,7 @@ def test_peak_of_a_training_pass(name, checkpointing):
             before = live.now  # the gradients
             micro_batch()
     held, tokens = live.peak - before, rows * length
-    assert before == size.gradient_bytes(shape, rank, master=False)
+    assert before == size.factor_bytes(shape, rank)
     layers = 1 if checkpointing else 4
     planned = size.stream_bytes(shape, tokens, wide=False)
     planned += layers * size.layer_bytes(shape, tokens, rank, wide=False)

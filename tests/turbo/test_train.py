@@ -556,7 +556,7 @@ def test_no_minibatch_is_empty_however_the_steps_are_spread(tmp_path, sizes, min
         seen.append((len(rows), total))
         for p in run.learner.parameters():
             p.grad = torch.zeros_like(p)
-        return {"policy_loss": torch.zeros(())}
+        return {"policy_loss": torch.zeros(()), "approx_kl": torch.zeros(())}
 
     run.learner.gradients = gradients
     n = sizes[0]
