@@ -228,7 +228,8 @@ class Decoder:
             row.logprobs += [*logp, new_logp]
             row.position += len(row.pending) + k
             row.pending = [new]
-            row.limit = AFTER_REFUSAL + k if k < len(row.draft) else UNBOUND
+            is_sure = k == len(row.draft) and k >= self.pace.proof
+            row.limit = UNBOUND if is_sure else AFTER_REFUSAL + k
             self.guessed += len(row.draft)
             self.accepted += k
             offset += count

@@ -13,13 +13,14 @@ Left out: what is guessed, and how it is judged (`turbo.decode`).
 FREE = 256  # tokens in all that a pass computes while the weights are read, about
 WORTH = 0.5  # accepted tokens a row that guesses, below which all rows pause
 PAUSE = 31  # passes without a guess, at most
+PROOF = 4  # tokens that have come true at once before a row guesses as far as it can
 
 
 class Pace:
     """Passes of one decoder, with and without guesses."""
 
     def __init__(self, small: bool):
-        self.small = small
+        self.small, self.proof = small, 0 if small else PROOF
         self.pause = self.rest = 0  # passes without a guess: after a vain one, and still to come
 
     def most(self, rows: int) -> int | None:
