@@ -1,7 +1,7 @@
 """The EMA of weights against PyTorch's own and timm's: `python -m bench.ema`.
 
 One list of the tiny model's shapes (many small tensors) and one of a transformer layer's (few large
-ones; on a GPU eight layers of a 7B as well), in fp32 and bf16, rounded to nearest and
+ones; on a GPU four layers of a 7B as well), in fp32 and bf16, rounded to nearest and
 stochastically; and the form that takes the new weights as base + s B A against eager PyTorch, which
 makes them first. The floor is two reads and one write at the rate of a plain copy; for the factors,
 their product as well.
@@ -26,7 +26,7 @@ LISTS = {
     "7 of a 2,048-wide layer": [(2048, 2048)] * 4 + [(5632, 2048)] * 2 + [(2048, 5632)],
 }
 GPU_LISTS = {  # large enough that a launch does not count
-    "eight layers of a 7B": [(3584, 3584)] * 8 + [(512, 3584)] * 8 + [(18944, 3584)] * 12,
+    "four layers of a 7B": [(3584, 3584)] * 8 + [(512, 3584)] * 8 + [(18944, 3584)] * 12,
 }
 FACTORS = {"cpu": (2048, 2048, 64), "cuda": (18944, 3584, 128)}  # out, in, rank
 ALPHA = 0.01

@@ -23,7 +23,7 @@ from turbo.flags import read_flags
 from turbo.parallel import cores
 
 ROOT = Path(__file__).resolve().parent.parent
-# Where rows go, and of which commit they are where the checkout's history did not come along
+# Where rows go, and of which commit the files are where the history beside them does not say
 RESULTS = Path(os.environ.get("BENCH_RESULTS") or ROOT / "bench" / "results")
 COMMIT = os.environ.get("BENCH_COMMIT", "")
 WHERE = ["date", "commit", "changed", "python", "torch", "transformers", "processor", "cores"]
@@ -89,8 +89,8 @@ def environment() -> dict[str, str | int]:
     known = versions()
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": known["commit"] or COMMIT,
-        "changed": uncommitted_changes(),
+        "commit": COMMIT or known["commit"],  # what is told goes before a checkout of other files
+        "changed": "unknown" if COMMIT else uncommitted_changes(),
         "python": known["python"],
         "torch": known["torch"],
         "transformers": known["transformers"],

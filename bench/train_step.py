@@ -57,6 +57,7 @@ from bench.recipe import Recipe, fastest
 from turbo import hub
 from turbo.config import TrainConfig, check
 from turbo.envs.points24 import Points24
+from turbo.footprint import CUDA_CONTEXT
 from turbo.kernels.nf4 import Nf4Matrix
 from turbo.log import METRICS, Metric
 from turbo.memory import peak_bytes
@@ -210,8 +211,11 @@ def common(c: BenchConfig) -> TrainConfig:
     return found.get("kl") or next(iter(found.values()))
 
 
-def one_update(run: Run, tally: Tally) -> dict[str, float]:
-    """An update and a checkpoint of it; its figures."""
+def one_update(run: Run, tally: Tally, alone: bool = False) -> dict[str, float]:
+    """An update and a checkpoint of it; its figures. `alone`: the GPU holds nothing else."""
+    alone = alone and run.vlm.device.type == "cuda"
+    if alone:
+        torch.cuda.reset_peak_memory_stats()
     start, before = time.perf_counter(), run.env_steps
     figures, _ = train_update(run)
     trained = time.perf_counter()
@@ -219,6 +223,8 @@ def one_update(run: Run, tally: Tally) -> dict[str, float]:
     run.crew.wait()
     end = time.perf_counter()
     (flops,) = run.crew.total(tally.take())
+    if alone:
+        figures["peak_bytes"] = peak_bytes(run.vlm.device)
     if not run.vlm.text.small:
         read = weight_bytes(run.vlm) * run.crew.size / run.config.envs
         figures["read_per_second"] = read * figures["tokens_per_second"]
@@ -293,7 +299,8 @@ def updates(crew: Crew, c: BenchConfig, folder: Path) -> Measured:
     runs = {name: new_run(crew, c, name, folder) for name in settings(c)}
     if crew.leads:
         print(f"models and runs are made: {time.perf_counter() - start:.0f} s", flush=True)
-    calls = {name: lambda own=own: one_update(*own) for name, own in runs.items()}
+    alone = len(runs) == 1 and not c.recipe_steps
+    calls = {name: lambda own=own: one_update(*own, alone) for name, own in runs.items()}
     config, device = common(c), device_of(next(iter(runs.values()))[0])
     dtype = pick_dtype(config.dtype, device)
     setting = None
@@ -308,21 +315,27 @@ def updates(crew: Crew, c: BenchConfig, folder: Path) -> Measured:
         crew.wait()
         flops = crew.total(product_rate(dtype, device))[0]
         crew.wait()
-        return {"flops_per_second": flops, "read_per_second": crew.total(copy_rate(device))[0]}
+        read = crew.total(copy_rate(device))[0]
+        if device == "cuda":
+            torch.cuda.empty_cache()  # what the rates took counts for no variant
+        return {"flops_per_second": flops, "read_per_second": read}
 
     calls = {name: lambda n=name, call=call: told(crew, n, call()) for name, call in calls.items()}
     timed = alternate(calls | {PRODUCT: product}, repeats=c.updates - 1)
     turns = {name: [figures for _, figures in results] for name, results in timed.items()}
-    if device == "cuda" and len(calls) == 2:  # nothing else has held memory there
-        for figures in turns[next(iter(runs))]:
-            figures |= {"peak_bytes": peak_bytes(torch.device(device)), **planned(config)}
+    if device == "cuda":
+        for figures in turns[next(iter(runs))] if alone else ():
+            figures |= planned(config)
     return Measured(compare(turns) if crew.leads else turns, setting)
 
 
 def planned(config: TrainConfig) -> dict[str, float]:
-    """The bytes that the memory planner expects, where it knows the model."""
+    """The bytes that the memory planner expects, where it knows the model.
+
+    Without the context of CUDA, which PyTorch's allocator does not see.
+    """
     plan = hub.memory_plan(config)
-    return {"planned_bytes": plan.total} if plan else {}
+    return {"planned_bytes": plan.total - CUDA_CONTEXT} if plan else {}
 
 
 def told(crew: Crew, name: str, figures: dict[str, float]) -> dict[str, float]:

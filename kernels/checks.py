@@ -232,7 +232,7 @@ def check_head_inputs(
         check_tensor("bias", bias, (vocabulary,), dtype, device)
     if banned is not None:
         check_tensor("banned", banned, (vocabulary,), torch.bool, device)
-    if not rows:
+    if not rows:  # nothing has a target, nor lacks one
         return True
     # One answer of the device for all that is asked
     asked = [*targets.aminmax(), targets.new_zeros(()) if banned is None else banned.all()]

@@ -152,11 +152,11 @@ def _check(average: Sequence[Tensor], new: Sequence[Tensor], alpha: float, round
         raise ValueError(f"rounding: expected one of {ROUNDINGS}, got {rounding!r}")
     if len(average) != len(new):
         raise ValueError(f"new: expected {len(average)} tensors like average, got {len(new)}")
-    devices = {t.device for side in (average, new) for t in side}
-    dtypes = {t.dtype for side in (average, new) for t in side}
-    alike = all(a.shape == n.shape for a, n in zip(average, new, strict=True))
-    if alike and len(devices) <= 1 and dtypes <= PLAIN:
-        return  # a list of hundreds of small tensors is not looked at one by one
+    tensors = (*average, *new)
+    if all(isinstance(t, Tensor) for t in tensors):
+        alike = all(a.shape == n.shape for a, n in zip(average, new, strict=True))
+        if alike and len({t.device for t in tensors}) <= 1 and {t.dtype for t in tensors} <= PLAIN:
+            return  # a list of hundreds of small tensors is not looked at one by one
     for i, (a, n) in enumerate(zip(average, new, strict=True)):
         check_floating("average", a, i)
         check_floating("new", n, i)

@@ -44,7 +44,7 @@ def tiling(factors: Sequence[Tensor], rank: int) -> dict:
     One tiling for every pass, so that all see the same bits. In 16 bits a checkpoint's rank up to
     128 is one product (ONCE), so that the next one's factors are copied while this one is voted on;
     in fp32, whose halves take registers too, it comes in slices. Chosen by what the compiler makes
-    of it (`bench.compiled`): the four sums of a tile and its product stay in registers.
+    of it (`bench.compiled`): on Hopper the four sums of a tile and its product stay in registers.
     """
     is_16_bit = factors[0].element_size() == 2
     depth = min(max(MIN_RANK, triton.next_power_of_2(rank)), 128 if is_16_bit else 16)

@@ -77,6 +77,7 @@ class _Row:
     draft: list[int] = field(default_factory=list)
     whole: list[int] = field(default_factory=list)  # the guess that the draft was cut from
     limit: int = UNBOUND  # longest draft: short after a refusal, free again after a confirmation
+    right: int = 0  # guessed tokens that have come true since a refusal
     hidden: Tensor | None = None
     judged: Tensor | None = None  # [draft + 1] uniform numbers of this pass
     drawn: Tensor | None = None  # [1]
@@ -132,7 +133,6 @@ class Decoder:
     def advance(self) -> list[tuple[int, Sample]]:
         """One forward pass for every row; the slots whose answers are complete, and the answers."""
         rows = list(self.rows.values())
-        accepted = self.accepted
         for row in rows:
             row.draft = [] if self.pace.rest and row.position else self._draft(row)
             if row.limit < UNBOUND:
@@ -141,10 +141,12 @@ class Decoder:
         fresh = [r for r in rows if r.position == 0]
         short = [r for r in rows if r.position and len(r.pending) + len(r.draft) <= SHORT]
         long = [r for r in rows if r.position and len(r.pending) + len(r.draft) > SHORT]
-        size = self.vlm.batches.decode
+        size, behind = self.vlm.batches.decode, [*short, *long]
+        written = sum(len(r.tokens) + 1 for r in behind)
         for group in (*_similar(fresh, size), *_similar(short, 4 * size), *_similar(long, size)):
             self._pass(group)
-        self.pace.consider(sum(bool(row.draft) for row in rows), self.accepted - accepted)
+        came_true = sum(len(r.tokens) for r in behind) - written
+        self.pace.consider(sum(bool(r.draft) for r in behind), came_true)
         done = []
         for row in rows:
             if row.tokens[-1] == self.vlm.end or len(row.tokens) >= self.max_new:
@@ -228,7 +230,9 @@ class Decoder:
             row.logprobs += [*logp, new_logp]
             row.position += len(row.pending) + k
             row.pending = [new]
-            is_sure = k == len(row.draft) and k >= self.pace.proof
+            refused = k < len(row.draft)
+            row.right = 0 if refused else row.right + k
+            is_sure = not refused and row.right >= self.pace.proof
             row.limit = UNBOUND if is_sure else AFTER_REFUSAL + k
             self.guessed += len(row.draft)
             self.accepted += k

@@ -3,7 +3,8 @@
 A pass of a large model takes as long as reading its weights, up to some hundred tokens at once:
 that many may be guessed. Where fewer guesses come true than are worth their work, as of a model
 that writes in its own way, no row guesses for a while, longer after every vain try. All rows pause
-together: a pass is as long as its longest row.
+together: a pass is as long as its longest row. Rows that read a prompt guess always, beside it, and
+tell nothing of the others.
 
 The built-in models always guess: most of what they write is known.
 
@@ -13,7 +14,7 @@ Left out: what is guessed, and how it is judged (`turbo.decode`).
 FREE = 256  # tokens in all that a pass computes while the weights are read, about
 WORTH = 0.5  # accepted tokens a row that guesses, below which all rows pause
 PAUSE = 31  # passes without a guess, at most
-PROOF = 4  # tokens that have come true at once before a row guesses as far as it can
+PROOF = 4  # guessed tokens in a row that come true before a row guesses as far as it can again
 
 
 class Pace:

@@ -42,7 +42,7 @@ def test_every_kernel_compiles_into_what_it_was_written_for(arch, tmp_path):
     _, most, _ = compiled.LIMITS[arch]
     for code in codes:
         told = f"{code['kernel']} of {code['inputs']}: {code}"
-        assert code["spilled"] <= {80: 16, 90: 0}[arch], told  # bytes: four registers
+        assert code["spilled"] <= {80: 40, 90: 0}[arch], told  # bytes: ten registers
         assert code["shared"] <= 1024 * most and code["at_once"] >= 1, told
         wanted = {80: "HMMA", 90: "HGMMA"}[arch] if code["kernel"] in products else ""
         assert code["tensor_cores"].startswith(wanted) and bool(wanted) == bool(

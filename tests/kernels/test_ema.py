@@ -187,3 +187,8 @@ def test_bad_factors_are_named():
         arguments = dict(average=ONE.clone(), base=ONE, lora_a=a, lora_b=b.clone(), scale=1.0)
         with pytest.raises(ValueError, match=message):
             ema.ema_update_lora_(**arguments | broken, alpha=0.5)
+
+
+def test_what_is_no_tensor_is_named():
+    with pytest.raises(ValueError, match=r"average\[0\]: expected a floating point tensor, got"):
+        ema.ema_update_([1.0], [torch.ones(1)], 0.5)

@@ -258,6 +258,22 @@ def test_head_without_teacher_and_of_a_shared_head():
                 torch.testing.assert_close(value.double(), wanted, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 130])
+def test_gradients_of_a_shared_head_whose_logits_are_kept(rows):
+    """Both sides are one product, cut in two; the outputs of 130 rows are of two programs."""
+    hidden, weight, targets, teacher, *_, banned = head_inputs(rows, 5, 40)
+    teacher, found = teacher[:, :5].contiguous(), []
+    for impl in ("triton", "reference"):
+        leaf = hidden.detach().clone().requires_grad_()
+        options = dict(teacher_hidden=teacher, banned=banned, temperature=0.7, impl=impl)
+        out = policy_head.policy_head(leaf, weight, targets, **options)
+        value = (out.reverse_kl - 0.3 * out.entropy + out.forward_kl).sum()
+        value = value + out.logprob.masked_fill(out.logprob.isinf(), 0.0).sum()
+        found.append((value.detach().double(), *torch.autograd.grad(value, leaf)))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-4, atol=2e-5)
+
+
 # ---------------------------------------------------------------------------- real sizes, on a GPU
 
 

@@ -154,8 +154,37 @@ def test_a_large_model_guesses_no_more_than_is_free(limited, prompt, monkeypatch
         decoder.advance()
         found.append({len(row.draft) for row in decoder.rows.values()})
     assert decoder.accepted == 0 and min(found[0]) > 4  # with the prompt: all of it
-    # 200 tokens in all; the passes without a guess between them prove nothing
-    assert found[1:] == [{0}, {1}, {0}]
+    # 200 tokens in all; prompts and passes without a guess prove nothing
+    assert found[1:] == [{1}, {0}, {1}]
+
+
+def test_a_large_model_guesses_far_again_behind_guesses_that_came_true(vlm, prompt, monkeypatch):
+    monkeypatch.setattr(vlm.text, "small", False)
+    (token,) = set(vlm.encode("x" * 40))  # all that can be said
+    word, slots = vlm.decode([token]), 64
+    decoder = decoder_for(tiny_models.with_banned(vlm, [token]), prompt, slots, max_new=40)
+    for slot in range(slots):
+        guess = Request(prompt[2], lambda w: w + word * 60 if w else "the")
+        decoder.ask(slot, guess)
+    found = []
+    while decoder.rows:
+        rows = list(decoder.rows.values())
+        decoder.advance()
+        found.append({len(row.draft) for row in rows})
+    assert found[1:3] == [{3}, {3}] and min(found[3]) > 20  # and then all of the rest
+
+
+def test_rows_that_read_a_prompt_do_not_steer_the_others(limited, prompt, monkeypatch):
+    """Vain guesses beside prompts would lengthen every pause, right ones would end it."""
+    monkeypatch.setattr(limited.text, "small", False)
+    decoder = decoder_for(limited, prompt, 8, max_new=6)
+    told = []
+    monkeypatch.setattr(decoder.pace, "consider", lambda *figures: told.append(figures))
+    for turn in range(4):
+        decoder.ask(turn, Request(prompt[2], lambda w: w + "the" * 20))  # one more every pass
+        before = len(decoder.rows)
+        decoder.advance()
+        assert told[-1] == (before - 1, 0)
 
 
 def test_a_guess_that_is_refused_is_not_drawn_again(limited, prompt, truth):
