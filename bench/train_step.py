@@ -212,8 +212,7 @@ def common(c: BenchConfig) -> TrainConfig:
 
 
 def one_update(run: Run, tally: Tally, alone: bool = False) -> dict[str, float]:
-    """An update and a checkpoint of it; its figures. `alone`: the GPU holds nothing else."""
-    alone = alone and run.vlm.device.type == "cuda"
+    """An update and a checkpoint of it; its figures. `alone`: it has a GPU for itself."""
     if alone:
         torch.cuda.reset_peak_memory_stats()
     start, before = time.perf_counter(), run.env_steps
@@ -224,7 +223,7 @@ def one_update(run: Run, tally: Tally, alone: bool = False) -> dict[str, float]:
     end = time.perf_counter()
     (flops,) = run.crew.total(tally.take())
     if alone:
-        figures["peak_bytes"] = peak_bytes(run.vlm.device)
+        figures |= {"peak_bytes": peak_bytes(run.vlm.device), **planned(run.config)}
     if not run.vlm.text.small:
         read = weight_bytes(run.vlm) * run.crew.size / run.config.envs
         figures["read_per_second"] = read * figures["tokens_per_second"]
@@ -299,9 +298,9 @@ def updates(crew: Crew, c: BenchConfig, folder: Path) -> Measured:
     runs = {name: new_run(crew, c, name, folder) for name in settings(c)}
     if crew.leads:
         print(f"models and runs are made: {time.perf_counter() - start:.0f} s", flush=True)
-    alone = len(runs) == 1 and not c.recipe_steps
-    calls = {name: lambda own=own: one_update(*own, alone) for name, own in runs.items()}
     config, device = common(c), device_of(next(iter(runs.values()))[0])
+    alone = device == "cuda" and len(runs) == 1 and not c.recipe_steps
+    calls = {name: lambda own=own: one_update(*own, alone) for name, own in runs.items()}
     dtype = pick_dtype(config.dtype, device)
     setting = None
     if c.recipe_steps:
@@ -323,9 +322,6 @@ def updates(crew: Crew, c: BenchConfig, folder: Path) -> Measured:
     calls = {name: lambda n=name, call=call: told(crew, n, call()) for name, call in calls.items()}
     timed = alternate(calls | {PRODUCT: product}, repeats=c.updates - 1)
     turns = {name: [figures for _, figures in results] for name, results in timed.items()}
-    if device == "cuda":
-        for figures in turns[next(iter(runs))] if alone else ():
-            figures |= planned(config)
     return Measured(compare(turns) if crew.leads else turns, setting)
 
 

@@ -232,10 +232,10 @@ def check_head_inputs(
         check_tensor("bias", bias, (vocabulary,), dtype, device)
     if banned is not None:
         check_tensor("banned", banned, (vocabulary,), torch.bool, device)
-    if not rows:  # nothing has a target, nor lacks one
-        return True
     # One answer of the device for all that is asked
-    asked = [*targets.aminmax(), targets.new_zeros(()) if banned is None else banned.all()]
+    zero = targets.new_zeros(())
+    ends = targets.aminmax() if rows else (zero, zero)
+    asked = [*ends, zero if banned is None else banned.all()]
     lowest, highest, all_banned = torch.stack([x.to(torch.int64) for x in asked]).tolist()
     if all_banned:
         raise ValueError("banned: expected at least one entry that is not banned, got none")

@@ -140,6 +140,10 @@ class Crew:
         self.wait()
         return out
 
+    def problem(self, own: str) -> str:
+        """The first worker's that has one, on every worker; empty where none has."""
+        return next(filter(None, self.share(own)), "")
+
     def _next(self) -> tuple:
         """The next item sent to this worker; one that failed sends none, and is not waited for."""
         for _ in range(int(PATIENCE)):

@@ -137,7 +137,7 @@ class Run:
                 f"the checkpoint of {self.path} is not of these settings: {error}; resume it with "
                 "the program and the model that made it"
             )
-        if problem := next(filter(None, self.crew.share(problem)), ""):  # maybe of one worker alone
+        if problem := self.crew.problem(problem):  # maybe of one worker alone
             raise ValueError(problem)
         records = []
         written = (checkpoint.EPISODES, checkpoint.WARNINGS, checkpoint.METRICS)

@@ -373,7 +373,7 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
         problem = run.lack_of_space()
     except (ValueError, OSError) as error:  # a model that does not fit its settings, or its file
         problem = str(error)
-    if problem := next(filter(None, crew.share(problem)), ""):  # maybe of one worker alone
+    if problem := crew.problem(problem):  # maybe of one worker alone
         if crew.leads and not c.resume:
             shutil.rmtree(path)  # nothing is in it yet
         return fail(crew, problem, 2)

@@ -596,6 +596,8 @@ def test_what_fails_in_one_worker_alone_ends_the_run_at_once(tmp_path, monkeypat
         "            raise ValueError('the second worker has none of these')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    tiny_models.fitted_folder()
+    capsys.readouterr()  # where it is made here, it tells of its progress
     started = time.perf_counter()
     assert start(tmp_path / "run", "--workers", "2", game="odd:Odd") == 2
     assert time.perf_counter() - started < 120
