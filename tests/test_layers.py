@@ -36,8 +36,8 @@ MODULES = {
     """,
     # 3: the model at work
     3: """
-        backprop console corrector decode demos faults finetune guidance measure prefixes rollout
-        run score scribe teacher trajectory update
+        backprop console corrector decode demos faults finetune guidance measure optimizer prefixes
+        rollout run score scribe teacher trajectory update
     """,
     # 4: what is run
     4: "__main__ eval export merge play replay sft train view view_data",

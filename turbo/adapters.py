@@ -73,7 +73,7 @@ def _read_run(path: str, run: Path, update: int | None) -> Adapter:
     settings = from_saved(record["config"], path)
     if settings.random_weights:
         raise ValueError(f"{path} ran on random weights, for measuring: nothing of it is of use")
-    tensors = checkpoint.load(run, update)[0]
+    tensors = checkpoint.load(run, update, history=False).adapter
     scale = settings.lora_alpha / settings.lora_rank
     factors = _pair(path, tensors)
     sha256, scales = record.get("model_sha256", ""), dict.fromkeys(factors, scale)

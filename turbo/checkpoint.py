@@ -6,6 +6,7 @@
     RUN/warnings.jsonl            what the metrics gave cause to warn of (`turbo.advice`)
     RUN/view.html                 the page of `turbo.view`, where it was made
     RUN/checkpoints/00000010/     adapter.safetensors, state.safetensors, meta.json, manifest.json
+                                  history-00000007.safetensors, ...
     RUN/logger.json               what the run is called in other logs (`turbo.sinks`)
     RUN/lock                      held by the process that writes (`turbo.lock`)
     RUN/faults/                   minibatches that gave no finite gradient (`turbo.faults`)
@@ -14,6 +15,10 @@ A checkpoint is written into a temporary folder: its files, then a manifest of t
 hashes; all of it is forced to the disk before the folder is renamed. One that does not agree with
 its manifest is left out, and the one before it is used. No generator is saved: every random number
 of an update derives from (seed, update).
+
+What the teacher is merged from never changes: each entry of its history has a file of its own,
+which the next checkpoint shares by a hard link where the file system has them. So a checkpoint
+writes what is new, however long the history is.
 
 Left out: what a run's state consists of (`turbo.run`).
 """
@@ -27,8 +32,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -55,8 +60,9 @@ ADAPTER, STATE, META, MANIFEST = (
     "meta.json",
     "manifest.json",
 )
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 NAME = re.compile(r"[0-9]{8}")
+ENTRY = re.compile(r"teacher/history/(\d{1,8})\.")  # how the tensors of an entry are named
+HISTORY = re.compile(r"history-[0-9]{8}\.safetensors")
 
 
 class CheckpointError(ValueError):
@@ -165,11 +171,13 @@ def save(
     state: dict[str, Tensor],
     meta: dict,
     keep: int,
+    before: Path | None = None,
 ) -> Path:
     """Write the checkpoint of `update`, then drop all but the newest `keep`.
 
-    One that is there and whole is left as it is. OSError where it cannot be written; what was there
-    before is still there then.
+    `before` is the checkpoint that this run was at last, loaded or saved: entries of the history
+    that are there are shared with it. One of `update` that is there and whole is left as it is.
+    OSError where it cannot be written; what was there before is still there then.
     """
     folder = run / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
@@ -177,12 +185,16 @@ def save(
     if final.exists() and damage(final) is None:
         return final
     shutil.rmtree(partial, ignore_errors=True)
+    rest, history = _apart(state)
     try:
         partial.mkdir()
-        _write_tensors(partial / ADAPTER, adapter)
-        _write_tensors(partial / STATE, state)
+        files = _share_history(before, partial, history) if before else {}
+        for name, tensors in {ADAPTER: adapter, STATE: rest, **history}.items():
+            if name not in files:
+                _write_tensors(partial / name, tensors)
+                files[name] = _fingerprint(partial / name)
         write_json(partial / META, meta)
-        files = {name: _fingerprint(partial / name) for name in (ADAPTER, STATE, META)}
+        files[META] = _fingerprint(partial / META)
         write_json(partial / MANIFEST, {"files": files})
         _sync(partial)
         shutil.rmtree(final, ignore_errors=True)  # a damaged one
@@ -194,6 +206,35 @@ def save(
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _apart(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """A state without its history, and each entry of the history by the name of its file."""
+    rest: dict[str, Tensor] = {}
+    history: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        entry = ENTRY.match(key)
+        file = history.setdefault(f"history-{int(entry[1]):08d}.safetensors", {}) if entry else rest
+        file[key] = tensor
+    return rest, history
+
+
+def _share_history(before: Path, folder: Path, wanted: Iterable[str]) -> dict[str, dict]:
+    """Link those of the files that a checkpoint has into a folder; what is recorded of them.
+
+    What cannot be linked is left to be written.
+    """
+    try:
+        recorded = read_json(before / MANIFEST)["files"]
+    except (CheckpointError, KeyError):  # it is gone
+        return {}
+    shared = {}
+    for name in wanted:
+        with contextlib.suppress(OSError):  # no hard links here, or too many of this file
+            if name in recorded and (before / name).stat().st_size == recorded[name]["bytes"]:
+                os.link(before / name, folder / name)
+                shared[name] = recorded[name]
+    return shared
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -221,15 +262,17 @@ def _fingerprint(path: Path) -> dict:
         }
 
 
-def damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint is not what was written, None if it is."""
+def damage(checkpoint: Path, history: bool = True) -> str | None:
+    """Why a checkpoint is not what was written, None if it is; `history`: look at that too."""
     try:
         files = read_json(checkpoint / MANIFEST).get("files")
     except CheckpointError as error:
         return str(error)
-    if not isinstance(files, dict) or set(files) != {ADAPTER, STATE, META}:
+    if not isinstance(files, dict) or not _are_named_well(files):
         return f"{checkpoint / MANIFEST} does not name the files of a checkpoint"
     for name, recorded in files.items():
+        if HISTORY.fullmatch(name) and not history:
+            continue
         try:
             found = _fingerprint(checkpoint / name)
         except OSError as error:
@@ -239,6 +282,12 @@ def damage(checkpoint: Path) -> str | None:
             what = "size" if found["bytes"] != size else "SHA-256"
             return f"{checkpoint / name} is not the file that was written: its {what} differs"
     return None
+
+
+def _are_named_well(files: Iterable[str]) -> bool:
+    """Whether these are the names of a checkpoint's files, all that must be there among them."""
+    fixed = {ADAPTER, STATE, META}
+    return fixed <= set(files) and all(map(HISTORY.fullmatch, set(files) - fixed))
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -259,11 +308,11 @@ def run_of(path: str | Path) -> tuple[Path, int | None] | None:
     return None
 
 
-def newest(run: Path) -> tuple[Path, list[str]]:
+def newest(run: Path, history: bool = True) -> tuple[Path, list[str]]:
     """A run's newest checkpoint that is whole, and what is wrong with those that are newer."""
     problems = []
     for folder in reversed(checkpoints(run)):
-        problem = damage(folder)
+        problem = damage(folder, history)
         if problem is None:
             return folder, problems
         problems.append(problem)
@@ -272,26 +321,43 @@ def newest(run: Path) -> tuple[Path, list[str]]:
     raise CheckpointError(f"{run} has no checkpoint yet: train it first")
 
 
-def find(run: Path, update: int) -> Path:
+def find(run: Path, update: int, history: bool = True) -> Path:
     """A run's checkpoint of one update; CheckpointError if it is gone or not whole."""
     there = {int(p.name): p for p in checkpoints(run)}
     if update not in there:
         kept = ", ".join(map(str, there)) or "none"
         raise CheckpointError(f"{run} has no checkpoint of update {update}; those kept: {kept}")
-    problem = damage(there[update])
+    problem = damage(there[update], history)
     if problem is not None:
         raise CheckpointError(problem)
     return there[update]
 
 
-def load(run: Path, update: int | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """Adapter, state and meta data of one checkpoint; without `update` of the newest whole one."""
-    folder = newest(run)[0] if update is None else find(run, update)
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds."""
+
+    folder: Path
+    adapter: dict[str, Tensor]  # LoRA factors by peft's names
+    state: dict[str, Tensor]  # all else of the run, by the names that `turbo.run` gives
+    meta: dict
+
+
+def load(run: Path, update: int | None = None, history: bool = True) -> Checkpoint:
+    """One checkpoint; without `update` the newest whole one.
+
+    Without `history` it is neither checked nor read: what the teacher is merged from is most of a
+    large model's checkpoint, and a policy has no need of it.
+    """
+    folder = newest(run, history)[0] if update is None else find(run, update, history)
     try:
         adapter, state = load_file(folder / ADAPTER), load_file(folder / STATE)
+        for file in sorted(read_json(folder / MANIFEST)["files"]) if history else ():
+            if HISTORY.fullmatch(file):
+                state |= load_file(folder / file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from error
-    return adapter, state, read_json(folder / META)
+    return Checkpoint(folder, adapter, state, read_json(folder / META))
 
 
 def section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -327,56 +393,3 @@ def append_text(path: Path, text: str) -> None:
     """Write behind what a file holds, all of it or nothing."""
     with path.open("ab", buffering=0) as file:
         append_whole(file, text.encode())
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's moments and step counts, as named tensors."""
-    out = {}
-    for i, parameter in enumerate(_parameters(optimizer)):
-        for name, value in optimizer.state[parameter].items():
-            out[f"optimizer/{i}/{name}"] = torch.as_tensor(value).clone()  # bnb shares
-    return out
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restore what `optimizer_tensors` gave: the moments of every parameter, or of none."""
-    parameters = _parameters(optimizer)
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in section(tensors, "optimizer/").items():
-        i, _, name = key.partition("/")
-        state.setdefault(int(i), {})[name] = value
-    if state and sorted(state) != list(range(len(parameters))):
-        raise ValueError(f"moments of {len(state)} parameters, expected {len(parameters)}")
-    coded = type(optimizer).__name__ == "AdamW8bit"
-    for i, values in state.items():
-        want = _coded_moments(parameters[i]) if coded else _moments(parameters[i])
-        found = {name: (value.shape, value.dtype) for name, value in values.items()}
-        found.pop("step", None)
-        if found != want or values.get("step", torch.ones(1)).numel() != 1:
-            raise ValueError(f"the moments of parameter {i} are not {want}")
-    if coded:  # its own way takes no plain tensors
-        for i, values in state.items():
-            moments = {k: v.to(parameters[i].device) for k, v in values.items()}
-            optimizer.state[parameters[i]] = moments | {"step": int(values["step"])}
-        return
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _moments(p: Tensor) -> dict[str, tuple]:
-    """Shapes and dtypes of AdamW's moments."""
-    return dict.fromkeys(MOMENTS, (p.shape, torch.float32))
-
-
-def _coded_moments(p: Tensor) -> dict[str, tuple]:
-    """Those of bitsandbytes' 8-bit AdamW; small parameters are not coded."""
-    if p.numel() < 4096:
-        return dict.fromkeys(("state1", "state2"), (p.shape, torch.float32))
-    out = dict.fromkeys(("state1", "state2"), (p.shape, torch.uint8))
-    out |= dict.fromkeys(("qmap1", "qmap2"), (torch.Size([256]), torch.float32))
-    blocks = torch.Size([-(-p.numel() // 256)])
-    return out | dict.fromkeys(("absmax1", "absmax2"), (blocks, torch.float32))

@@ -29,7 +29,7 @@ from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew, run_crew
 from turbo.presets import defaults
 from turbo.run import env_maker, find_alfworld, held_out, prompt_style
-from turbo.teacher import Teacher
+from turbo.teacher import saved_teacher
 
 JSON_KEYS = [
     "success_rate",
@@ -128,7 +128,7 @@ def check(c: EvalConfig) -> TrainConfig:
     if trained:
         if saved["model_sha256"] != model_sha256(run):
             raise ValueError(f"{c.source} was trained from another model than {run.model!r} is now")
-        checkpoint.load(*trained)
+        checkpoint.load(*trained, history=c.teacher)
         if c.teacher and not run.teaches:
             raise ValueError(
                 f"{c.source} has no teacher: it was trained with --guidance {run.guidance}"
@@ -152,16 +152,14 @@ def open_source(c: EvalConfig, run: TrainConfig) -> tuple[VisionLanguageModel, W
     vlm = open_model(run)
     lora = update = None
     if trained := checkpoint.run_of(c.source):
-        adapter, state, meta = checkpoint.load(*trained)
+        saved = checkpoint.load(*trained, history=c.teacher)
         lora = new_lora(vlm.matrices, run.lora_rank, run.lora_alpha, 0)
-        lora.load_state_dict(adapter)
-        update = meta.get("update")
+        lora.load_state_dict(saved.adapter)
+        update = saved.meta.get("update")
     with torch.no_grad():
         weights = vlm.weights(lora)
     if c.teacher:
-        teacher = Teacher(vlm, lora, run)
-        teacher.load_state_dict(checkpoint.section(state, "teacher/"), meta["teacher"])
-        weights = teacher.weights
+        weights = saved_teacher(vlm, lora, run, saved).weights
     return vlm, weights, update
 
 

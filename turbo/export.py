@@ -50,7 +50,7 @@ from turbo.log import read_jsonl
 from turbo.lora import Lora, new_lora
 from turbo.model import VisionLanguageModel
 from turbo.run import env_maker, rollout_options
-from turbo.teacher import Teacher
+from turbo.teacher import saved_teacher
 
 RECORD, PICTURE = "gtr_turbo.json", "example.png"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -141,20 +141,20 @@ def open_run(c: ExportConfig, settings: TrainConfig) -> Source:
     """Load a run's model and a checkpoint; ValueError if they do not belong together."""
     run, dtype = Path(c.run), wanted_dtype(c, settings)
     if c.checkpoint is None:
-        folder, problems = checkpoint.newest(run)
+        folder, problems = checkpoint.newest(run, c.what == "teacher")
         for problem in problems:
             print(f"warning: {problem}; taking {folder}", file=sys.stderr)
-    adapter, state, meta = checkpoint.load(run, c.checkpoint)
+    saved = checkpoint.load(run, c.checkpoint, history=c.what == "teacher")
     vlm = open_base(settings, dtype)
     try:
         lora = new_lora(vlm.matrices, settings.lora_rank, settings.lora_alpha, 0)
-        lora.load_state_dict(adapter)
+        lora.load_state_dict(saved.adapter)
         dense = {}
         if c.what == "policy":
             dense = policy_matrices(vlm, lora, dtype)
         if c.what == "teacher":
-            dense = teacher_matrices(vlm, lora, settings, state, meta)
-        update, env_steps = int(meta["update"]), int(meta["env_steps"])
+            dense = teacher_matrices(vlm, lora, settings, saved)
+        update, env_steps = int(saved.meta["update"]), int(saved.meta["env_steps"])
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"the checkpoint of {run} cannot be exported: {error}; use the program and the model "
@@ -206,12 +206,10 @@ def policy_matrices(vlm: VisionLanguageModel, lora: Lora, dtype: torch.dtype) ->
 
 @torch.no_grad()
 def teacher_matrices(
-    vlm: VisionLanguageModel, lora: Lora, settings: TrainConfig, state: dict[str, Tensor], meta
+    vlm: VisionLanguageModel, lora: Lora, settings: TrainConfig, saved: checkpoint.Checkpoint
 ) -> dict[str, Tensor]:
     """The merged teacher of a checkpoint, [out, in], by module name."""
-    teacher = Teacher(vlm, lora, settings)
-    teacher.load_state_dict(checkpoint.section(state, "teacher/"), meta["teacher"])
-    merged = teacher.dense()
+    merged = saved_teacher(vlm, lora, settings, saved).dense()
     if not merged:
         raise ValueError("no checkpoint had been merged yet: choose a later --checkpoint")
     return uncoded(vlm) | {name: matrix.detach() for name, matrix in merged.items()}

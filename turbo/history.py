@@ -29,6 +29,7 @@ Factors = dict[str, tuple[Tensor, Tensor]]  # module name -> (A [r, in], B [out,
 class Snapshot:
     """One checkpoint: the policy's LoRA factors after `update`, theta = base + scale * B A."""
 
+    number: int  # how many had entered the history before it: it is saved under that
     update: int
     factors: Factors
     scale: float
@@ -50,6 +51,7 @@ class History:
             raise ValueError(f"history_max: expected >= 0 (0 keeps all), got {history_max}")
         self.density, self.history_max = density, history_max
         self.entries: list[Snapshot] = []
+        self.pushed = 0  # how many ever entered
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -59,6 +61,7 @@ class History:
         self._check_names(factors)
         check_finite_factors(factors)
         snapshot = Snapshot(
+            number=self.pushed,
             update=update,
             factors={name: (_cpu_copy(a), _cpu_copy(b)) for name, (a, b) in factors.items()},
             scale=float(scale),
@@ -66,6 +69,7 @@ class History:
             thresholds=compute_thresholds(factors, scale, self.density),
         )
         self.entries.append(snapshot)
+        self.pushed += 1
         if self.history_max:
             del self.entries[: -self.history_max]
         return snapshot
@@ -84,29 +88,28 @@ class History:
         raise ValueError(f"mode: expected 'sma', 'ema' or 'score', got {mode!r}")
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Flat tensors for a safetensors file, and metadata that json can write."""
+        """Flat tensors for safetensors files, and metadata that json can write.
+
+        The tensors of an entry have the same names for ever, its number first: so a checkpoint can
+        share them with the one before.
+        """
         tensors: dict[str, Tensor] = {}
-        entries = []
-        for i, entry in enumerate(self.entries):
-            for name, (a, b) in entry.factors.items():
-                tensors[f"{i}.{name}.lora_a"] = a
-                tensors[f"{i}.{name}.lora_b"] = b
-            for name, threshold in entry.thresholds.items():
-                tensors[f"{i}.{name}.threshold"] = threshold
-            plain = {"update": entry.update, "scale": entry.scale, "score": entry.score}
-            entries.append(plain | {"names": list(entry.factors)})
-        settings = {"density": self.density, "history_max": self.history_max}
-        return tensors, settings | {"entries": entries}
+        for entry in self.entries:
+            tensors |= snapshot_tensors(entry)
+        about = {"density": self.density, "history_max": self.history_max, "pushed": self.pushed}
+        return tensors, about | {"entries": [snapshot_data(entry) for entry in self.entries]}
 
     def load_state_dict(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         """Replace the entries; the settings must be those that the state was saved with."""
         for name, own in (("density", self.density), ("history_max", self.history_max)):
             if metadata[name] != own:
                 raise ValueError(f"{name}: expected {own} like this history, got {metadata[name]}")
-        entries = [_load_snapshot(i, plain, tensors) for i, plain in enumerate(metadata["entries"])]
-        for entry in entries:
-            check_finite_factors(entry.factors)
-        self.entries = entries
+        # Before entries had numbers they were saved under their places.
+        entries = [
+            load_snapshot({"number": i} | data, tensors)
+            for i, data in enumerate(metadata["entries"])
+        ]
+        self.entries, self.pushed = entries, metadata.get("pushed", len(entries))
 
     def _check_names(self, factors: Factors) -> None:
         if not factors:
@@ -163,19 +166,41 @@ def _cpu_copy(tensor: Tensor) -> Tensor:
     return out.copy_(tensor.detach())
 
 
-def _load_snapshot(i: int, plain: dict[str, Any], tensors: dict[str, Tensor]) -> Snapshot:
+def snapshot_tensors(entry: Snapshot) -> dict[str, Tensor]:
+    """An entry's tensors, by names that begin with its number."""
+    tensors = {}
+    for name, (a, b) in entry.factors.items():
+        tensors[f"{entry.number}.{name}.lora_a"] = a
+        tensors[f"{entry.number}.{name}.lora_b"] = b
+    for name, threshold in entry.thresholds.items():
+        tensors[f"{entry.number}.{name}.threshold"] = threshold
+    return tensors
+
+
+def snapshot_data(entry: Snapshot) -> dict[str, Any]:
+    """What else there is of an entry, as json can write it."""
+    plain = {k: getattr(entry, k) for k in ("number", "update", "scale", "score")}
+    return plain | {"names": list(entry.factors)}
+
+
+def load_snapshot(data: dict[str, Any], tensors: dict[str, Tensor]) -> Snapshot:
+    """An entry of its `snapshot_data`, and of tensors among which its own are."""
+    number, names = data["number"], data["names"]
+
     def factor(name: str, side: str) -> Tensor:
-        key = f"{i}.{name}.{side}"
+        key = f"{number}.{name}.{side}"
         if key not in tensors:
             raise ValueError(f"tensors: expected an entry {key!r} that the metadata names")
         return _cpu_copy(tensors[key])
 
-    names = plain["names"]
-    trims = [name for name in names if f"{i}.{name}.threshold" in tensors]
-    return Snapshot(
-        update=plain["update"],
+    trims = [name for name in names if f"{number}.{name}.threshold" in tensors]
+    entry = Snapshot(
+        number=number,
+        update=data["update"],
         factors={name: (factor(name, "lora_a"), factor(name, "lora_b")) for name in names},
-        scale=plain["scale"],
-        score=plain["score"],
+        scale=data["scale"],
+        score=data["score"],
         thresholds={name: factor(name, "threshold") for name in trims},
     )
+    check_finite_factors(entry.factors)
+    return entry

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from turbo import checkpoint
 from turbo.config import TrainConfig
@@ -26,6 +25,7 @@ from turbo.log import read_jsonl
 from turbo.lora import Lora, new_lora
 from turbo.measure import evaluate
 from turbo.model import ValueHead, VisionLanguageModel, Weights
+from turbo.optimizer import load_optimizer, new_optimizer, optimizer_tensors
 from turbo.parallel import Crew
 from turbo.phases import Phases
 from turbo.rollout import RolloutOptions, Table, mix
@@ -61,6 +61,7 @@ class Run:
         self.table = Table(self.vlm, make_env, options, crew, self.phases)
         self.beta = 1.0 if config.kl_coef == "auto" else float(config.kl_coef)
         self.update, self.env_steps, self.elapsed = 0, 0, 0.0
+        self.saved: Path | None = None  # the checkpoint that was loaded or saved last
         # What an interrupted evaluation owes: the record of its update, {} before the first one
         self.owed: dict | None = {} if config.eval_start else None
         self.is_over = False  # all updates done, and the last evaluation written
@@ -73,7 +74,7 @@ class Run:
             return
         teacher, teacher_data = self.teacher.state_dict()
         state = {f"teacher/{k}": v for k, v in teacher.items()}
-        state |= checkpoint.optimizer_tensors(self.optimizer)
+        state |= optimizer_tensors(self.optimizer)
         state |= {f"examples/{k}": v for k, v in self.examples.state_dict().items()}
         if self.value_head is not None:
             state |= {f"value_head/{k}": v for k, v in self.value_head.state_dict().items()}
@@ -85,36 +86,45 @@ class Run:
             "moments": sum(k.startswith("optimizer/") for k in state),
             "teacher": teacher_data,
         }
-        adapter = self.lora.state_dict()
-        checkpoint.save(self.path, self.update, adapter, state, meta, self.config.keep)
+        where, keep = (self.path, self.update), self.config.keep
+        self.saved = checkpoint.save(
+            *where, self.lora.state_dict(), state, meta, keep, before=self.saved
+        )
 
-    def checkpoint_bytes(self) -> int:
-        """About what a checkpoint takes at the end of the run: factors and their two moments,
-        the teacher's sums or its history, the dataset, the critic."""
+    def checkpoint_bytes(self) -> tuple[int, int]:
+        """About what a checkpoint takes at the end of the run, and the history beside it.
+
+        Factors and their two moments, the teacher's sums, the dataset, the critic; the history is
+        shared by all checkpoints, whose own is one entry of it.
+        """
         c, size = self.config, lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
         trained = size(self.learner.parameters())
-        total = 3 * trained
+        own, history = 3 * trained, 0
         if c.teaches and c.teacher == "merged":
             dense = 4 * sum(matrix.numel() for matrix in self.teacher.base.values())
             sums = (4 if c.merge == "ties" else 1) * dense
             kept = min(c.history_max or c.updates + 1, c.updates + 1)
             if c.checkpoint_each == "epoch" and not c.history_max:
                 kept *= c.epochs
-            total += dense if self.teacher.small else 0
-            numbers = sum(p.numel() for p in self.lora.parameters())
-            history = kept * numbers * self.teacher.kept_dtype.itemsize
-            total += sums if self.teacher.streaming else history
+            own += dense if self.teacher.small else 0
+            if self.teacher.streaming:
+                own += sums
+            else:
+                numbers = sum(p.numel() for p in self.lora.parameters())
+                entry = numbers * self.teacher.kept_dtype.itemsize
+                own, history = own + entry, (kept - 1) * entry
         if c.imitates:
             examples = c.updates * (c.sft_rows or 2 * c.steps_per_update)
             examples = min(c.sft_max or examples, examples)
             places = 32 if self.vlm.text.small else 4 * 128  # with those of deeper layers
-            total += examples * 4 * (places * self.vlm.text.dim + 2 * c.max_new_tokens)
-        return total
+            own += examples * 4 * (places * self.vlm.text.dim + 2 * c.max_new_tokens)
+        return own, history
 
     def lack_of_space(self) -> str:
         """What is missing where the disk has no room for this run's checkpoints; else nothing."""
         count = self.config.keep + 1  # a new one is whole before the oldest goes
-        needed, free = count * self.checkpoint_bytes(), shutil.disk_usage(self.path).free
+        own, history = self.checkpoint_bytes()
+        needed, free = count * own + history, shutil.disk_usage(self.path).free
         if needed <= free:
             return ""
         return (
@@ -129,7 +139,7 @@ class Run:
         problem = ""
         try:
             if checkpoint.checkpoints(self.path):
-                self._load(*checkpoint.load(self.path))
+                self._load(checkpoint.load(self.path))
         except checkpoint.CheckpointError as error:
             problem = str(error)
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
@@ -150,19 +160,21 @@ class Run:
                 checkpoint.write_text(file, "".join(json.dumps(r) + "\n" for r in records))
         self.owed, self.is_over = self.crew.share((self.owed, self.is_over))[0]
 
-    def _load(self, adapter: dict[str, Tensor], state: dict[str, Tensor], meta: dict) -> None:
+    def _load(self, saved: checkpoint.Checkpoint) -> None:
+        state, meta = saved.state, saved.meta
         odd = [k for k in state if k.split("/")[0] not in PARTS]
         count = sum(k.startswith("optimizer/") for k in state)
         if odd or count != meta["moments"]:
             raise ValueError(f"its state has {odd[0]!r}" if odd else f"{count} moments were saved")
-        self.lora.load_state_dict(adapter)
-        checkpoint.load_optimizer(self.optimizer, state)
+        self.lora.load_state_dict(saved.adapter)
+        load_optimizer(self.optimizer, state)
         if self.value_head is not None:
             self.value_head.load_state_dict(checkpoint.section(state, "value_head/"))
         self.examples.load_state_dict(checkpoint.section(state, "examples/"))
         self.teacher.load_state_dict(checkpoint.section(state, "teacher/"), meta["teacher"])
         self.update, self.env_steps = meta["update"], meta["env_steps"]
         self.elapsed, self.beta = meta["elapsed"], meta["beta"]
+        self.saved = saved.folder
 
     def _take_owed(self, records: list[dict]) -> list[dict]:
         """The records, less the last one where its evaluation is due and was not finished."""
@@ -222,32 +234,11 @@ class Run:
         )
 
 
-def new_optimizer(learner: Learner, c: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW without weight decay; with 8-bit moments on request (Dettmers et al. 2022).
-
-    A group each for policy and critic: `scale` times the policy's learning rate is its own, `norm`
-    is the figure of its gradient.
-    """
-    kind = torch.optim.AdamW
-    if c.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit as kind
-        except ImportError as error:
-            raise ValueError(
-                "--optimizer adamw8bit needs bitsandbytes: pip install 'gtr-turbo[nf4]'"
-            ) from error
-    groups = [dict(params=learner.lora.parameters(), scale=1.0, norm="grad_norm")]
-    if learner.value_head is not None:
-        scale = (c.critic_learning_rate or c.learning_rate) / c.learning_rate
-        critic = list(learner.value_head.parameters())
-        groups.append(dict(params=critic, scale=scale, norm="critic_grad_norm"))
-    return kind(groups, lr=c.learning_rate, eps=c.adam_eps, weight_decay=0.0)
-
-
 def space(run: Run) -> str:
     """What a checkpoint takes and what is free where it goes, in words."""
     free = shutil.disk_usage(run.path).free
-    return f"a checkpoint takes about {megabytes(run.checkpoint_bytes())}, {megabytes(free)} free"
+    own, _ = run.checkpoint_bytes()
+    return f"a checkpoint takes about {megabytes(own)}, {megabytes(free)} free"
 
 
 def megabytes(count: int) -> str:

@@ -17,13 +17,22 @@ Left out: the merge itself (`turbo.merging`), and how the teacher guides (`turbo
 import torch
 from torch import Tensor
 
-from turbo.checkpoint import section
+from turbo.checkpoint import Checkpoint, section
 from turbo.coded import read_dense
 from turbo.config import TrainConfig
-from turbo.history import History, Snapshot
+from turbo.history import History, Snapshot, load_snapshot, snapshot_data, snapshot_tensors
 from turbo.lora import Lora
 from turbo.merging import StreamingTeacher, merge_matrix, merge_teacher
 from turbo.model import VisionLanguageModel, Weights
+
+
+def saved_teacher(
+    vlm: VisionLanguageModel, lora: Lora, config: TrainConfig, saved: Checkpoint
+) -> "Teacher":
+    """The teacher of a checkpoint."""
+    teacher = Teacher(vlm, lora, config)
+    teacher.load_state_dict(section(saved.state, "teacher/"), saved.meta["teacher"])
+    return teacher
 
 
 class Teacher:
@@ -143,12 +152,11 @@ class Teacher:
         data = {"history": data, "count": self.count}
         if self.recipe is not None:  # of checkpoints that the history may have dropped since
             entries, shares = self.recipe
-            shown = History(self.history.density)
-            kept = {id(e) for e in self.history.entries}
-            shown.entries = [e for e in entries if id(e) not in kept]
-            dropped, about = shown.state_dict()
-            tensors |= {f"dropped/{k}": v for k, v in dropped.items()}
-            data |= {"dropped": about, "shares": shares}
+            kept = {e.number for e in self.history.entries}
+            dropped = [e for e in entries if e.number not in kept]
+            for entry in dropped:
+                tensors |= {f"history/{k}": v for k, v in snapshot_tensors(entry).items()}
+            data |= {"dropped": [snapshot_data(e) for e in dropped], "shares": shares}
         if self.streaming and self.count:
             tensors |= {f"sums/{k}": v for k, v in self.sums.state_dict().items()}
         if self.merged is not None:  # not the last checkpoint's merge when merge_every > 1
@@ -158,13 +166,13 @@ class Teacher:
     def load_state_dict(self, tensors: dict[str, Tensor], data: dict) -> None:
         """Restore what `state_dict` gave."""
         self.count = data["count"]
-        self.history.load_state_dict(section(tensors, "history/"), data["history"])
+        history = section(tensors, "history/")
+        self.history.load_state_dict(history, data["history"])
         if self.streaming and self.count:
             self.sums.load_state_dict(section(tensors, "sums/"))
         if "shares" in data:
-            dropped = History(self.history.density)
-            dropped.load_state_dict(section(tensors, "dropped/"), data["dropped"])
-            known = [*dropped.entries, *self.history.entries]
+            dropped = [load_snapshot(entry, history) for entry in data["dropped"]]
+            known = [*dropped, *self.history.entries]
             self.recipe = known[: len(data["shares"])], data["shares"]
         elif self.count:
             self.merged = section(tensors, "merged/")

@@ -10,12 +10,20 @@ import torch
 from turbo import checkpoint
 from turbo.checkpoint import CheckpointError
 from turbo.config import TrainConfig
+from turbo.optimizer import load_optimizer, optimizer_tensors
 
 
-def save(run, update, keep=2, value=1.0, **meta):
+def save(run, update, keep=2, value=1.0, entries=(), before=None, **meta):
     adapter = {"a": torch.full((2, 3), value)}
     state = {"teacher/x": torch.arange(4.0).view(2, 2).T, "optimizer/0/step": torch.tensor(3.0)}
-    return checkpoint.save(run, update, adapter, state, {"update": update, **meta}, keep)
+    for n in entries:
+        state |= {f"teacher/history/{n}.q.lora_{x}": torch.full((4, 4), value + n) for x in "ab"}
+    meta = {"update": update, **meta}
+    return checkpoint.save(run, update, adapter, state, meta, keep, before=before)
+
+
+def histories(path):
+    return sorted(p.name for p in path.glob("history-*"))
 
 
 def test_what_is_saved_comes_back(tmp_path):
@@ -27,10 +35,11 @@ def test_what_is_saved_comes_back(tmp_path):
         "meta.json",
         "state.safetensors",
     ]
-    adapter, state, meta = checkpoint.load(tmp_path)
-    assert torch.equal(adapter["a"], torch.ones(2, 3))
-    assert torch.equal(state["teacher/x"], torch.arange(4.0).view(2, 2).T)
-    assert meta == {"update": 12, "beta": 0.1, "elapsed": 1 / 3}
+    found = checkpoint.load(tmp_path)
+    assert found.folder == path
+    assert torch.equal(found.adapter["a"], torch.ones(2, 3))
+    assert torch.equal(found.state["teacher/x"], torch.arange(4.0).view(2, 2).T)
+    assert found.meta == {"update": 12, "beta": 0.1, "elapsed": 1 / 3}
 
 
 def test_the_newest_are_kept(tmp_path):
@@ -38,18 +47,18 @@ def test_the_newest_are_kept(tmp_path):
         save(tmp_path, update, keep=2, value=float(update))
     names = [p.name for p in checkpoint.checkpoints(tmp_path)]
     assert names == ["00000009", "00000010"]
-    assert checkpoint.load(tmp_path)[2]["update"] == 10
+    assert checkpoint.load(tmp_path).meta["update"] == 10
     save(tmp_path, 10, value=-1.0)  # it is there and whole: left as it is
-    assert checkpoint.load(tmp_path)[0]["a"][0, 0] == 10
+    assert checkpoint.load(tmp_path).adapter["a"][0, 0] == 10
     (tmp_path / "checkpoints" / "00000010" / "meta.json").write_text("{}")
     save(tmp_path, 10, value=-1.0)  # a damaged one is replaced
-    assert checkpoint.load(tmp_path)[0]["a"][0, 0] == -1
+    assert checkpoint.load(tmp_path).adapter["a"][0, 0] == -1
 
 
 def test_one_of_several_is_taken(tmp_path):
     for update in (1, 2):
         save(tmp_path, update, value=float(update))
-    assert checkpoint.load(tmp_path, 1)[2]["update"] == 1
+    assert checkpoint.load(tmp_path, 1).meta["update"] == 1
     with pytest.raises(CheckpointError, match="no checkpoint of update 3; those kept: 1, 2"):
         checkpoint.load(tmp_path, 3)
     (checkpoint.find(tmp_path, 2) / "meta.json").write_text("{}")
@@ -69,11 +78,59 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
             with pytest.raises(OSError, match="no space"):
                 save(tmp_path, 2)
         assert os.listdir(tmp_path / "checkpoints") == ["00000001"]  # and it takes no room
-    assert checkpoint.load(tmp_path)[2]["update"] == 1
+    assert checkpoint.load(tmp_path).meta["update"] == 1
     (tmp_path / "checkpoints" / "00000002.partial").mkdir()  # of a process that was killed
-    assert checkpoint.load(tmp_path)[2]["update"] == 1
+    assert checkpoint.load(tmp_path).meta["update"] == 1
     save(tmp_path, 2)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["00000001", "00000002"]
+
+
+def test_checkpoints_share_their_history(tmp_path):
+    """What the one before has is linked, not written; what the history dropped is not kept."""
+    one = save(tmp_path, 1, entries=(0, 1))
+    two = save(tmp_path, 2, entries=(1, 2), before=one, value=5.0)
+    assert histories(one) == [f"history-0000000{n}.safetensors" for n in (0, 1)]
+    assert histories(two) == [f"history-0000000{n}.safetensors" for n in (1, 2)]
+    assert (one / histories(one)[1]).samefile(two / histories(two)[0])
+    for update, wanted in ((1, {0: 1, 1: 2}), (2, {1: 2, 2: 7})):
+        state = checkpoint.load(tmp_path, update).state
+        entries = {k: v for k, v in state.items() if k.startswith("teacher/history/")}
+        assert {int(k.split("/")[2].split(".")[0]): v[0, 0] for k, v in entries.items()} == wanted
+        assert "teacher/x" in state and len(entries) == 4
+    save(tmp_path, 3, entries=(1, 2, 3), before=two, keep=1)  # drops those that it links to
+    assert len(checkpoint.load(tmp_path).state) == 8
+
+
+def test_what_cannot_be_shared_is_written(tmp_path, monkeypatch):
+    one = save(tmp_path, 1, entries=(0, 1))
+    (one / histories(one)[0]).write_bytes(b"shorter")
+    two = save(tmp_path, 2, entries=(0, 1), before=one)
+    own, shared = ((two / name).stat().st_nlink for name in histories(two))
+    assert (own, shared) == (1, 2) and checkpoint.newest(tmp_path) == (two, [])
+
+    def refuse(*names):
+        raise PermissionError("no links on this file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "link", refuse)
+        three = save(tmp_path, 3, entries=(0, 1), before=two)
+    four = save(tmp_path, 4, entries=(0, 1), before=tmp_path / "checkpoints" / "00000009")  # gone
+    for path in (three, four):
+        assert [(path / name).stat().st_nlink for name in histories(path)] == [1, 1]
+    assert checkpoint.load(tmp_path).state.keys() == checkpoint.load(tmp_path, 3).state.keys()
+
+
+@pytest.mark.parametrize("how", ["truncated", "one bit", "missing"])
+def test_a_damaged_history_stops_the_teacher_alone(tmp_path, how):
+    """A policy is loaded without it."""
+    save(tmp_path, 1, entries=(0,))
+    path = save(tmp_path, 2, entries=(0, 1))
+    break_file(path / histories(path)[1], how)
+    assert checkpoint.load(tmp_path).meta["update"] == 1
+    with pytest.raises(CheckpointError, match=r"history-00000001\.safetensors"):
+        checkpoint.load(tmp_path, 2)
+    found = checkpoint.load(tmp_path, history=False)
+    assert found.meta["update"] == 2 and sorted(found.state) == ["optimizer/0/step", "teacher/x"]
 
 
 def break_file(path, how):
@@ -99,7 +156,7 @@ def test_a_damaged_checkpoint_is_left_out(tmp_path, name, how):
     break_file(path / name, how)
     folder, problems = checkpoint.newest(tmp_path)
     assert folder.name == "00000001" and len(problems) == 1 and name in problems[0]
-    assert checkpoint.load(tmp_path)[2]["update"] == 1
+    assert checkpoint.load(tmp_path).meta["update"] == 1
     break_file(folder / name, how)
     with pytest.raises(CheckpointError, match=r"no checkpoint that is whole: .*02.*01"):
         checkpoint.load(tmp_path)
@@ -113,6 +170,7 @@ def test_a_damaged_checkpoint_is_left_out(tmp_path, name, how):
         '{"files": {}}',
         '{"files": {"../../secret": {}, "state.safetensors": {}, "meta.json": {}}}',
         '{"files": {"adapter.safetensors": 1, "state.safetensors": 2, "meta.json": 3}}',
+        '{"files": {"adapter.safetensors": 1, "state.safetensors": 2, "meta.json": 3, "x": 4}}',
         "[" * 100_000,
     ],
 )
@@ -151,7 +209,7 @@ def test_an_existing_run_is_refused_or_replaced(tmp_path):
     save(run, 5)
     with pytest.raises(CheckpointError, match=r"already exists.*--resume.*--overwrite"):
         checkpoint.create_run(run, TrainConfig(), "a")
-    assert checkpoint.load(run)[2]["update"] == 5
+    assert checkpoint.load(run).meta["update"] == 5
     checkpoint.create_run(run, TrainConfig(overwrite=True), "b")
     assert checkpoint.checkpoints(run) == [] and checkpoint.read_run(run)["model_sha256"] == "b"
 
@@ -197,13 +255,13 @@ def test_the_optimizer_goes_on_with_the_same_bits():
 
     p, optimizer = new()
     steps(p, optimizer, 0, 3)
-    tensors = {k: v.clone() for k, v in checkpoint.optimizer_tensors(optimizer).items()}
+    tensors = {k: v.clone() for k, v in optimizer_tensors(optimizer).items()}
     assert all(k.startswith("optimizer/") for k in tensors) and len(tensors) == 6
     q, other = new()
     with torch.no_grad():
         for a, b in zip(q, p, strict=True):
             a.copy_(b)
-    checkpoint.load_optimizer(other, {**tensors, "teacher/x": torch.zeros(1)})
+    load_optimizer(other, {**tensors, "teacher/x": torch.zeros(1)})
     steps(p, optimizer, 3, 6)
     steps(q, other, 3, 6)
     assert all(torch.equal(a, b) for a, b in zip(p, q, strict=True))

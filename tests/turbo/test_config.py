@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from turbo.config import TrainConfig, changed, check, from_saved
 from turbo.lora import Lora
 from turbo.model import ValueHead
+from turbo.optimizer import new_optimizer
 from turbo.presets import GAME_DEFAULTS, PRESETS, PRESETS_OF_GAMES, defaults
-from turbo.run import new_optimizer
 from turbo.sft_config import SFT_DEFAULTS, check_sft, sft_defaults
 from turbo.train import learning_rate
 

@@ -24,7 +24,7 @@ from turbo.config import from_saved
 from turbo.hub import model_sha256
 from turbo.lora import effective, new_lora
 from turbo.model import load
-from turbo.teacher import Teacher
+from turbo.teacher import saved_teacher
 from turbo.tiny import builtin_path
 
 pytestmark = pytest.mark.slow  # runs are trained, and other processes start
@@ -204,14 +204,12 @@ def own(run: Path, what: str, update: int | None = None, dtype=torch.float32):
     """turbo's model of a run and the runnable weights of its policy or teacher."""
     c = from_saved(checkpoint.read_run(run)["config"], "")
     vlm = load(builtin_path(GAME) if c.model == "tiny" else Path(c.model), torch.float32)
-    adapter, state, meta = checkpoint.load(run, update)
+    saved = checkpoint.load(run, update)
     lora = new_lora(vlm.matrices, c.lora_rank, c.lora_alpha, 0)
-    lora.load_state_dict(adapter)
+    lora.load_state_dict(saved.adapter)
     with torch.no_grad():
         if what == "teacher":
-            teacher = Teacher(vlm, lora, c)
-            teacher.load_state_dict(checkpoint.section(state, "teacher/"), meta["teacher"])
-            return vlm, teacher.weights
+            return vlm, saved_teacher(vlm, lora, c, saved).weights
         matrices = effective(vlm.matrices, lora if what == "policy" else None)
         rounded = {n: m.to(dtype).float() for n, m in matrices.items()}
         return vlm, vlm.text.text_weights(rounded)

@@ -10,10 +10,9 @@ import pytest
 import tiny_models
 import torch
 from kept_signals import kept_signals
-from safetensors.torch import load_file
 
 from examples.corrector_server import serve
-from turbo import train
+from turbo import checkpoint, train
 from turbo.config import TrainConfig
 from turbo.log import METRICS, read_jsonl
 from turbo.parallel import Crew, run_crew
@@ -37,8 +36,8 @@ def start(out, *more, model=None, game="numberline"):
 
 
 def checkpoint_of(run, update):
-    folder = run / "checkpoints" / f"{update:08d}"
-    return load_file(folder / "adapter.safetensors"), load_file(folder / "state.safetensors")
+    saved = checkpoint.load(run, update)
+    return saved.adapter, saved.state
 
 
 def plain(run):
@@ -214,6 +213,10 @@ def test_other_runs_resume_bit_for_bit(tmp_path, options):
         meta = json.loads((whole / "checkpoints/00000003/meta.json").read_text())
         scores = [e["score"] for e in meta["teacher"]["history"]["entries"]]
         assert len(scores) == 7 and all(0 <= s <= 1 for s in scores)
+    if "--weighting score" in options:  # with a history, of which a checkpoint writes what is new
+        for path in (whole, resumed):
+            links = [f.stat().st_nlink for f in path.glob("checkpoints/00000003/history-*")]
+            assert len(links) > links.count(1) == (2 if "epoch" in options else 1)
     assert any(k.startswith("value_head/") for k in state) == ("gae" in options)
     if "gae" in options:
         assert records[2]["value_loss"] > 0 and records[2]["explained_variance"] is not None
