@@ -85,6 +85,10 @@ def pad_to(tensor: Tensor, length: int) -> Tensor:
     return torch.cat([tensor, tensor[:1].expand(length - len(tensor), *tensor.shape[1:])])
 
 
+LOGITS = 1 << 26  # logits that are held at once while answers are sampled, about
+ROWS_OF_FEW = 4  # times as many rows run together while each adds few tokens to its answer
+
+
 @dataclass
 class BatchSizes:
     """Rows that run together, phase by phase: halved where memory runs out, and kept so."""

@@ -15,38 +15,26 @@ Rows do not wait for each other: every environment has a slot in the cache and i
 in its answer, and one pass serves rows that read a prompt with a long guess beside rows that take
 one token (in groups of similar length).
 
-On a GPU a pass over few tokens of most slots runs on all of them, in their order, and reads the
-cache where it is: copying it costs more than rows that nobody asked for.
-
-With `--decode-graphs` passes over few tokens are recorded and replayed (`turbo.graphs`). The cache
-then grows in larger steps, and rows and lengths take few sizes, so that shapes recur.
-
 Left out: top-k, top-p, penalties (they would make the scored policy another one); when a large
-model guesses (`turbo.pace`).
+model guesses (`turbo.pace`); how a pass runs on the slots (`turbo.kv_cache`).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turbo.attend import PrefixKV, additive, causal_mask
-from turbo.batch import fits, micro_batches, round_up
-from turbo.graphs import Graphs
+from turbo.attend import PrefixKV
+from turbo.batch import LOGITS, ROWS_OF_FEW, fits, micro_batches, round_up
 from turbo.kernels.policy_head_sums import ban_bias
+from turbo.kv_cache import SHORT, KVCache
 from turbo.model import VisionLanguageModel, Weights
 from turbo.pace import Pace
 
-CACHED = 32  # places of the cache are reserved in multiples of this,
-RECORDED = 128  # or of this where passes are recorded
-LOGITS = 1 << 26  # logits that are held at once while answers are sampled, about
 AFTER_REFUSAL = 4  # tokens guessed behind a refused guess, beside as many as were right before it
 UNBOUND = 1 << 30
-MOST = 0.75  # share of the slots from which on all of them run, where the cache is read in place
-SHORT = 8  # inputs of at most so many tokens run together, apart from longer ones
 
 
 @dataclass
@@ -105,7 +93,7 @@ class Decoder:
         self.vlm, self.weights, self.temperature = vlm, weights, temperature
         self.max_new, self.generator = max_new_tokens, generator
         self.bias = ban_bias(vlm.banned, vlm.text.dtype)
-        self.cache = _Cache(vlm, slots)
+        self.cache = KVCache(vlm, slots)
         self.rows: dict[int, _Row] = {}
         self.passes = self.guessed = self.accepted = 0
         self.pace = Pace(vlm.text.small)
@@ -138,13 +126,12 @@ class Decoder:
             if row.limit < UNBOUND:
                 row.draft = row.draft[: self.pace.most(len(rows))]
         self._draw_noise(rows)
-        fresh = [r for r in rows if r.position == 0]
-        short = [r for r in rows if r.position and len(r.pending) + len(r.draft) <= SHORT]
-        long = [r for r in rows if r.position and len(r.pending) + len(r.draft) > SHORT]
-        size, behind = self.vlm.batches.decode, [*short, *long]
+        sizes, fresh, behind = self.vlm.batches, *_parted(rows, lambda r: r.position == 0)
+        short, long = _parted(behind, lambda r: len(r.pending) + len(r.draft) <= SHORT)
         written = sum(len(r.tokens) + 1 for r in behind)
-        for group in (*_similar(fresh, size), *_similar(short, 4 * size), *_similar(long, size)):
-            self._pass(group)
+        for kind, most in ((fresh, 1), (short, ROWS_OF_FEW), (long, 1)):
+            for group in _similar(kind, most * sizes.decode, sizes.tokens):
+                self._pass(group)
         came_true = sum(len(r.tokens) for r in behind) - written
         self.pace.consider(sum(bool(r.draft) for r in behind), came_true)
         done = []
@@ -248,6 +235,7 @@ class Decoder:
         else:
             logits = F.linear(hidden, head, self.bias).float()
         logprobs = torch.log_softmax(logits.div_(self.temperature), -1)
+        del logits
         device = logprobs.device
         n = torch.tensor(counts, device=device)
         end = n.cumsum(0) - 1  # where each row predicts the token behind its draft
@@ -277,144 +265,12 @@ def _draw(p: Tensor, u: Tensor) -> Tensor:
     return drawn.clamp_(max=p.shape[1] - 1)  # past the end where p is not a number
 
 
-def _similar(rows: list[_Row], size: int) -> list[list[_Row]]:
-    """Rows in groups of cache-sized work and similar length."""
+def _parted(rows: list[_Row], asked: Callable[[_Row], bool]) -> tuple[list[_Row], list[_Row]]:
+    """Those of which it is true, and the others."""
+    return [r for r in rows if asked(r)], [r for r in rows if not asked(r)]
+
+
+def _similar(rows: list[_Row], size: int, tokens: int) -> list[list[_Row]]:
+    """Rows in groups of similar length: cache-sized work, or on a GPU what its memory holds."""
     lengths = [len(r.pending) + len(r.draft) for r in rows]
-    return [[rows[i] for i in group] for group in micro_batches(lengths, size)]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How rows stand in the batch of a pass."""
-
-    places: list[int]  # of each row
-    count: int  # rows that are computed
-    length: int  # tokens that are computed of each
-    whole: bool = False  # row i of the batch is slot i, for all slots
-
-
-class _Cache:
-    """Keys and values per slot, of prefix and the rest: per layer [slots, Hkv, width, hd]."""
-
-    def __init__(self, vlm: VisionLanguageModel, slots: int):
-        self.vlm, self.slots, self.width = vlm, slots, 0
-        self.graphs = None if vlm.text.record is None else Graphs(vlm.text.record)
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.past = self.next_position = 0  # of the prefix
-
-    def put_prefix(self, slot: int, prefix: PrefixKV, number: int) -> None:
-        """Copy one prompt prefix into a slot."""
-        if not self.keys:
-            self.past, self.next_position = prefix.length, prefix.next_position
-            _, heads, _, hd = prefix.keys[0].shape
-            # One slot more than there are environments, for rows that only fill up a batch.
-            empty = prefix.keys[0].new_zeros(self.slots + 1, heads, 0, hd)
-            self.keys, self.values = [empty] * len(prefix.keys), [empty] * len(prefix.keys)
-            self.reserve(self.past)
-        for own, new in zip(self.keys, prefix.keys, strict=True):
-            own[slot, :, : self.past] = new[number]
-        for own, new in zip(self.values, prefix.values, strict=True):
-            own[slot, :, : self.past] = new[number]
-
-    def layout(self, rows: list[_Row], length: int) -> _Layout:
-        """The batch of a pass over `rows`, of up to `length` tokens each; the rest is padding."""
-        places, count = list(range(len(rows))), round_up(len(rows))
-        if length > SHORT:
-            return _Layout(places, count, round_up(length, 8))
-        if self.graphs is None:
-            length = round_up(length, 2)
-        else:  # few sizes: every one is a graph
-            length = max(2, 1 << (length - 1).bit_length())
-            most = min(self.slots, 4 * self.vlm.batches.decode)
-            step = round_up(-(-most // 4))
-            count = -(-len(rows) // step) * step
-        if self.vlm.text.in_place and len(rows) >= MOST * self.slots and rows[0].position:
-            return _Layout([row.slot for row in rows], self.slots, length, whole=True)
-        return _Layout(places, count, length)
-
-    def forget_graphs(self) -> None:
-        """Where there are any; their memory is free again."""
-        if self.graphs is not None:
-            self.graphs.clear()
-
-    def reserve(self, tokens: int) -> int:
-        """Make place for `tokens` in every slot; how many of them to attend to."""
-        used = round_up(tokens, CACHED if self.graphs is None else RECORDED)
-        if used > self.width:
-            self.forget_graphs()
-            for cache in (self.keys, self.values):  # layer by layer: never two whole caches
-                for i, x in enumerate(cache):
-                    cache[i] = F.pad(x, (0, 0, 0, used - x.shape[2]))
-            self.width = used
-        return used
-
-    def _take(self, cache: Tensor, slot: Tensor, used: int, whole: bool) -> Tensor:
-        """[R, Hkv, used, hd] of the slots; whole slots are copied four times as fast as parts."""
-        if whole:
-            return cache[: self.slots, :, :used]
-        return cache.index_select(0, slot) if used == self.width else cache[slot, :, :used]
-
-    def run(self, weights: Weights, ids: Tensor, rows: list[_Row], layout: _Layout) -> Tensor:
-        """Hidden states [R, L, D] of ids [R, L] behind what each row has in the cache.
-
-        They are cached too.
-        """
-        text, length = self.vlm.text, ids.shape[1]
-        far = max(row.position for row in rows)
-        slots, starts = [self.slots] * len(ids), [0] * len(ids)  # blank rows write to the last slot
-        for place, row in zip(layout.places, rows, strict=True):
-            slots[place], starts[place] = row.slot, row.position
-        slot, start = (torch.tensor(numbers, device=ids.device) for numbers in (slots, starts))
-        used = self.reserve(self.past + far + length)
-        if far == 0:  # a prompt is read: everything lies in one piece
-            return self._run_fresh(weights, text.embed(weights, ids), slot)
-        inputs = (ids, slot, start)
-        step = partial(self._run_behind, weights, used, layout.whole)
-        if self.graphs is None or length > SHORT:
-            return step(*inputs)
-        text.use(weights)  # refuses weights that are gone, also where nothing but a replay follows
-        return self.graphs.run((*ids.shape, used, layout.whole), step, inputs)
-
-    def _run_behind(
-        self, weights: Weights, used: int, whole: bool, ids: Tensor, slot: Tensor, start: Tensor
-    ) -> Tensor:
-        """Hidden states of ids [R, L] in the slots [R] from the places start [R] on.
-
-        It can be recorded: nothing in here depends on values. (The built-in models' rotary table
-        does; they are not recorded.)
-        """
-        text, length = self.vlm.text, ids.shape[1]
-        x = text.embed(weights, ids)
-        at = start[:, None] + torch.arange(length, device=ids.device)  # [R, L] behind the prefix
-        rope = text.text_rope(at + self.next_position)
-        at += self.past
-        blocked = torch.arange(used, device=ids.device) > at[..., None]  # [R, L, S]
-        mask = additive(blocked, text.dtype)[:, None, None]
-        _, heads, width, hd = self.keys[0].shape
-        place = slot[:, None] * heads + torch.arange(heads, device=ids.device)
-        place = place[..., None] * width + at[:, None]
-        place = place.flatten()  # [R * Hkv * L] rows of the cache as a matrix of hd columns
-
-        def attend(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            pair = []
-            for cache, new in ((self.keys[i], k), (self.values[i], v)):
-                cache.view(-1, hd).index_copy_(0, place, new.reshape(-1, hd))
-                pair.append(self._take(cache, slot, used, whole))
-            return pair[0], pair[1]
-
-        return text.forward(weights, x, rope, mask, attend)
-
-    def _run_fresh(self, weights: Weights, x: Tensor, slot: Tensor) -> Tensor:
-        """Hidden states of embeddings x [R, L, D] right behind the prefixes of the slots."""
-        text, past, length = self.vlm.text, self.past, x.shape[1]
-        rope = text.text_rope(torch.arange(length, device=x.device) + self.next_position)
-
-        def attend(i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            pair = []
-            for cache, new in ((self.keys[i], k), (self.values[i], v)):
-                cache[slot, :, past : past + length] = new
-                pair.append(torch.cat([cache[slot, :, :past], new], 2))
-            return pair[0], pair[1]
-
-        return text.forward(weights, x, rope, causal_mask(length, past, text), attend)
+    return [[rows[i] for i in group] for group in micro_batches(lengths, size, tokens=tokens)]

@@ -28,19 +28,20 @@ covered matrices, and products in bf16:
                  both its sides, of the layer's output and input; D' bytes of the stream.
     all layers   with checkpointing the stream x of each layer, L D' T, and one layer at work; else
                  L layers' working sets.
-    head         `kernels.policy_head_loss` on N scored tokens: a piece of C = min(N V,
-                 CUDA_PIECE_ELEMENTS) logits, of both sides in fp32, and of d loss / d logits in
-                 bf16; of the C / V rows that fill it both sides' inputs side by side, the gradient
-                 in fp32, a product to add to it, and the gradient in bf16; of all rows both sides'
-                 inputs and gradient in bf16: 8 C + 2 C + (4 + 4 + 4 + 2) D C / V + 3 * 2 N D.
+    head         `kernels.policy_head_loss` on N scored tokens: C logits of a piece of R rows, of
+                 both sides in fp32; of a part of them P, d loss / d logits in bf16; of the R rows
+                 the gradient in fp32 and in bf16, and where one part is all, both sides' inputs
+                 side by side; of all rows both sides' inputs and gradient in bf16:
+                 8 C + 2 P + (4 + 2) R D (+ 4 R D) + 3 * 2 N D.
 
 Left out, all small: the critic, vectors of one number a token, tables of the rotary embedding, the
 attention mask. Left out and not small: attention that writes its scores, 2 H S bytes a token and
 layer for S keys; SDPA and FlashAttention do not, `turbo.fused` on a CPU does.
 """
 
+from turbo.batch import LOGITS, ROWS_OF_FEW, BatchSizes
 from turbo.kernels.nf4 import BLOCK
-from turbo.kernels.policy_head import CUDA_CHUNK_ELEMENTS
+from turbo.kernels.policy_head import ALIGNED, CUDA_CHUNK_ELEMENTS
 from turbo.kernels.policy_head_loss import CUDA_PIECE_ELEMENTS
 from turbo.kernels.tiles import CUDA_TILE_ELEMENTS, MIN_TILE_ROWS
 from turbo.shapes import TextShape
@@ -48,9 +49,9 @@ from turbo.shapes import TextShape
 BF16, FP32 = 2, 4
 EIGHT_BIT_BLOCK = 256  # moments that share one fp32 maximum (bitsandbytes)
 SEVEN = 7  # covered matrices of a layer
-# While tokens are drawn (`decode._judge`): each entry of [scored, V] is a logit in bf16 and fp32
-# and its log-softmax; each of [rows, V] is chosen of them, copied, a softmax, its sum in fp64.
-BYTES_PER_SCORED, BYTES_PER_DRAWN = 2 + 4 + 4, 4 + 4 + 4 + 8
+# While tokens are drawn (`decode._judge`): each entry of [scored, V] is a logit and its
+# log-softmax; then each of [rows, V] is chosen of them, copied, a softmax, its sum in fp64.
+BYTES_PER_SCORED, BYTES_PER_DRAWN = 4 + 4, 4 + 4 + 4 + 8
 # Per entry of a merged tile in `tiles.merged_tile`: four sums, then seven temporaries of the vote
 # in fp32, and the base's tile; coding NF4 comes after and takes less.
 BYTES_PER_TILE_ENTRY = 16 + 7 * 4 + 4
@@ -105,9 +106,18 @@ def feature_bytes(shape: TextShape, tokens: int) -> int:
     return BF16 * (1 + shape.deepstack) * shape.hidden * tokens
 
 
-def logit_bytes(shape: TextShape, rows: int, scored: int) -> int:
-    """Drawing one token for each row, where `scored` tokens of all rows get logits in one pass."""
-    return (BYTES_PER_DRAWN * rows + BYTES_PER_SCORED * scored) * shape.vocabulary
+def draw_bytes(shape: TextShape, rows: int, places: int, longest: int) -> int:
+    """A pass that draws one token for each row, of at most `longest` guessed ones before it.
+
+    The larger of one layer's keys and values, copied where the rows are some of the slots, which
+    have so many places; and the logits: of as many tokens as `decode.LOGITS` lets be scored at
+    once, of which the rows' own are chosen.
+    """
+    rows = min(rows, ROWS_OF_FEW * BatchSizes.decode)
+    copied = cache_bytes(shape, rows * places) // shape.layers
+    scored = min(rows * longest, max(LOGITS // shape.vocabulary, longest))
+    entries = max(BYTES_PER_SCORED * scored, BYTES_PER_DRAWN * min(rows, scored))
+    return max(copied, entries * shape.vocabulary)
 
 
 def layer_bytes(shape: TextShape, tokens: int, rank: int, wide: bool) -> int:
@@ -158,19 +168,20 @@ def read_bytes(shape: TextShape, tokens: int, wide: bool) -> int:
 def head_bytes(shape: TextShape, tokens: int, backward: bool) -> int:
     """`policy_head` on so many scored tokens with a teacher, or `policy_head_loss` with gradient.
 
-    A piece has the rows that fill a chunk, both sides' one behind the other for one product, and
-    their gradient twice in fp32 while it is summed.
+    Without a gradient a part of all rows' logits is held; with one, those of a piece of the rows.
     """
-    most = CUDA_PIECE_ELEMENTS if backward else CUDA_CHUNK_ELEMENTS
-    chunk = min(most, tokens * shape.vocabulary)
-    rows = chunk // shape.vocabulary
-    forward = 2 * FP32 * chunk + 2 * BF16 * tokens * shape.hidden
-    if backward or rows == tokens:
-        forward += 2 * BF16 * rows * shape.hidden
+    rows = tokens
+    if backward:
+        most = CUDA_PIECE_ELEMENTS // shape.vocabulary
+        rows = min(tokens, max(1, most - most % ALIGNED if most > ALIGNED else most))
+    logits = rows * shape.vocabulary
+    part = min(logits, CUDA_CHUNK_ELEMENTS)
+    held = 2 * FP32 * (logits if backward else part) + 2 * BF16 * tokens * shape.hidden
+    if part == logits:  # both sides' rows side by side, for one product
+        held += 2 * BF16 * rows * shape.hidden
     if not backward:
-        return forward
-    piece = BF16 * chunk + rows * shape.hidden * (2 * FP32 + BF16)
-    return forward + piece + BF16 * tokens * shape.hidden
+        return held
+    return held + BF16 * part + (FP32 + BF16) * rows * shape.hidden + BF16 * tokens * shape.hidden
 
 
 def read_back_bytes(shape: TextShape, nf4: bool) -> int:

@@ -4,7 +4,9 @@ One card holds the base, one scratch buffer (alternately the policy's rounded fa
 policy, and the merged teacher), LoRA factors, optimiser. An update passes through phases that do
 not coincide:
 
-    decode   the policy plays: factors in the scratch buffer, keys and values of every environment
+    read     the policy plays: factors in the scratch buffer, keys and values of every environment;
+             prompts are read, and answers that were guessed whole, a micro-batch at once
+    decode   it draws tokens: with the same, logits in place of activations
     score    the teacher reads: merged in the scratch buffer, one pass without gradients
     train    the policy learns: base and factors, activations, the policy head, gradients
     step     the optimiser moves the factors
@@ -34,10 +36,11 @@ from rich.console import Console
 from rich.table import Table
 
 from turbo import footprint as size
+from turbo.batch import BatchSizes
 from turbo.flags import conclude, read_flags
 from turbo.shapes import TextShape, find_config, text_shape
 
-PHASES = ("decode", "score", "train", "step", "merge")
+PHASES = ("read", "decode", "score", "train", "step", "merge")
 GB = 1e9
 MOST_ENVS, MOST_TOKENS = 1 << 16, 1 << 20  # no more is searched for
 KEPT = 8  # prompts whose keys and values are kept beside those in the cache of environments
@@ -64,8 +67,6 @@ class Settings:
     """dtype of the hidden states between layers"""
     envs: int = 64
     """environments that decode at once"""
-    decode_tokens: int = 1
-    """tokens a row scored in one pass of decoding: 1, and one for each token that is guessed"""
     prompt_tokens: int = 512
     """longest prefix of a prompt in tokens: picture and rules"""
     suffix_tokens: int = 128
@@ -73,7 +74,7 @@ class Settings:
     max_new_tokens: int = 256
     """longest answer in tokens"""
     micro_tokens: int = 2048
-    """tokens of a micro-batch, prompts and answers, when prompts are read, scored and trained on"""
+    """tokens that run at once, prompts and answers, when they are read, scored and trained on"""
     steps_per_update: int = 1024
     """environment steps of an update: their hidden states are kept on the host"""
     history: int = 30
@@ -193,15 +194,19 @@ def _passing(shape: TextShape, s: Settings) -> list[Term]:
     narrow = size.cast_bytes(shape, rank, shape.layers) if s.nf4 else 0
     answers = s.envs * (s.suffix_tokens + s.max_new_tokens)
     prompts = (s.envs + KEPT) * s.prompt_tokens
+    copied = size.cache_bytes(shape, min(s.envs, BatchSizes.decode) * s.row) // shape.layers
+    play = ("read", "decode")
     modelled = {
-        "KV of prompts": {"decode": size.cache_bytes(shape, prompts)},
-        "KV of answers": {"decode": size.cache_bytes(shape, answers)},
-        "LoRA in bf16": {"decode": narrow},
-        "picture features": {"decode": size.feature_bytes(shape, prompts)},
-        "activations": {"decode": read, "score": read, "train": kept},
-        "NF4 matrix read back": dict.fromkeys(("decode", "score", "train"), back),
+        "KV of prompts": dict.fromkeys(play, size.cache_bytes(shape, prompts)),
+        "KV of answers": dict.fromkeys(play, size.cache_bytes(shape, answers)),
+        "LoRA in bf16": dict.fromkeys(play, narrow),
+        "picture features": dict.fromkeys(
+            ("read", "score", "train"), size.feature_bytes(shape, tokens)
+        ),
+        "activations": {"read": read + copied, "score": read, "train": kept},
+        "NF4 matrix read back": dict.fromkeys((*play, "score", "train"), back),
         "logits chunk": {
-            "decode": size.logit_bytes(shape, s.envs, s.envs * s.decode_tokens),
+            "decode": size.draw_bytes(shape, s.envs, s.row, s.max_new_tokens),
             "score": size.head_bytes(shape, tokens, backward=False),
             "train": size.head_bytes(shape, tokens, backward=True),
         },

@@ -8,8 +8,10 @@ import tiny_models
 import torch
 from tiny_models import suffix_text
 
+from turbo.batch import BatchSizes
 from turbo.decode import Decoder, Request
 from turbo.kernels.policy_head_sums import ban_bias
+from turbo.kv_cache import KVCache
 from turbo.pace import Pace
 
 LETTERS = "xyzw"  # what the models of the chi-square tests may say, beside the end
@@ -321,6 +323,30 @@ def test_long_prompts_fit_whatever_the_work_is_rounded_to(vlm, prompt, length):
         place = (*prompt[:2], suffix if slot == 0 else prompt[2])
         want = exact(vlm, place, sample.tokens, 1.0)
         assert (want - torch.tensor(sample.logprobs)).abs().max() < 1e-4
+
+
+def test_a_pass_has_no_more_tokens_than_memory_is_planned_for(vlm, prompt, monkeypatch):
+    """Rows that are guessed whole are cut into passes; what is sampled is the same."""
+    passes = []
+
+    def watched(cache, weights, ids, rows, layout):
+        passes.append((len(rows), layout.length))
+        return run(cache, weights, ids, rows, layout)
+
+    run = KVCache.run
+    monkeypatch.setattr(KVCache, "run", watched)
+    said = []
+    for tokens in (0, 4096, 96):
+        monkeypatch.setattr(vlm, "batches", BatchSizes(tokens=tokens))
+        decoder = decoder_for(vlm, prompt, 12, temperature=1.0, max_new=40)
+        for slot in range(12):
+            decoder.ask(slot, Request(prompt[2], lambda w: w + "1 + 2 - 3 " * 8))
+        passes.clear()
+        done = finish(decoder)
+        said.append([done[slot].tokens for slot in range(12)])
+        sizes = [rows * length for rows, length in passes if rows > 1]
+        assert max(sizes) > 500 if tokens != 96 else max(sizes) <= 96 and len(passes) > 12
+    assert said[0] == said[1] == said[2]
 
 
 def test_the_end_closes_an_answer(limited, prompt):

@@ -15,8 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from turbo import modules, train
 from turbo.attend import grouped_attention
-from turbo.decode import RECORDED, Request, _Cache
+from turbo.decode import Request
 from turbo.graphs import Graphs
+from turbo.kv_cache import RECORDED, KVCache
 
 
 class Recorder:
@@ -129,7 +130,7 @@ def test_the_cache_is_read_where_it_is(vlm, record, monkeypatch):
     with torch.no_grad():
         plain = tiny_models.play(vlm, lora, **options)
     vlm.text.in_place, layouts, grouped = True, [], []
-    recorder, layout, attend = Recorder(), _Cache.layout, modules.grouped_attention
+    recorder, layout, attend = Recorder(), KVCache.layout, modules.grouped_attention
     if record:
         vlm.text.record = lambda: recorder
 
@@ -137,7 +138,7 @@ def test_the_cache_is_read_where_it_is(vlm, record, monkeypatch):
         layouts.append((len(rows), layout(self, rows, length)))
         return layouts[-1][1]
 
-    monkeypatch.setattr(_Cache, "layout", note)
+    monkeypatch.setattr(KVCache, "layout", note)
     monkeypatch.setattr(modules, "grouped_attention", lambda *a: grouped.append(1) or attend(*a))
     with torch.no_grad():
         placed = tiny_models.play(vlm, lora, **options)
