@@ -3,22 +3,27 @@
     theta_0 = base + s B A,   A, B trained by AdamW on the cross-entropy of the expert's answers
 
 The vision tower stays as it is. Reached by `python -m turbo.sft points24 --model NAME --out DIR`.
+Factors and moments are saved along the way, in DIR/unfinished; every random number of a step
+derives from (seed, step), so a fine-tuning that was killed goes on bit for bit.
 
 Left out: the demonstrations (`turbo.demos`), the tiny model from scratch (`turbo.sft`).
 """
 
 import math
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from turbo import checkpoint
+from turbo.batch import fits
 from turbo.checkpoint import versions, write_json, writing
 from turbo.coded import read_dense
 from turbo.config import TrainConfig
@@ -30,16 +35,20 @@ from turbo.demos import (
     pictures_of,
 )
 from turbo.formats import copy_processor_files, generation_config, save_model
-from turbo.hub import model_folder, observation, open_model
+from turbo.hub import model_folder, model_sha256, observation, open_model
 from turbo.lora import Lora, new_lora
 from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel
 from turbo.modules import merge_policy
+from turbo.optimizer import load_optimizer, optimizer_tensors
 from turbo.parallel import Crew
 from turbo.run import env_maker, held_out, prompt_style
 from turbo.sft_config import SftConfig, expert_options, too_long
 
 PICTURES = 16  # that the vision tower sees together
+UNFINISHED = "unfinished"  # folder, beside the model, of a fine-tuning that goes on
+# What may be another when it does
+FREE = ("out", "overwrite", "resume", "save_every", "workers", "eval_episodes", "device")
 
 
 def settings(c: SftConfig) -> TrainConfig:
@@ -62,7 +71,11 @@ def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> i
     lora = new_lora(vlm.matrices, c.lora_rank, 2.0 * c.lora_rank, c.seed)
     trained = sum(p.numel() for p in lora.parameters())
     say(f"{c.model}: {trained:,} parameters in factors of rank {c.lora_rank}")
-    loss = train_factors(vlm, lora, run, crew, c, say)
+    try:
+        loss, is_whole = train_factors(vlm, lora, run, crew, c, say)
+    except ValueError as error:  # what was saved is of something else
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     figures = {"minutes": round((time.perf_counter() - started) / 60, 1), "loss": loss}
     e = evaluate(
         vlm,
@@ -84,6 +97,8 @@ def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> i
     if crew.leads:
         with writing(c.out):
             save(vlm, lora, c, run, figures)
+            if is_whole:
+                shutil.rmtree(Path(c.out) / UNFINISHED, ignore_errors=True)
         say(f"written to {c.out}: train it with python -m turbo.train {c.env} --model {c.out}")
     return 0
 
@@ -117,8 +132,9 @@ def train_factors(
     crew: Crew,
     c: SftConfig,
     say: Callable[[str], None],
-) -> float:
-    """Cross-entropy on expert answers, warm-up and cosine; the mean loss of the last 50 steps.
+) -> tuple[float, bool]:
+    """Cross-entropy on expert answers, warm-up and cosine; the mean loss of the last 50 steps, and
+    whether all were done.
 
     Ctrl-C ends it early, with what was learned so far.
     """
@@ -126,13 +142,15 @@ def train_factors(
     if told := too_long(longest_answer(env, vlm, style, deals=16), c.max_new_tokens):
         say(told)
     optimizer = torch.optim.AdamW(lora.parameters(), lr=c.lora_learning_rate, weight_decay=0.0)
-    rng = np.random.default_rng([c.seed, 2, crew.rank])
-    started, recent = time.perf_counter(), []
+    saved = Progress(Path(c.out) / UNFINISHED, decisive(c, run), lora, optimizer)
+    first, recent = saved.begin(crew, c.resume)
+    if first:
+        say(f"going on after step {first}")
+    started, done = time.perf_counter(), first
     with noticed() if crew.leads else nullcontext([]) as asked:
-        for step in range(c.steps):
-            warm, done = min(1, (step + 1) / 20), step / c.steps
-            rate = c.lora_learning_rate * warm * max(0.02, 0.5 * (1 + math.cos(math.pi * done)))
-            optimizer.param_groups[0]["lr"] = rate
+        for step in range(first, c.steps):
+            optimizer.param_groups[0]["lr"] = rate(c, step)
+            rng = np.random.default_rng([c.seed, 2, crew.rank, step])
             seeds = rng.integers(2**31, size=c.deals // crew.size)
             demos = [
                 demonstrate(env, vlm, int(s), c.states, c.other_targets, style, c.stray)
@@ -144,31 +162,100 @@ def train_factors(
             norm = torch.nn.utils.clip_grad_norm_(lora.parameters(), float(crew.size))
             if norm.isfinite():
                 optimizer.step()
-            recent = [*recent[-49:], loss / count]
-            if step % 10 == 9:
-                left = (time.perf_counter() - started) / (step + 1) * (c.steps - step - 1) / 60
-                say(f"step {step + 1}/{c.steps} loss {np.mean(recent):.4f} {left:.1f} minutes left")
-            if stopped:
-                say(f"stopped after step {step + 1}: what was learned is evaluated and written")
+            recent, done = [*recent[-49:], loss / count], step + 1
+            if done % 10 == 0:
+                left = (time.perf_counter() - started) / (done - first) * (c.steps - done) / 60
+                say(f"step {done}/{c.steps} loss {np.mean(recent):.4f} {left:.1f} minutes left")
+            is_due = c.save_every and (stopped or done == c.steps or done % c.save_every == 0)
+            if crew.leads and is_due:
+                saved.save(done, recent, say)
+            if stopped and done < c.steps:
+                more = "; --resume goes on" if c.save_every else ""
+                say(f"stopped after step {done}: what was learned is evaluated and written{more}")
                 break
-    return float(np.mean(recent))
+    return float(np.mean(recent)), done == c.steps
+
+
+def rate(c: SftConfig, step: int) -> float:
+    """The learning rate of a step: warm-up and cosine."""
+    warm, done = min(1, (step + 1) / 20), step / c.steps
+    return c.lora_learning_rate * warm * max(0.02, 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def decisive(c: SftConfig, run: TrainConfig) -> dict:
+    """What makes two fine-tunings the same: the settings that matter, and the base."""
+    return {k: v for k, v in asdict(c).items() if k not in FREE} | {"base": model_sha256(run)}
+
+
+@dataclass
+class Progress:
+    """A fine-tuning under way, as it is saved."""
+
+    folder: Path
+    about: dict  # what it must agree with to go on
+    lora: Lora
+    optimizer: torch.optim.Optimizer
+
+    def begin(self, crew: Crew, resume: bool) -> tuple[int, list[float]]:
+        """Steps done and their last losses: those that were saved, or none.
+
+        ValueError in every worker where they are those of something else, or cannot be read.
+        """
+        step, recent, problem = 0, [], ""
+        if resume:
+            try:
+                step, recent = self._load()
+            except (KeyError, TypeError, RuntimeError, ValueError) as error:
+                problem = f"--resume: {error}"
+        if problem := crew.problem(problem):
+            raise ValueError(problem)
+        if crew.leads and not resume:
+            shutil.rmtree(self.folder, ignore_errors=True)  # with --overwrite
+        return step, recent
+
+    def _load(self) -> tuple[int, list[float]]:
+        found = checkpoint.load(self.folder)
+        theirs = found.meta["about"]
+        for name, own in self.about.items():
+            if theirs.get(name) != own:
+                flag = "another model" if name == "base" else f"--{name.replace('_', '-')}"
+                told = "" if name == "base" else f" {theirs.get(name)}, now {own}"
+                raise ValueError(f"it was begun with {flag}{told}: give the same, or --overwrite")
+        self.lora.load_state_dict(found.adapter)
+        load_optimizer(self.optimizer, found.state)
+        return found.meta["step"], found.meta["recent"]
+
+    def save(self, step: int, recent: list[float], say: Callable[[str], None]) -> None:
+        """Save; where that fails it is said, and what was saved before stays."""
+        meta = {"about": self.about, "step": step, "recent": recent}
+        state = optimizer_tensors(self.optimizer)
+        try:
+            checkpoint.save(self.folder, step, self.lora.state_dict(), state, meta, keep=1)
+        except OSError as error:
+            say(f"step {step} could not be saved: {error}")
 
 
 def factor_gradients(
     vlm: VisionLanguageModel, lora: Lora, demos: list[Demonstration]
 ) -> tuple[float, int]:
     """Set the gradient of the mean cross-entropy of these answers; its sum, and their tokens."""
-    for p in lora.parameters():
-        p.grad = torch.zeros_like(p)
     with torch.no_grad():
         shown = pictures_of(demos)
         pieces = [vlm.see(shown[i : i + PICTURES]) for i in range(0, len(shown), PICTURES)]
     features, grid = torch.cat([f for f, _ in pieces]), pieces[0][1]
-    whole = vlm.weights(lora)
-    weights = whole.cut()
-    tokens = sum(len(a) for d in demos for a in d.answers)
-    found = backward_demos(vlm, weights, demos, features, grid, scale=1 / tokens)
-    whole.backward(weights)
+    tokens, found = sum(len(a) for d in demos for a in d.answers), (0.0, 0)
+
+    def accumulate() -> None:
+        nonlocal found
+        for p in lora.parameters():
+            p.grad = torch.zeros_like(p)
+        whole = vlm.weights(lora)
+        weights = whole.cut()
+        found = backward_demos(vlm, weights, demos, features, grid, scale=1 / tokens)
+        whole.backward(weights)
+
+    while not fits(accumulate):  # in smaller pieces, from the start
+        vlm.batches.halve("train", vlm.batches.train)
     return found
 
 

@@ -33,7 +33,7 @@ from turbo.demos import (
     pictures_of,
 )
 from turbo.envs.make import make
-from turbo.finetune import fine_tune
+from turbo.finetune import UNFINISHED, fine_tune
 from turbo.flags import conclude, read_flags
 from turbo.hub import own_workers
 from turbo.measure import evaluate
@@ -267,6 +267,20 @@ def save(vlm: VisionLanguageModel, c: SftConfig, figures: dict) -> None:
     write_json(out / "warm_start.json", record)
 
 
+def check_out(out: Path, c: SftConfig) -> None:
+    """ValueError where the folder holds what would be lost, or nothing to go on with."""
+    begun = (out / UNFINISHED).is_dir()
+    if c.resume and not begun:
+        raise ValueError(f"--resume: nothing was begun in --out {out}: leave --resume out")
+    if begun and not (c.resume or c.overwrite):
+        raise ValueError(
+            f"--out {out} holds a fine-tuning that did not come to its end: go on with --resume, "
+            "or begin anew with --overwrite"
+        )
+    if out.is_dir() and any(out.iterdir()) and not (c.resume or c.overwrite):
+        raise ValueError(f"--out {out} is not empty: choose another folder, or add --overwrite")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Make a warm start; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
@@ -279,10 +293,7 @@ def main(argv: list[str] | None = None) -> int:
             c = read_flags(SftConfig, argv, "turbo.sft", default=default)
         check_sft(c)
         out = Path(c.out)
-        if out.is_dir() and any(out.iterdir()) and not c.overwrite:
-            raise ValueError(
-                f"--out {c.out} is not empty: choose another folder, or add --overwrite"
-            )
+        check_out(out, c)
         with writing(out):
             try_folder(out)
         find_alfworld(c)

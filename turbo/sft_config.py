@@ -78,6 +78,10 @@ class SftConfig:
     """nf4: the base in 4 bits"""
     micro_tokens: int = 2048
     """tokens that run forward and backward at once"""
+    save_every: int = 50
+    """steps between saves into OUT/unfinished, from which --resume goes on (0: none)"""
+    resume: bool = False
+    """go on with a fine-tuning of the same settings that did not come to its end"""
 
 
 # Measured in docs/LOG.md: enough to begin reinforcement learning, far from the optimum.
@@ -102,7 +106,7 @@ SFT_DEFAULTS: dict[str, dict] = {
 FINE_TUNING = dict(steps=300, max_new_tokens=256, other_targets=0.0)
 OF_A_NEW_MODEL = ("size", "learning_rate", "muon_learning_rate", "read_out_steps")
 OF_ANY_MODEL = ("lora_rank", "lora_learning_rate", "device", "observation", "quantize")
-OF_ANY_MODEL += ("micro_tokens",)
+OF_ANY_MODEL += ("micro_tokens", "save_every", "resume")
 
 
 def sft_defaults(env: str, fine_tuning: bool = False) -> SftConfig:
@@ -132,7 +136,7 @@ def check_sft(c: SftConfig) -> None:
         if not getattr(c, flag) > 0:
             name = "--" + flag.replace("_", "-")
             raise ValueError(f"{name} must be more than 0, got {getattr(c, flag)}")
-    for flag in ("seed", "states", "workers", "history_length"):
+    for flag in ("seed", "states", "workers", "history_length", "save_every"):
         if getattr(c, flag) < 0:
             name = "--" + flag.replace("_", "-")
             raise ValueError(f"{name} must be zero or more, got {getattr(c, flag)}")

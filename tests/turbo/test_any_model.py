@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from family_models import FAMILIES, folder, load_plain
-from tiny_models import new_config, without_times
+from safetensors.torch import load_file
+from tiny_models import new_config, noisy_lora, without_times
 
 from turbo import checkpoint, demos, eval, finetune, hub, sft, shapes, train
-from turbo.envs.make import make
+from turbo.envs.make import make, tiny_kwargs
 from turbo.log import read_jsonl
 from turbo.model import Engine, load
 from turbo.shapes import published
@@ -78,6 +79,79 @@ def test_ctrl_c_writes_what_was_learned(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "warm" / "warm_start.json").is_file()
     seen = make("points24", split="seen").dealt
     assert len(asked) == 4 and all(hands == seen for hands in asked)
+    assert "; --resume goes on" in out and (tmp_path / "warm" / "unfinished").is_dir()
+    assert sft.main(["points24", *arguments, *flags.split(), "--resume"]) == 0
+    assert "going on after step 2" in capsys.readouterr().out and len(asked) == 18
+    assert not (tmp_path / "warm" / "unfinished").exists()
+
+
+def test_a_fine_tuning_that_was_killed_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
+    model = folder("qwen2_5_vl")
+    flags = SFT.replace("--steps 3", "--steps 5 --save-every 2").split()
+
+    def tune(name, *more):
+        out = ["--out", str(tmp_path / name)]
+        return sft.main(["numberline", "--model", str(model), *out, *flags, *more])
+
+    assert tune("whole") == 0
+    assert not (tmp_path / "whole" / "unfinished").exists()
+    count = 0
+
+    def demonstrate(*arguments, **options):
+        nonlocal count
+        count += 1
+        if count == 15:  # in the fourth step
+            raise RuntimeError("killed")
+        return demos.demonstrate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "demonstrate", demonstrate)
+        with pytest.raises(RuntimeError, match="killed"):
+            tune("part")
+    capsys.readouterr()
+    for more, said in (
+        ([], "go on with --resume, or begin anew with --overwrite"),
+        (["--resume", "--deals", "8"], "it was begun with --deals 4, now 8: give the same"),
+        (["--resume", "--model", str(folder("qwen3_vl"))], "it was begun with --model "),
+    ):
+        assert tune("part", *more) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and said in err and err.count("\n") == 1
+    assert tune("part", "--resume", "--eval-episodes", "2") == 0
+    assert "going on after step 2" in capsys.readouterr().out
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "part"))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert not (tmp_path / "part" / "unfinished").exists()
+    assert tune("part", "--resume") == 2
+    assert "--resume: nothing was begun in --out" in capsys.readouterr().err
+
+
+def test_fine_tuning_goes_on_in_smaller_pieces_where_memory_runs_out(monkeypatch):
+    vlm = load(folder("qwen2_5_vl"), torch.float32, Engine("modules"))
+    lora = noisy_lora(vlm)
+    env = make("numberline", **tiny_kwargs("numberline"))
+    shown = [demos.demonstrate(env, vlm, seed) for seed in range(3)]
+
+    def gradients():
+        found = finetune.factor_gradients(vlm, lora, shown)
+        return found, [p.grad.clone() for p in lora.parameters()]
+
+    wanted = gradients()
+    done = []
+
+    def short_of_memory(vlm, *arguments, **options):
+        found = backward(vlm, *arguments, **options)
+        done.append(vlm.batches.train)
+        if vlm.batches.train > 2:  # when the gradients are there
+            raise torch.OutOfMemoryError("for a test")
+        return found
+
+    backward = finetune.backward_demos
+    monkeypatch.setattr(finetune, "backward_demos", short_of_memory)
+    found = gradients()
+    assert done == [32, 16, 8, 4, 2] and found[0] == pytest.approx(wanted[0])
+    for one, two in zip(found[1], wanted[1], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
 def test_training_and_evaluation(warm, tmp_path, capsys):

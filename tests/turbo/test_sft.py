@@ -181,6 +181,8 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_starts(
             "that of its factors is --lora-learning-r",
         ),
         (["--lora-rank", "8"], "--lora-rank is a setting with --model: leave it out"),
+        (["--resume"], "--resume is a setting with --model: leave it out"),
+        (["--model", "x/y", "--save-every", "-1"], "--save-every must be zero or more, got -1"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, monkeypatch, capsys, argv, message):
