@@ -13,6 +13,7 @@ from string import Template
 
 from turbo.config import TrainConfig
 from turbo.families import Frame
+from turbo.formats import NEARLY_ALL, loss_of_rounding
 
 PROJECT = "[gtr-turbo](https://github.com/gtr-turbo/gtr-turbo)"
 PAPER = "[GTR-Turbo](https://arxiv.org/abs/2512.13043)"
@@ -38,6 +39,7 @@ class Facts:
     update: int
     env_steps: int
     dtype: str
+    kept: float  # share of what training changed that is left in this dtype
     trained_with: Mapping[str, str]  # versions
     exported_with: Mapping[str, str]
     records: Sequence[Mapping]  # of metrics.jsonl
@@ -50,7 +52,7 @@ def card(f: Facts) -> str:
     """The text of README.md."""
     c = f.config
     rows = [
-        ("This is", f"{WHAT[f.what]}; {f.dtype}"),
+        ("This is", f"{WHAT[f.what]}; {f.dtype}{rounding(f)}"),
         ("Base", f"{base(f)}, fingerprint of its weights {code(f.base_sha256)}"),
         ("Environment", environment(c)),
         ("Training", training(f)),
@@ -98,6 +100,11 @@ def environment(c: TrainConfig) -> str:
     """What was played."""
     hands = f", a fixed pool of {c.hands} hands" if c.hands else ""
     return f"{code(c.env)}{hands}, seed {c.seed}"
+
+
+def rounding(f: Facts) -> str:
+    """What the dtype costs, where it costs something."""
+    return "" if f.kept >= NEARLY_ALL else f", {loss_of_rounding(f.kept)}"
 
 
 def training(f: Facts) -> str:

@@ -36,9 +36,12 @@ from turbo.config import TrainConfig, from_saved
 from turbo.envs.make import find
 from turbo.flags import conclude, read_flags
 from turbo.formats import (
+    NEARLY_ALL,
+    Kept,
     check_out,
     copy_processor_files,
     generation_config,
+    loss_of_rounding,
     save_adapter,
     save_model,
     saved_dtype,
@@ -101,7 +104,8 @@ class Source:
     records: list[dict]  # of its metrics.jsonl
     vlm: VisionLanguageModel
     lora: Lora
-    dense: dict[str, Tensor]  # matrices in place of the base's, by module name
+    dense: dict[str, Tensor]  # matrices in place of the base's, by module name, as they are saved
+    kept: float  # share of what training changed that they keep
     dtype: torch.dtype  # in which they are saved
     update: int
     env_steps: int
@@ -149,11 +153,11 @@ def open_run(c: ExportConfig, settings: TrainConfig) -> Source:
     try:
         lora = new_lora(vlm.matrices, settings.lora_rank, settings.lora_alpha, 0)
         lora.load_state_dict(saved.adapter)
-        dense = {}
+        dense, kept = {}, Kept()
         if c.what == "policy":
-            dense = policy_matrices(vlm, lora, dtype)
+            dense = policy_matrices(vlm, lora, dtype, kept)
         if c.what == "teacher":
-            dense = teacher_matrices(vlm, lora, settings, saved)
+            dense = teacher_matrices(vlm, lora, settings, saved, dtype, kept)
         update, env_steps = int(saved.meta["update"]), int(saved.meta["env_steps"])
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(
@@ -170,6 +174,7 @@ def open_run(c: ExportConfig, settings: TrainConfig) -> Source:
         vlm=vlm,
         lora=lora,
         dense=dense,
+        kept=kept.share,
         dtype=dtype,
         update=update,
         env_steps=env_steps,
@@ -195,24 +200,35 @@ def open_base(settings: TrainConfig, dtype: torch.dtype) -> VisionLanguageModel:
 
 
 @torch.no_grad()
-def policy_matrices(vlm: VisionLanguageModel, lora: Lora, dtype: torch.dtype) -> dict[str, Tensor]:
+def policy_matrices(
+    vlm: VisionLanguageModel, lora: Lora, dtype: torch.dtype, kept: Kept
+) -> dict[str, Tensor]:
     """base + s B A, [out, in], by module name; computed in float32."""
     dense = uncoded(vlm)
     for name, (a, b) in lora.factors.items():
         base = read_dense(vlm.matrices[name + ".weight"]).float()
         dense[name] = torch.addmm(base, b, a, alpha=lora.scale).to(dtype)
+        kept.add(base, lora.scale * (b @ a), dense[name])
     return dense
 
 
 @torch.no_grad()
 def teacher_matrices(
-    vlm: VisionLanguageModel, lora: Lora, settings: TrainConfig, saved: checkpoint.Checkpoint
+    vlm: VisionLanguageModel,
+    lora: Lora,
+    settings: TrainConfig,
+    saved: checkpoint.Checkpoint,
+    dtype: torch.dtype,
+    kept: Kept,
 ) -> dict[str, Tensor]:
     """The merged teacher of a checkpoint, [out, in], by module name."""
-    merged = saved_teacher(vlm, lora, settings, saved).dense()
-    if not merged:
+    dense = {}
+    for name, merged, change in saved_teacher(vlm, lora, settings, saved).dense():
+        dense[name] = merged.to(dtype)
+        kept.add(merged - change, change, dense[name])
+    if not dense:
         raise ValueError("no checkpoint had been merged yet: choose a later --checkpoint")
-    return uncoded(vlm) | {name: matrix.detach() for name, matrix in merged.items()}
+    return uncoded(vlm) | dense
 
 
 def uncoded(vlm: VisionLanguageModel) -> dict[str, Tensor]:
@@ -251,6 +267,7 @@ def write(folder: Path, c: ExportConfig, source: Source) -> None:
         update=source.update,
         env_steps=source.env_steps,
         dtype=str(dtype).removeprefix("torch."),
+        kept=source.kept,
         trained_with=source.versions,
         exported_with=checkpoint.versions(),
         records=source.records,
@@ -259,7 +276,7 @@ def write(folder: Path, c: ExportConfig, source: Source) -> None:
         places=0 if hasattr(vlm.processor, "merge_size") else places,
     )
     checkpoint.write_text(folder / "README.md", card(facts))
-    told = ("what", "base", "base_sha256", "update", "env_steps", "dtype")
+    told = ("what", "base", "base_sha256", "update", "env_steps", "dtype", "kept")
     record = {key: getattr(facts, key) for key in told}
     record["settings"] = shareable(settings)
     record |= {"trained_with": facts.trained_with, "exported_with": facts.exported_with}
@@ -336,6 +353,8 @@ def run(c: ExportConfig) -> int:
     try:
         export(c, source)
         print(f"{c.what} after {source.update} updates: {c.out}; its README.md says how to use it")
+        if source.kept < NEARLY_ALL:
+            print(f"{loss_of_rounding(source.kept)}: --dtype float32, or --what adapter, keeps all")
         if c.push:
             upload(c)
             print(f"uploaded to {c.push}")

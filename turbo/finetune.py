@@ -34,7 +34,14 @@ from turbo.demos import (
     longest_answer,
     pictures_of,
 )
-from turbo.formats import copy_processor_files, generation_config, save_model
+from turbo.formats import (
+    NEARLY_ALL,
+    Kept,
+    copy_processor_files,
+    generation_config,
+    loss_of_rounding,
+    save_model,
+)
 from turbo.hub import model_folder, model_sha256, observation, open_model
 from turbo.lora import Lora, new_lora
 from turbo.measure import evaluate
@@ -99,6 +106,8 @@ def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> i
             save(vlm, lora, c, run, figures)
             if is_whole:
                 shutil.rmtree(Path(c.out) / UNFINISHED, ignore_errors=True)
+            if figures["kept"] < NEARLY_ALL:
+                say(f"{loss_of_rounding(figures['kept'])}: --dtype float32 keeps all")
         say(f"written to {c.out}: train it with python -m turbo.train {c.env} --model {c.out}")
     return 0
 
@@ -263,10 +272,13 @@ def save(
     vlm: VisionLanguageModel, lora: Lora, c: SftConfig, run: TrainConfig, figures: dict
 ) -> None:
     """Write the merged model and the record of how it was made."""
-    dense = {}
+    dense, kept = {}, Kept()
     for name, (a, b) in lora.factors.items():
         base = read_dense(vlm.matrices[name + ".weight"])
-        dense[name] = merge_policy(base, a, b, lora.scale, torch.empty_like(base)).cpu()
+        merged = merge_policy(base, a, b, lora.scale, torch.empty_like(base))
+        kept.add(base, lora.scale * (b @ a).detach(), merged)
+        dense[name] = merged.cpu()
+    figures["kept"] = kept.share
     out = Path(c.out)
     # transformers refuses to save some bases' own settings
     temperature = run.eval_temperature

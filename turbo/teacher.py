@@ -14,6 +14,8 @@ Left out: the merge itself (`turbo.merging`), and how the teacher guides (`turbo
 `turbo.update`).
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -84,17 +86,17 @@ class Teacher:
         with torch.no_grad():
             return text.held(owner) or text.fill(merge, owner)
 
-    def dense(self) -> dict[str, Tensor]:
-        """The merged matrices by module name; empty where the teacher is the warm start."""
+    def dense(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Of every merged matrix [out, in]: module name, the teacher's own, and what was added to
+        the base's; nothing where the teacher is the warm start."""
         if self.recipe is None:
-            return dict(self.merged or {})
+            for name, merged in (self.merged or {}).items():
+                yield name, merged.detach(), merged.detach() - self.base[name].detach()
+            return
         assert self.weights is not None  # merged into the scratch, where the matrices are
-        out = {}
         for name, module in self.vlm.text.linears.items():
-            out[name] = read_dense(module.scratch)
-            if self.vlm.text.apart:
-                out[name] = out[name] + read_dense(module.base)
-        return out
+            base, held = read_dense(module.base).float(), read_dense(module.scratch).float()
+            yield (name, base + held, held) if self.vlm.text.apart else (name, held, held - base)
 
     @property
     def age(self) -> int | None:

@@ -47,6 +47,7 @@ def warm(request, tmp_path_factory):
 def test_a_fine_tuned_model_is_one_of_transformers(warm):
     record = json.loads((warm / "warm_start.json").read_text())
     assert record["observation"] == "small" and record["figures"]["loss"] > 0
+    assert record["figures"]["kept"] == pytest.approx(1, abs=1e-3)  # in float32
     vlm = load(warm, torch.float32, Engine("modules"))
     base = load(Path(record["config"]["model"]), torch.float32, Engine("modules"))
     plain = load_plain(vlm).state_dict()

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from turbo import checkpoint, export, train
 from turbo.config import from_saved
+from turbo.formats import Kept, loss_of_rounding
 from turbo.hub import model_sha256
 from turbo.lora import effective, new_lora
 from turbo.model import load
@@ -274,6 +275,47 @@ def test_bfloat16_is_the_float32_merge_rounded_once(runs, exported, fresh):
     assert 1e-4 < loose <= 0.05
     assert fresh[1]["policy-bf16"]["dtypes"] == ["torch.bfloat16"]  # as the base was saved
     assert fresh[1]["folder"]["dtypes"] == fresh[1]["policy"]["dtypes"] == ["torch.float32"]
+
+
+def test_what_rounding_loses_is_told(exported):
+    """By the files themselves: how much of the change from the base they have."""
+    base, exact, rounded = (
+        load_file(folder / "model.safetensors")
+        for folder in (builtin_path(GAME), exported["policy"], exported["policy-bf16"])
+    )
+    along = whole = 0.0
+    for name, before in base.items():
+        change = exact[name].double() - before.double()
+        along += ((rounded[name].double() - before.double()) * change).sum().item()
+        whole += change.square().sum().item()
+    told = {
+        name: json.loads((exported[name] / export.RECORD).read_text())["kept"]
+        for name in ("policy", "policy-bf16", "teacher", "adapter")
+    }
+    assert told["policy-bf16"] == pytest.approx(along / whole, abs=1e-4) and whole > 0
+    assert any(not torch.equal(exact[name], rounded[name].float()) for name in base)
+    for name in ("policy", "teacher"):
+        assert told[name] == pytest.approx(1, abs=1e-4)
+    assert told["adapter"] == 1
+
+
+@torch.no_grad()
+def test_small_changes_do_not_survive_bfloat16():
+    for size, share in ((1e-4, 0.0), (2e-3, 0.0), (5e-3, 1.5625), (2.0, 1.0)):  # 2^-7 is a step
+        kept, base = Kept(), torch.ones(8, 8)
+        change = torch.full_like(base, size)
+        kept.add(base, change, (base + change).bfloat16())
+        assert kept.share == pytest.approx(share, rel=1e-3)
+    kept.add(base, torch.zeros_like(base), base)
+    assert kept.share == pytest.approx(1.0) and Kept().share == 1.0
+    assert "keep 6.0% of what" in loss_of_rounding(0.06)
+    vlm = load(builtin_path(GAME), torch.float32)
+    shares = []
+    for size in (1e-1, 1e-4, 1e-6):
+        kept, lora = Kept(), tiny_models.noisy_lora(vlm, 0, size)
+        export.policy_matrices(vlm, lora, torch.bfloat16, kept)
+        shares.append(kept.share)
+    assert 0.99 < shares[0] < 1.01 and 0.1 < shares[1] < 0.95 and shares[2] < 0.02, shares
 
 
 def test_kinds_are_told_apart(fresh):
