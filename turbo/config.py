@@ -205,8 +205,9 @@ class TrainConfig:
     """modules: keep only the layers' inputs for the backward pass and compute the rest again"""
     decode_graphs: bool = False
     """GPU: record decode steps as CUDA graphs and replay them (not yet measured on a GPU)"""
-    micro_tokens: int = 2048
-    """modules: tokens that run at once, prompts and answers; halved where memory runs out"""
+    micro_tokens: int = 0
+    """modules: tokens that run at once, prompts and answers; halved where memory runs out (0: as
+    many as the card is planned to hold, at most 8192; 2048 on a CPU)"""
     eval_episodes: int = 500
     """episodes of the evaluations before and after training (0: none)"""
     eval_start: bool = True

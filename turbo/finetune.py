@@ -52,6 +52,7 @@ from turbo.parallel import Crew
 from turbo.run import env_maker, held_out, prompt_style
 from turbo.sft_config import SftConfig, expert_options, too_long
 
+ENVS = 64  # that the evaluation plays at once
 PICTURES = 16  # that the vision tower sees together
 UNFINISHED = "unfinished"  # folder, beside the model, of a fine-tuning that goes on
 # What may be another when it does
@@ -63,7 +64,7 @@ def settings(c: SftConfig) -> TrainConfig:
     shared = ("env", "model", "device", "dtype", "quantize", "observation", "micro_tokens", "seed")
     shared += ("games", "tasks", "history_length")
     own = {name: getattr(c, name) for name in shared}
-    return TrainConfig(engine="modules", lora_rank=c.lora_rank, **own)
+    return TrainConfig(engine="modules", lora_rank=c.lora_rank, envs=ENVS, **own)
 
 
 def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> int:
@@ -93,7 +94,7 @@ def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> i
         temperature=run.eval_temperature,
         max_new_tokens=c.max_new_tokens,
         crew=crew,
-        envs=64,
+        envs=ENVS,
         prompt_style=prompt_style(run),
     )
     say(

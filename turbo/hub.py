@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +46,7 @@ def open_model(c: TrainConfig) -> VisionLanguageModel:
     else:
         vlm = load(model_folder(c), dtype, engine)
     if not vlm.text.small:
-        vlm.batches.tokens = c.micro_tokens
+        vlm.batches.tokens = c.micro_tokens or _tokens_at_once(c, memory_plan(c))
     return vlm
 
 
@@ -191,17 +192,24 @@ def own_workers(c: TrainConfig | SftConfig, most: int) -> int:
 
 
 def lack_of_memory(c: TrainConfig) -> str:
-    """Why a run cannot fit its card, and the nearest settings that do; nothing where it can."""
+    """Why a run cannot fit its card, and the nearest settings that do; nothing where it can.
+
+    Tokens of a micro-batch that were left open are settled in `c`.
+    """
     plan = memory_plan(c)
+    c.micro_tokens = _tokens_at_once(c, plan)
     return memory.refuse(plan) if plan else ""
 
 
 def memory_plan(c: TrainConfig) -> memory.Plan | None:
-    """What a run needs of its GPU, or of the card that --gpu names; nothing is loaded for it."""
+    """What a run needs of its GPU, or of the card that --gpu names; nothing is loaded for it.
+
+    None on a CPU, and for a family that the planner does not know.
+    """
     if not (device_of(c).type == "cuda" or c.gpu):
         return None
     own = ("quantize", "lora_rank", "optimizer", "gradient_checkpointing", "envs")
-    own += ("max_new_tokens", "micro_tokens", "steps_per_update")
+    own += ("max_new_tokens", "steps_per_update")
     settings = memory.Settings(
         **{name: getattr(c, name) for name in own}, history=c.history_max or c.updates + 1
     )
@@ -209,11 +217,18 @@ def memory_plan(c: TrainConfig) -> memory.Plan | None:
     config = shapes.find_config(name)
     try:
         shape = shapes.text_shape(config, c.model)
-    except ValueError as error:  # of a family that the planner does not know
+    except ValueError as error:
         print(f"warning: memory is not planned: {error}", file=sys.stderr)
         return None
     there = c.gpu * memory.GB or torch.cuda.mem_get_info()[1]
-    return memory.plan(shape, settings, there)
+    tokens = c.micro_tokens or memory.good_micro_tokens(shape, settings, there)
+    return memory.plan(shape, replace(settings, micro_tokens=tokens), there)
+
+
+def _tokens_at_once(c: TrainConfig, plan: memory.Plan | None) -> int:
+    """What is asked for, else what is planned."""
+    planned = plan.settings.micro_tokens if plan else memory.Settings.micro_tokens
+    return c.micro_tokens or planned
 
 
 def observation(c: TrainConfig) -> Literal["small", "full"]:

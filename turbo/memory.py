@@ -45,6 +45,7 @@ GB = 1e9
 MOST_ENVS, MOST_TOKENS = 1 << 16, 1 << 20  # no more is searched for
 KEPT = 8  # prompts whose keys and values are kept beside those in the cache of environments
 STEP = 64  # micro-batches are proposed in multiples of so many tokens
+ENOUGH, SPARE = 8192, 0.05  # tokens that keep any card busy; share of a card that is left free
 # What `nearest` falls back to, and one row for a micro-batch
 SMALLEST = dict(
     envs=1, gradient_checkpointing=True, optimizer="adamw8bit", quantize="nf4", lora_rank=1
@@ -245,6 +246,13 @@ def largest_micro_tokens(shape: TextShape, s: Settings, gpu_bytes: float) -> int
         s.row, MOST_TOKENS, lambda n: plan(shape, replace(s, micro_tokens=n), gpu_bytes).fits
     )
     return 0 if found < s.row else max(s.row, found - found % STEP)
+
+
+def good_micro_tokens(shape: TextShape, s: Settings, gpu_bytes: float) -> int:
+    """Tokens of a micro-batch for a run that leaves them open: as many as fit with some room, up to
+    `ENOUGH`; those of `s`, or a row's, where not even these do."""
+    found = largest_micro_tokens(shape, s, (1 - SPARE) * gpu_bytes)
+    return min(found, ENOUGH) if found else max(s.micro_tokens, s.row)
 
 
 def nearest(shape: TextShape, s: Settings, gpu_bytes: float) -> Settings | None:

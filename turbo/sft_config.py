@@ -76,8 +76,9 @@ class SftConfig:
     for models of less than 200 MB, full for all others"""
     quantize: Literal["none", "nf4"] = "none"
     """nf4: the base in 4 bits"""
-    micro_tokens: int = 2048
-    """tokens that run forward and backward at once"""
+    micro_tokens: int = 0
+    """tokens that run forward and backward at once (0: as many as the card is planned to hold, at
+    most 8192; 2048 on a CPU)"""
     save_every: int = 50
     """steps between saves into OUT/unfinished, from which --resume goes on (0: none)"""
     resume: bool = False
@@ -136,7 +137,7 @@ def check_sft(c: SftConfig) -> None:
         if not getattr(c, flag) > 0:
             name = "--" + flag.replace("_", "-")
             raise ValueError(f"{name} must be more than 0, got {getattr(c, flag)}")
-    for flag in ("seed", "states", "workers", "history_length", "save_every"):
+    for flag in ("seed", "states", "workers", "history_length", "save_every", "micro_tokens"):
         if getattr(c, flag) < 0:
             name = "--" + flag.replace("_", "-")
             raise ValueError(f"{name} must be zero or more, got {getattr(c, flag)}")

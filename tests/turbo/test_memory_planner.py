@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import SmolVLMConfig
 
-from turbo import memory, shapes
+from turbo import hub, memory, shapes
+from turbo.config import TrainConfig
 from turbo.memory import GB, PHASES, Settings, largest_envs, largest_micro_tokens, nearest, plan
 
 CPU = torch.device("cpu")
@@ -159,6 +160,33 @@ def test_mild_changes_come_first():
 def test_numbers_below_one_are_refused(field):
     with pytest.raises(ValueError, match=rf"--{field.replace('_', '-')} must be at least 1, got 0"):
         planned(24, **{field: 0})
+
+
+@pytest.mark.parametrize(
+    ("gpu", "asked", "least", "most", "fits"),
+    [
+        (80, 0, 8192, 8192, True),  # more keeps no card busier
+        (42, 0, 4096, 5120, True),
+        (24, 0, 2048, 2048, False),  # the refusal says what would fit
+        (0, 0, 2048, 2048, True),  # nothing is planned on a CPU
+        (80, 3000, 3000, 3000, True),
+    ],
+)
+def test_tokens_of_a_micro_batch_that_are_left_open(gpu, asked, least, most, fits):
+    own = dict(envs=64, max_new_tokens=256, lora_rank=128, updates=29, steps_per_update=1024)
+    c = TrainConfig(model="qwen2.5-vl-7b", random_weights=True, gpu=gpu, micro_tokens=asked, **own)
+    assert (hub.lack_of_memory(c) == "") == fits
+    assert least <= c.micro_tokens <= most
+    if gpu and fits and not asked:
+        found = hub.memory_plan(c)
+        assert found.settings.micro_tokens == c.micro_tokens
+        more = replace(found.settings, micro_tokens=c.micro_tokens + memory.STEP)
+        assert found.total <= 0.95 * gpu * GB
+        assert most == 8192 or plan(shape(), more, gpu * GB).total > 0.95 * gpu * GB
+
+
+def test_a_row_is_always_in_a_micro_batch():
+    assert memory.good_micro_tokens(shape(), replace(Settings(), max_new_tokens=4000), GB) == 4640
 
 
 # ------------------------------------------------------------------------------- what is measured
