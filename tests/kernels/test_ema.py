@@ -65,6 +65,36 @@ def test_the_lora_form_equals_fp64(shape, impl, dtypes, rounding):
     torch.testing.assert_close(average.double(), wanted, rtol=unit, atol=2e-5)
 
 
+def test_random_bits_are_even_and_independent():
+    """Of all entries of a Philox number, neighbours, spans and seeds: chi-square and correlation.
+
+    Bounds are some five standard deviations, and the seeds are fixed.
+    """
+    pytest.importorskip("triton")
+    from tests.kernels.probe_kernels import note_bits
+
+    block, blocks, spans = 1024, 8, 16
+    drawn = []
+    for seed in (5, 5 + spans):  # spans of one call are seeds, too: these do not meet
+        bits = torch.zeros(spans, blocks * block, dtype=torch.int32, device=device_of("triton"))
+        note_bits[(spans,)](bits, seed, block, blocks)
+        drawn.append(bits.cpu().double())
+    bits = drawn[0]
+    assert bits.min() >= 0 and bits.max() < 1 << 16 and not torch.equal(*drawn)
+    for shift in (0, 8):  # the upper and the lower half of the bits
+        half = (bits.long() >> (8 - shift)) & 0xFF
+        counts = half.flatten().bincount(minlength=256).double()
+        expected = half.numel() / 256
+        assert (counts - expected).square().sum() / expected < 255 + 5 * (2 * 255) ** 0.5
+    even = (bits - 32767.5) / (65536 / 12**0.5)  # mean 0, variance 1
+    for lane in even.view(-1, 8).T:  # of 128 bits each entry has its own 16
+        assert lane.mean().abs() < 5 / lane.numel() ** 0.5
+    pairs = [(even[:, step:], even[:, :-step]) for step in (1, 2, 4, 8, block)]
+    pairs += [(even[1:], even[:-1]), (even, (drawn[1] - 32767.5) / (65536 / 12**0.5))]
+    for one, two in pairs:
+        assert (one * two).mean().abs() < 5 / one.numel() ** 0.5
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_stochastic_rounding_follows_an_fp64_average_where_nearest_stalls(impl):
     """1,000 steps at alpha 0.001 from 1 towards values about 2: the way of a slow teacher."""

@@ -105,7 +105,7 @@ def test_strided_tensors_merge_like_their_copies():
 
 @pytest.mark.parametrize("grid", [(40, 24), (7, 3), (33, 17), (1, 40)])
 def test_programs_that_run_together_work_on_a_square(grid):
-    from tests.kernels.place_kernel import note_places
+    from tests.kernels.probe_kernels import note_places
 
     count = grid[0] * grid[1]
     places = torch.full((count, 2), -1, device=DEVICE)
