@@ -7,7 +7,7 @@ written race by race. All output goes to the console and into gpu.log.
     kernels   the policy head, EMA, TIES against peft, the kernels' tests, NF4, a whole TIES merge
               of a 7B, then the policy head at another width
     model     whole updates of a model of 7B shapes, with and without decode graphs, then with the
-              policy merged for playing; the tests that need a GPU
+              policy merged for playing; the tests that need a GPU; smaller micro-batches
     recipe    the same beside the published recipe, whose two models need some 80 GB together
 
 On a machine where only one folder is kept, `--out` names it; `python -m bench.report --add` takes
@@ -62,6 +62,7 @@ PARTS = {
         Part(f"{LARGE} --recipe-steps 0", 150),
         Part(f"{LARGE} --recipe-steps 0 --decode-graphs --play merged", 150),
         Part("-m pytest -q -n 8 -m 'gpu and not long' tests/turbo", 200),
+        Part(f"{LARGE} --recipe-steps 0 --decode-graphs --micro-tokens 2048", 150),
     ],
     "recipe": [Part(f"{LARGE} --recipe-steps 4", 440)],
 }

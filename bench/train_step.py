@@ -134,6 +134,8 @@ class BenchConfig:
     """environments that play at once (0: the default of training)"""
     epochs: int = 0
     """passes over an update's steps (0: the default of training)"""
+    micro_tokens: int = 0
+    """large models: tokens that run at once (0: the default of training)"""
     recipe_steps: int = 64
     """environment steps of an update of the published recipe (0: leave it out; it needs peft)"""
     memory: bool = True
@@ -199,6 +201,7 @@ def settings(c: BenchConfig) -> dict[str, TrainConfig]:
         steps_per_update=c.steps or base.steps_per_update,
         envs=c.envs or base.envs,
         epochs=c.epochs or base.epochs,
+        micro_tokens=c.micro_tokens,
         teacher_url=f"http://127.0.0.1:{c.port}/v1",
     )
     names = [c.only] if c.only else VARIANTS
@@ -451,6 +454,9 @@ def describe(c: BenchConfig, workers: int, setting: Setting | None) -> dict[str,
     ours += f" play={c.play}" * (c.play != "auto")
     ours += f" answers={c.max_new_tokens}" * bool(c.max_new_tokens)
     ours += f" epochs={c.epochs}" * bool(c.epochs)
+    if c.model != "tiny":
+        hub.lack_of_memory(config)  # settles what was left open
+        ours += f" micro={config.micro_tokens}"
     return dict.fromkeys(settings(c), ours) | {
         RECIPE: f"{game} workers=1 envs=1 steps={c.recipe_steps} {setting} checkpoint=each",
         PRODUCT: f"workers={workers} dtype={dtype}",

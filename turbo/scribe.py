@@ -54,7 +54,10 @@ class Scribe:
         sinks = open_sinks(c, run.path, run.update, self.display.warn)
         self.logger = JsonlLogger(metrics, sinks, self.display.warn)
         self.display.open(run.update)
-        self.say(f"{c.env}: {c.updates} updates on {run.crew.size} workers, into {run.path}")
+        at_once = "" if run.vlm.text.small else f", {c.micro_tokens:,} tokens at once"
+        self.say(
+            f"{c.env}: {c.updates} updates on {run.crew.size} workers{at_once}, into {run.path}"
+        )
         for advice in self.watch.active.values():
             self.display.teach(advice)
         return self
