@@ -19,7 +19,8 @@ def test_a_failed_save_is_tried_again_and_told_and_loses_nothing(tmp_path):
     assert status == 0, err
     size = (run / "checkpoints/00000001/state.safetensors").stat().st_size
     more = ["--updates", "3", "--resume", str(run)]
-    limited = start(run, *more[:2], resume=True, file_limit=size // 2)
+    more += ["--save-every", "2"]
+    limited = start(run, *more[:2], *more[4:], resume=True, file_limit=size // 2)
     status, out, err = finish(limited)
     assert status == 1, err
     assert out.count("update 2 could not be saved: ") == 3  # tried three times
