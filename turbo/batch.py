@@ -86,6 +86,7 @@ def pad_to(tensor: Tensor, length: int) -> Tensor:
 
 
 LOGITS = 1 << 26  # logits that are held at once while answers are sampled, about
+SHORT = 8  # inputs of at most so many tokens run together then, apart from longer ones
 ROWS_OF_FEW = 4  # times as many rows run together while each adds few tokens to its answer
 
 
@@ -97,22 +98,25 @@ class BatchSizes:
     score: int = 64
     train: int = MICRO_ROWS
     tokens: int = 0  # bound on the tokens that run at once, prompts' prefixes included (0: none)
+    decode_tokens: int = 0  # the same while answers are sampled
 
     @property
     def half(self) -> int:
         """The part of the tokens that rows may have; the other one is that of their prefixes."""
         return self.tokens // 2
 
-    def halve(self, phase: str, rows: int) -> int:
-        """The size to go on with, after `rows` rows were too many."""
+    def halve(self, phase: str, rows: int, tokens: int = 0) -> int:
+        """The size to go on with, after `rows` rows were too many, of so many tokens in all."""
         if rows <= 1:
             raise torch.OutOfMemoryError(
                 f"not even one row fits into memory in the phase {phase!r}: use a smaller model, "
                 "fewer --envs or a lower --max-new-tokens"
             )
-        setattr(self, phase, min(getattr(self, phase), rows // 2))
-        if self.tokens and phase != "decode":
-            self.tokens = max(1, self.tokens // 2)
+        if phase == "decode" and self.decode_tokens:  # long rows and short ones have one bound
+            self.decode_tokens = max(1, min(self.decode_tokens, tokens or self.decode_tokens) // 2)
+        else:
+            setattr(self, phase, min(getattr(self, phase), rows // 2))
+            self.tokens = max(1, self.tokens // 2) if self.tokens else 0
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return rows // 2
@@ -128,7 +132,8 @@ def run_batches(
 
     When it fails, `work` leaves nothing behind.
     """
-    todo = micro_batches(lengths, getattr(sizes, phase), tokens=sizes.half)
+    tokens = sizes.decode_tokens if phase == "decode" else sizes.tokens
+    todo = micro_batches(lengths, getattr(sizes, phase), tokens=tokens // 2)
     while todo:
         rows = todo.pop(0)
         if not fits(work, rows):

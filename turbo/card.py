@@ -13,7 +13,7 @@ from string import Template
 
 from turbo.config import TrainConfig
 from turbo.families import Frame
-from turbo.formats import NEARLY_ALL, loss_of_rounding
+from turbo.formats import is_far_from_all, loss_of_rounding
 
 PROJECT = "[gtr-turbo](https://github.com/gtr-turbo/gtr-turbo)"
 PAPER = "[GTR-Turbo](https://arxiv.org/abs/2512.13043)"
@@ -104,7 +104,7 @@ def environment(c: TrainConfig) -> str:
 
 def rounding(f: Facts) -> str:
     """What the dtype costs, where it costs something."""
-    return "" if f.kept >= NEARLY_ALL else f", {loss_of_rounding(f.kept)}"
+    return f", {loss_of_rounding(f.kept)}" if is_far_from_all(f.kept) else ""
 
 
 def training(f: Facts) -> str:

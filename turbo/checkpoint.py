@@ -18,7 +18,7 @@ of an update derives from (seed, update).
 
 What the teacher is merged from never changes: each entry of its history has a file of its own,
 which the next checkpoint shares by a hard link where the file system has them. So a checkpoint
-writes what is new, however long the history is.
+writes what is new, however long the history is; but a file that is damaged later is so in all.
 
 Left out: what a run's state consists of (`turbo.run`).
 """
@@ -182,7 +182,7 @@ def save(
     folder = run / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
     final, partial = folder / f"{update:08d}", folder / f"{update:08d}.partial"
-    if final.exists() and damage(final) is None:
+    if final.exists() and (final == before or damage(final) is None):  # which reads all of it
         return final
     shutil.rmtree(partial, ignore_errors=True)
     rest, history = _apart(state)
@@ -297,6 +297,12 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found)
 
 
+def disk_bytes(run: Path) -> int:
+    """What a run's checkpoints take on the disk, files that they share once."""
+    found = [p.stat() for p in (run / CHECKPOINTS).rglob("*") if p.is_file()]
+    return sum({s.st_ino: s.st_size for s in found}.values())
+
+
 def run_of(path: str | Path) -> tuple[Path, int | None] | None:
     """The run that a path leads to, and the update where it is RUN/checkpoints/N; None: no run."""
     folder = Path(path)
@@ -338,6 +344,7 @@ class Checkpoint:
     """What a checkpoint holds."""
 
     folder: Path
+    problems: list[str]  # what is wrong with those that are newer
     adapter: dict[str, Tensor]  # LoRA factors by peft's names
     state: dict[str, Tensor]  # all else of the run, by the names that `turbo.run` gives
     meta: dict
@@ -349,7 +356,11 @@ def load(run: Path, update: int | None = None, history: bool = True) -> Checkpoi
     Without `history` it is neither checked nor read: what the teacher is merged from is most of a
     large model's checkpoint, and a policy has no need of it.
     """
-    folder = newest(run, history)[0] if update is None else find(run, update, history)
+    problems: list[str] = []
+    if update is None:
+        folder, problems = newest(run, history)
+    else:
+        folder = find(run, update, history)
     try:
         adapter, state = load_file(folder / ADAPTER), load_file(folder / STATE)
         for file in sorted(read_json(folder / MANIFEST)["files"]) if history else ():
@@ -357,7 +368,7 @@ def load(run: Path, update: int | None = None, history: bool = True) -> Checkpoi
                 state |= load_file(folder / file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from error
-    return Checkpoint(folder, adapter, state, read_json(folder / META))
+    return Checkpoint(folder, problems, adapter, state, read_json(folder / META))
 
 
 def section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

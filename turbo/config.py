@@ -206,8 +206,8 @@ class TrainConfig:
     decode_graphs: bool = False
     """GPU: record decode steps as CUDA graphs and replay them (not yet measured on a GPU)"""
     micro_tokens: int = 0
-    """modules: tokens that run at once, prompts and answers; halved where memory runs out (0: as
-    many as the card is planned to hold, at most 8192; 2048 on a CPU)"""
+    """modules: tokens that run at once, prompts and answers; halved where memory runs out (0: 2048,
+    and up to 8192 where the memory plan leaves a twentieth of the card free)"""
     eval_episodes: int = 500
     """episodes of the evaluations before and after training (0: none)"""
     eval_start: bool = True
@@ -348,5 +348,6 @@ def changed(old: dict, new: TrainConfig) -> list[str]:
     """Names of the settings in which a resumed run would differ from the saved one."""
     free = {"resume", "out", "overwrite", "updates", "minutes", "keep", "save_every"}
     free |= {"decode_graphs", "max_faults", "quiet", "json", "tensorboard", "wandb", "trackio"}
+    free |= {"micro_tokens", "gpu"}  # of the card
     now = asdict(new)
     return [k for k in now if k not in free and k in old and old[k] != now[k]]

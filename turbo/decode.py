@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbo.attend import PrefixKV
-from turbo.batch import LOGITS, ROWS_OF_FEW, fits, micro_batches, round_up
+from turbo.batch import LOGITS, ROWS_OF_FEW, SHORT, fits, micro_batches, round_up
 from turbo.kernels.policy_head_sums import ban_bias
-from turbo.kv_cache import SHORT, KVCache
+from turbo.kv_cache import KVCache
 from turbo.model import VisionLanguageModel, Weights
 from turbo.pace import Pace
 
@@ -130,7 +130,7 @@ class Decoder:
         short, long = _parted(behind, lambda r: len(r.pending) + len(r.draft) <= SHORT)
         written = sum(len(r.tokens) + 1 for r in behind)
         for kind, most in ((fresh, 1), (short, ROWS_OF_FEW), (long, 1)):
-            for group in _similar(kind, most * sizes.decode, sizes.tokens):
+            for group in _similar(kind, most * sizes.decode, sizes.decode_tokens):
                 self._pass(group)
         came_true = sum(len(r.tokens) for r in behind) - written
         self.pace.consider(sum(bool(r.draft) for r in behind), came_true)
@@ -157,7 +157,8 @@ class Decoder:
         self.passes += 1
         if not fits(lambda: self._verify(rows, *self._forward(rows))):
             self.cache.forget_graphs()
-            half = self.vlm.batches.halve("decode", len(rows))
+            tokens = sum(_lengths(rows, self.vlm.batches.decode_tokens))
+            half = self.vlm.batches.halve("decode", len(rows), tokens)
             self._pass(rows[:half])
             self._pass(rows[half:])
 
@@ -251,7 +252,8 @@ class Decoder:
         inside = (first != end).nonzero()[:, 0]
         others[inside, drafts[first[inside]]] = -1e30
         drawn = torch.stack([r.drawn for r in rows]).to(device)
-        new = _draw(torch.softmax(others, -1), drawn)
+        others = torch.softmax(others, -1)
+        new = _draw(others, drawn)
         new_logp = logprobs.gather(1, new[:, None])[:, 0].tolist()
         starts, taken = (end + 1 - n).tolist(), first.tolist()  # accepted: what lies in between
         logp, new = logp.tolist(), new.tolist()
@@ -260,7 +262,7 @@ class Decoder:
 
 def _draw(p: Tensor, u: Tensor) -> Tensor:
     """[R] one token a row, by inversion of the distributions p [R, V] at u [R, 1] in [0, 1)."""
-    below = p.cumsum(-1, dtype=torch.float64)
+    below = p.double().cumsum_(-1)  # in place: it is the largest tensor of all here
     drawn = torch.searchsorted(below, u * below[:, -1:], right=True)[:, 0]
     return drawn.clamp_(max=p.shape[1] - 1)  # past the end where p is not a number
 
@@ -272,5 +274,11 @@ def _parted(rows: list[_Row], asked: Callable[[_Row], bool]) -> tuple[list[_Row]
 
 def _similar(rows: list[_Row], size: int, tokens: int) -> list[list[_Row]]:
     """Rows in groups of similar length: cache-sized work, or on a GPU what its memory holds."""
+    groups = micro_batches(_lengths(rows, tokens), size, tokens=tokens)
+    return [[rows[i] for i in group] for group in groups]
+
+
+def _lengths(rows: list[_Row], tokens: int) -> list[int]:
+    """What a pass computes of each row; as it is padded, where the tokens of a pass are bounded."""
     lengths = [len(r.pending) + len(r.draft) for r in rows]
-    return [[rows[i] for i in group] for group in micro_batches(lengths, size, tokens=tokens)]
+    return [round_up(n) for n in lengths] if tokens else lengths

@@ -36,11 +36,11 @@ from turbo.config import TrainConfig, from_saved
 from turbo.envs.make import find
 from turbo.flags import conclude, read_flags
 from turbo.formats import (
-    NEARLY_ALL,
     Kept,
     check_out,
     copy_processor_files,
     generation_config,
+    is_far_from_all,
     loss_of_rounding,
     save_adapter,
     save_model,
@@ -144,11 +144,9 @@ def check(c: ExportConfig) -> TrainConfig:
 def open_run(c: ExportConfig, settings: TrainConfig) -> Source:
     """Load a run's model and a checkpoint; ValueError if they do not belong together."""
     run, dtype = Path(c.run), wanted_dtype(c, settings)
-    if c.checkpoint is None:
-        folder, problems = checkpoint.newest(run, c.what == "teacher")
-        for problem in problems:
-            print(f"warning: {problem}; taking {folder}", file=sys.stderr)
     saved = checkpoint.load(run, c.checkpoint, history=c.what == "teacher")
+    for problem in saved.problems:
+        print(f"warning: {problem}; taking {saved.folder}", file=sys.stderr)
     vlm = open_base(settings, dtype)
     try:
         lora = new_lora(vlm.matrices, settings.lora_rank, settings.lora_alpha, 0)
@@ -196,7 +194,9 @@ def open_base(settings: TrainConfig, dtype: torch.dtype) -> VisionLanguageModel:
     plain = dtype == torch.bfloat16 == saved_dtype(model_folder(settings))
     engine = "modules" if settings.device == "cuda" else settings.engine
     name = "bfloat16" if plain else "float32"
-    return open_model(replace(settings, device="cpu", engine=engine, dtype=name))
+    # apart: in a sum of 16 bits what was added cannot be told from what was rounded away
+    own = dict(device="cpu", engine=engine, dtype=name, play="auto")
+    return open_model(replace(settings, **own))
 
 
 @torch.no_grad()
@@ -353,7 +353,7 @@ def run(c: ExportConfig) -> int:
     try:
         export(c, source)
         print(f"{c.what} after {source.update} updates: {c.out}; its README.md says how to use it")
-        if source.kept < NEARLY_ALL:
+        if is_far_from_all(source.kept):
             print(f"{loss_of_rounding(source.kept)}: --dtype float32, or --what adapter, keeps all")
         if c.push:
             upload(c)

@@ -35,10 +35,10 @@ from turbo.demos import (
     pictures_of,
 )
 from turbo.formats import (
-    NEARLY_ALL,
     Kept,
     copy_processor_files,
     generation_config,
+    is_far_from_all,
     loss_of_rounding,
     save_model,
 )
@@ -56,13 +56,14 @@ ENVS = 64  # that the evaluation plays at once
 PICTURES = 16  # that the vision tower sees together
 UNFINISHED = "unfinished"  # folder, beside the model, of a fine-tuning that goes on
 # What may be another when it does
-FREE = ("out", "overwrite", "resume", "save_every", "workers", "eval_episodes", "device")
+FREE = ("out", "overwrite", "resume", "save_every", "workers", "eval_episodes", "device", "model")
+FREE += ("max_new_tokens", "micro_tokens")
 
 
 def settings(c: SftConfig) -> TrainConfig:
     """The settings that opening a model and making its games need."""
     shared = ("env", "model", "device", "dtype", "quantize", "observation", "micro_tokens", "seed")
-    shared += ("games", "tasks", "history_length")
+    shared += ("games", "tasks", "history_length", "max_new_tokens")
     own = {name: getattr(c, name) for name in shared}
     return TrainConfig(engine="modules", lora_rank=c.lora_rank, envs=ENVS, **own)
 
@@ -107,7 +108,7 @@ def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> i
             save(vlm, lora, c, run, figures)
             if is_whole:
                 shutil.rmtree(Path(c.out) / UNFINISHED, ignore_errors=True)
-            if figures["kept"] < NEARLY_ALL:
+            if is_far_from_all(figures["kept"]):
                 say(f"{loss_of_rounding(figures['kept'])}: --dtype float32 keeps all")
         say(f"written to {c.out}: train it with python -m turbo.train {c.env} --model {c.out}")
     return 0
@@ -152,7 +153,7 @@ def train_factors(
     if told := too_long(longest_answer(env, vlm, style, deals=16), c.max_new_tokens):
         say(told)
     optimizer = torch.optim.AdamW(lora.parameters(), lr=c.lora_learning_rate, weight_decay=0.0)
-    saved = Progress(Path(c.out) / UNFINISHED, decisive(c, run), lora, optimizer)
+    saved = Progress(Path(c.out) / UNFINISHED, decisive(c, run, crew), lora, optimizer)
     first, recent = saved.begin(crew, c.resume)
     if first:
         say(f"going on after step {first}")
@@ -192,9 +193,10 @@ def rate(c: SftConfig, step: int) -> float:
     return c.lora_learning_rate * warm * max(0.02, 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def decisive(c: SftConfig, run: TrainConfig) -> dict:
-    """What makes two fine-tunings the same: the settings that matter, and the base."""
-    return {k: v for k, v in asdict(c).items() if k not in FREE} | {"base": model_sha256(run)}
+def decisive(c: SftConfig, run: TrainConfig, crew: Crew) -> dict:
+    """What makes two fine-tunings the same: the settings that matter, the base, who shares it."""
+    own = {k: v for k, v in asdict(c).items() if k not in FREE}
+    return own | {"workers": crew.size, "base": model_sha256(run)}
 
 
 @dataclass

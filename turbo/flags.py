@@ -100,6 +100,11 @@ def conclude(main: Callable[[], int]) -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:
         return _unread()
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which not every command imports
+            raise
+        print(f"error: memory ran out: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
     except OSError as error:
         if error.filename is not None:
             raise

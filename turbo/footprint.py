@@ -39,7 +39,7 @@ attention mask. Left out and not small: attention that writes its scores, 2 H S 
 layer for S keys; SDPA and FlashAttention do not, `turbo.fused` on a CPU does.
 """
 
-from turbo.batch import LOGITS, ROWS_OF_FEW, BatchSizes
+from turbo.batch import LOGITS, ROWS_OF_FEW, SHORT, BatchSizes
 from turbo.kernels.nf4 import BLOCK
 from turbo.kernels.policy_head import ALIGNED, CUDA_CHUNK_ELEMENTS
 from turbo.kernels.policy_head_loss import CUDA_PIECE_ELEMENTS
@@ -50,8 +50,8 @@ BF16, FP32 = 2, 4
 EIGHT_BIT_BLOCK = 256  # moments that share one fp32 maximum (bitsandbytes)
 SEVEN = 7  # covered matrices of a layer
 # While tokens are drawn (`decode._judge`): each entry of [scored, V] is a logit and its
-# log-softmax; then each of [rows, V] is chosen of them, copied, a softmax, its sum in fp64.
-BYTES_PER_SCORED, BYTES_PER_DRAWN = 4 + 4, 4 + 4 + 4 + 8
+# log-softmax; then each of [rows, V] is chosen of them, a softmax, its sum in fp64.
+BYTES_PER_SCORED, BYTES_PER_DRAWN = 4 + 4, 4 + 4 + 8
 # Per entry of a merged tile in `tiles.merged_tile`: four sums, then seven temporaries of the vote
 # in fp32, and the base's tile; coding NF4 comes after and takes less.
 BYTES_PER_TILE_ENTRY = 16 + 7 * 4 + 4
@@ -106,18 +106,26 @@ def feature_bytes(shape: TextShape, tokens: int) -> int:
     return BF16 * (1 + shape.deepstack) * shape.hidden * tokens
 
 
-def draw_bytes(shape: TextShape, rows: int, places: int, longest: int) -> int:
+def copied_bytes(shape: TextShape, rows: int, places: int) -> int:
+    """Keys and values of one layer, of rows that are read or are some of the slots: taken from the
+    cache, and joined with new ones; of the second half while the first is there."""
+    return 3 * cache_bytes(shape, rows * places) // shape.layers // 2
+
+
+def draw_bytes(
+    shape: TextShape, rows: int, places: int, longest: int, tokens: int, wide: bool
+) -> int:
     """A pass that draws one token for each row, of at most `longest` guessed ones before it.
 
-    The larger of one layer's keys and values, copied where the rows are some of the slots, which
-    have so many places; and the logits: of as many tokens as `decode.LOGITS` lets be scored at
-    once, of which the rows' own are chosen.
+    The larger of the pass over few tokens a row, `tokens` at most in all, with the cache of slots
+    that have so many places; and the logits: of as many tokens as `LOGITS` lets be scored at once,
+    of which the rows' own are chosen.
     """
     rows = min(rows, ROWS_OF_FEW * BatchSizes.decode)
-    copied = cache_bytes(shape, rows * places) // shape.layers
+    few = read_bytes(shape, min(tokens, SHORT * rows), wide) + copied_bytes(shape, rows, places)
     scored = min(rows * longest, max(LOGITS // shape.vocabulary, longest))
     entries = max(BYTES_PER_SCORED * scored, BYTES_PER_DRAWN * min(rows, scored))
-    return max(copied, entries * shape.vocabulary)
+    return max(few, entries * shape.vocabulary)
 
 
 def layer_bytes(shape: TextShape, tokens: int, rank: int, wide: bool) -> int:

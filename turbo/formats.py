@@ -36,7 +36,12 @@ def saved_dtype(folder: Path) -> torch.dtype:
     return config.dtype or config.get_text_config().dtype or torch.float32
 
 
-NEARLY_ALL = 0.99  # of a change: what is lost beyond that is told
+LITTLE = 0.01  # of a change: what is lost beyond that is told
+
+
+def is_far_from_all(share: float) -> bool:
+    """Whether so much of a change is lost, or added, that it is worth telling."""
+    return abs(share - 1) > LITTLE
 
 
 def loss_of_rounding(share: float) -> str:
@@ -47,9 +52,10 @@ def loss_of_rounding(share: float) -> str:
 class Kept:
     """What is left of a change of matrices when their sum is rounded.
 
-    The part that lies along the change, over all matrices: <saved - base, change> / |change|^2.
-    Changes below half a unit of a weight's last place are gone: of a run's first updates in
-    bfloat16 that is nearly everything.
+    The part that lies along the change, over all matrices: <r(base + change) - r(base), change> /
+    |change|^2, r to round. Changes below half a unit of a weight's last place are gone: of a run's
+    first updates in bfloat16 that is nearly everything. Of a base that is not of that dtype itself
+    they are kept on average, as noise that is larger than they are.
     """
 
     def __init__(self):
@@ -57,13 +63,13 @@ class Kept:
 
     def add(self, base: Tensor, change: Tensor, saved: Tensor) -> None:
         """One matrix: as it was, what was added to it, the rounded sum."""
-        left = saved.float() - base.float()
+        left = saved.float() - base.to(saved.dtype).float()
         self.along += (left * change).sum(dtype=torch.float64).item()
         self.whole += change.square().sum(dtype=torch.float64).item()
 
     @property
     def share(self) -> float:
-        """1 where nothing is lost, or nothing was changed."""
+        """1 where nothing is lost, or nothing was changed; more where it grew in rounding."""
         return self.along / self.whole if self.whole else 1.0
 
 

@@ -104,12 +104,8 @@ class History:
         for name, own in (("density", self.density), ("history_max", self.history_max)):
             if metadata[name] != own:
                 raise ValueError(f"{name}: expected {own} like this history, got {metadata[name]}")
-        # Before entries had numbers they were saved under their places.
-        entries = [
-            load_snapshot({"number": i} | data, tensors)
-            for i, data in enumerate(metadata["entries"])
-        ]
-        self.entries, self.pushed = entries, metadata.get("pushed", len(entries))
+        entries = [load_snapshot(data, tensors) for data in metadata["entries"]]
+        self.entries, self.pushed = entries, metadata["pushed"]
 
     def _check_names(self, factors: Factors) -> None:
         if not factors:

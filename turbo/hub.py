@@ -46,7 +46,8 @@ def open_model(c: TrainConfig) -> VisionLanguageModel:
     else:
         vlm = load(model_folder(c), dtype, engine)
     if not vlm.text.small:
-        vlm.batches.tokens = c.micro_tokens or _tokens_at_once(c, memory_plan(c))
+        tokens = c.micro_tokens or _tokens_at_once(c, memory_plan(c))
+        vlm.batches.tokens = vlm.batches.decode_tokens = tokens
     return vlm
 
 

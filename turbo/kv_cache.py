@@ -21,14 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbo.attend import PrefixKV, additive, causal_mask
-from turbo.batch import ROWS_OF_FEW, round_up
+from turbo.batch import ROWS_OF_FEW, SHORT, round_up
 from turbo.graphs import Graphs
 from turbo.model import VisionLanguageModel, Weights
 
 CACHED = 32  # places are reserved in multiples of this,
 RECORDED = 128  # or of this where passes are recorded
 MOST = 0.75  # share of the slots from which on all of them run, where the cache is read in place
-SHORT = 8  # inputs of at most so many tokens run together, apart from longer ones
 
 
 class Placed(Protocol):
@@ -49,7 +48,7 @@ class Layout:
 
 
 class KVCache:
-    """Keys and values per slot, of prefix and the rest: per layer [slots, Hkv, width, hd]."""
+    """Keys and values per slot, of prefix and the rest: per layer [slots + 1, Hkv, width, hd]."""
 
     def __init__(self, vlm: VisionLanguageModel, slots: int):
         self.vlm, self.slots, self.width = vlm, slots, 0

@@ -195,7 +195,7 @@ def _passing(shape: TextShape, s: Settings) -> list[Term]:
     narrow = size.cast_bytes(shape, rank, shape.layers) if s.nf4 else 0
     answers = s.envs * (s.suffix_tokens + s.max_new_tokens)
     prompts = (s.envs + KEPT) * s.prompt_tokens
-    copied = size.cache_bytes(shape, min(s.envs, BatchSizes.decode) * s.row) // shape.layers
+    copied = size.copied_bytes(shape, min(s.envs, BatchSizes.decode), s.row)
     play = ("read", "decode")
     modelled = {
         "KV of prompts": dict.fromkeys(play, size.cache_bytes(shape, prompts)),
@@ -207,7 +207,7 @@ def _passing(shape: TextShape, s: Settings) -> list[Term]:
         "activations": {"read": read + copied, "score": read, "train": kept},
         "NF4 matrix read back": dict.fromkeys((*play, "score", "train"), back),
         "logits chunk": {
-            "decode": size.draw_bytes(shape, s.envs, s.row, s.max_new_tokens),
+            "decode": size.draw_bytes(shape, s.envs, s.row, s.max_new_tokens, tokens, wide),
             "score": size.head_bytes(shape, tokens, backward=False),
             "train": size.head_bytes(shape, tokens, backward=True),
         },
@@ -249,10 +249,16 @@ def largest_micro_tokens(shape: TextShape, s: Settings, gpu_bytes: float) -> int
 
 
 def good_micro_tokens(shape: TextShape, s: Settings, gpu_bytes: float) -> int:
-    """Tokens of a micro-batch for a run that leaves them open: as many as fit with some room, up to
-    `ENOUGH`; those of `s`, or a row's, where not even these do."""
-    found = largest_micro_tokens(shape, s, (1 - SPARE) * gpu_bytes)
-    return min(found, ENOUGH) if found else max(s.micro_tokens, s.row)
+    """Tokens of a micro-batch for a run that leaves them open.
+
+    Those of `s` where they fit, and more up to `ENOUGH` where some of the card stays free; else
+    as many as fit; those of `s` where nothing does.
+    """
+    usual = max(s.micro_tokens, s.row)
+    if plan(shape, replace(s, micro_tokens=usual), gpu_bytes).fits:
+        most = largest_micro_tokens(shape, s, (1 - SPARE) * gpu_bytes)
+        return max(usual, min(most, ENOUGH))
+    return largest_micro_tokens(shape, s, gpu_bytes) or usual
 
 
 def nearest(shape: TextShape, s: Settings, gpu_bytes: float) -> Settings | None:

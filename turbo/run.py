@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,41 +92,45 @@ class Run:
             *where, self.lora.state_dict(), state, meta, keep, before=self.saved
         )
 
-    def checkpoint_bytes(self) -> tuple[int, int]:
-        """About what a checkpoint takes at the end of the run, and the history beside it.
+    def checkpoint_bytes(self) -> tuple[int, int, int]:
+        """About what a checkpoint takes at the end of the run: without the history, the history,
+        and how much of that it does not share with the one before.
 
-        Factors and their two moments, the teacher's sums, the dataset, the critic; the history is
-        shared by all checkpoints, whose own is one entry of it.
+        Factors and their two moments, the teacher's sums, the dataset, the critic.
         """
         c, size = self.config, lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
         trained = size(self.learner.parameters())
-        own, history = 3 * trained, 0
+        own = 3 * trained
+        history = fresh = 0
         if c.teaches and c.teacher == "merged":
             dense = 4 * sum(matrix.numel() for matrix in self.teacher.base.values())
             sums = (4 if c.merge == "ties" else 1) * dense
-            kept = min(c.history_max or c.updates + 1, c.updates + 1)
-            if c.checkpoint_each == "epoch" and not c.history_max:
-                kept *= c.epochs
+            each = c.epochs if c.checkpoint_each == "epoch" else 1
+            kept = c.updates * each + 1
+            kept = min(c.history_max or kept, kept)
             own += dense if self.teacher.small else 0
             if self.teacher.streaming:
                 own += sums
             else:
                 numbers = sum(p.numel() for p in self.lora.parameters())
                 entry = numbers * self.teacher.kept_dtype.itemsize
-                own, history = own + entry, (kept - 1) * entry
+                history, fresh = kept * entry, min(kept, each * c.save_every) * entry
         if c.imitates:
             examples = c.updates * (c.sft_rows or 2 * c.steps_per_update)
             examples = min(c.sft_max or examples, examples)
             places = 32 if self.vlm.text.small else 4 * 128  # with those of deeper layers
             own += examples * 4 * (places * self.vlm.text.dim + 2 * c.max_new_tokens)
-        return own, history
+        return own, history, fresh
 
     def lack_of_space(self) -> str:
         """What is missing where the disk has no room for this run's checkpoints; else nothing."""
-        count = self.config.keep + 1  # a new one is whole before the oldest goes
-        own, history = self.checkpoint_bytes()
+        keep = self.config.keep
+        count = keep + 1  # a new one is whole before the oldest goes
+        own, history, fresh = self.checkpoint_bytes()
         needed, free = count * own + history, shutil.disk_usage(self.path).free
-        if needed <= free:
+        if self.config.history_max:  # what it drops stays in the older ones
+            needed += keep * fresh
+        if needed <= free + checkpoint.disk_bytes(self.path):  # what is there makes room in time
             return ""
         return (
             f"{self.path} has {megabytes(free)} free, and {count} checkpoints take about "
@@ -139,7 +144,10 @@ class Run:
         problem = ""
         try:
             if checkpoint.checkpoints(self.path):
-                self._load(checkpoint.load(self.path))
+                saved = checkpoint.load(self.path)
+                self._load(saved)
+                for told in saved.problems if self.crew.leads else ():
+                    print(f"warning: {told}; going on from {saved.folder}", file=sys.stderr)
         except checkpoint.CheckpointError as error:
             problem = str(error)
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
@@ -237,8 +245,8 @@ class Run:
 def space(run: Run) -> str:
     """What a checkpoint takes and what is free where it goes, in words."""
     free = shutil.disk_usage(run.path).free
-    own, _ = run.checkpoint_bytes()
-    return f"a checkpoint takes about {megabytes(own)}, {megabytes(free)} free"
+    own, _, fresh = run.checkpoint_bytes()
+    return f"a checkpoint takes about {megabytes(own + fresh)}, {megabytes(free)} free"
 
 
 def megabytes(count: int) -> str:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from turbo import tiny
-from turbo.checkpoint import try_folder, versions, write_json, writing
+from turbo.checkpoint import checkpoints, try_folder, versions, write_json, writing
 from turbo.demos import (
     Demonstration,
     backward_demos,
@@ -269,7 +269,7 @@ def save(vlm: VisionLanguageModel, c: SftConfig, figures: dict) -> None:
 
 def check_out(out: Path, c: SftConfig) -> None:
     """ValueError where the folder holds what would be lost, or nothing to go on with."""
-    begun = (out / UNFINISHED).is_dir()
+    begun = bool(checkpoints(out / UNFINISHED))
     if c.resume and not begun:
         raise ValueError(f"--resume: nothing was begun in --out {out}: leave --resume out")
     if begun and not (c.resume or c.overwrite):

@@ -77,8 +77,8 @@ class SftConfig:
     quantize: Literal["none", "nf4"] = "none"
     """nf4: the base in 4 bits"""
     micro_tokens: int = 0
-    """tokens that run forward and backward at once (0: as many as the card is planned to hold, at
-    most 8192; 2048 on a CPU)"""
+    """tokens that run forward and backward at once (0: 2048, and up to 8192 where the memory plan
+    leaves a twentieth of the card free)"""
     save_every: int = 50
     """steps between saves into OUT/unfinished, from which --resume goes on (0: none)"""
     resume: bool = False

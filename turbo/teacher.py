@@ -14,6 +14,7 @@ Left out: the merge itself (`turbo.merging`), and how the teacher guides (`turbo
 `turbo.update`).
 """
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -167,6 +168,7 @@ class Teacher:
 
     def load_state_dict(self, tensors: dict[str, Tensor], data: dict) -> None:
         """Restore what `state_dict` gave."""
+        tensors, data = _numbered(tensors, data)
         self.count = data["count"]
         history = section(tensors, "history/")
         self.history.load_state_dict(history, data["history"])
@@ -179,3 +181,23 @@ class Teacher:
         elif self.count:
             self.merged = section(tensors, "merged/")
             self._weights = self._with(self.merged)
+
+
+def _numbered(tensors: dict[str, Tensor], data: dict) -> tuple[dict[str, Tensor], dict]:
+    """A saved state whose entries have numbers.
+
+    Once they were saved under their places, those that the history had dropped apart and first.
+    """
+    entries = data["history"]["entries"]
+    if "pushed" in data["history"]:
+        return tensors, data
+    dropped, found = data.get("dropped", {}).get("entries", []), {}
+    for key, tensor in tensors.items():
+        place = re.fullmatch(r"(history|dropped)/(\d+)(\..*)", key)
+        if place:
+            first = len(dropped) if place[1] == "history" else 0
+            key = f"history/{first + int(place[2])}{place[3]}"
+        found[key] = tensor
+    every = [entry | {"number": i} for i, entry in enumerate([*dropped, *entries])]
+    history = data["history"] | {"entries": every[len(dropped) :], "pushed": len(every)}
+    return found, data | {"history": history, "dropped": every[: len(dropped)]}

@@ -310,10 +310,6 @@ def run_folder(c: TrainConfig) -> tuple[Path, IO[str]]:
         held = lock.acquire(path)
         if not checkpoint.checkpoints(path):
             print(f"warning: {path} has no checkpoint yet: it starts anew", file=sys.stderr)
-            return path, held
-        folder, problems = checkpoint.newest(path)
-        for problem in problems:
-            print(f"warning: {problem}; going on from {folder}", file=sys.stderr)
         return path, held
     name = c.env.rpartition(":")[2]
     path = Path(c.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -113,12 +113,14 @@ def test_a_fine_tuning_that_was_killed_goes_on_bit_for_bit(tmp_path, monkeypatch
     for more, said in (
         ([], "go on with --resume, or begin anew with --overwrite"),
         (["--resume", "--deals", "8"], "it was begun with --deals 4, now 8: give the same"),
-        (["--resume", "--model", str(folder("qwen3_vl"))], "it was begun with --model "),
+        (["--resume", "--model", str(folder("qwen3_vl"))], "it was begun with another model"),
+        (["--resume", "--workers", "2"], "it was begun with --workers 1, now 2"),
     ):
         assert tune("part", *more) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and said in err and err.count("\n") == 1
-    assert tune("part", "--resume", "--eval-episodes", "2") == 0
+    free = ["--eval-episodes", "2", "--max-new-tokens", "12", "--model", os.path.relpath(model)]
+    assert tune("part", "--resume", *free) == 0
     assert "going on after step 2" in capsys.readouterr().out
     one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "part"))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
@@ -129,6 +131,7 @@ def test_a_fine_tuning_that_was_killed_goes_on_bit_for_bit(tmp_path, monkeypatch
 
 def test_fine_tuning_goes_on_in_smaller_pieces_where_memory_runs_out(monkeypatch):
     vlm = load(folder("qwen2_5_vl"), torch.float32, Engine("modules"))
+    vlm.batches.tokens = 4096
     lora = noisy_lora(vlm)
     env = make("numberline", **tiny_kwargs("numberline"))
     shown = [demos.demonstrate(env, vlm, seed) for seed in range(3)]
@@ -151,6 +154,7 @@ def test_fine_tuning_goes_on_in_smaller_pieces_where_memory_runs_out(monkeypatch
     monkeypatch.setattr(finetune, "backward_demos", short_of_memory)
     found = gradients()
     assert done == [32, 16, 8, 4, 2] and found[0] == pytest.approx(wanted[0])
+    assert vlm.batches.tokens == 256
     for one, two in zip(found[1], wanted[1], strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 

@@ -6,12 +6,14 @@ import math
 import pytest
 import tiny_models
 import torch
+from family_models import folder
 from tiny_models import suffix_text
 
-from turbo.batch import BatchSizes
+from turbo.batch import SHORT, BatchSizes
 from turbo.decode import Decoder, Request
 from turbo.kernels.policy_head_sums import ban_bias
 from turbo.kv_cache import KVCache
+from turbo.model import Engine, load
 from turbo.pace import Pace
 
 LETTERS = "xyzw"  # what the models of the chi-square tests may say, beside the end
@@ -325,27 +327,38 @@ def test_long_prompts_fit_whatever_the_work_is_rounded_to(vlm, prompt, length):
         assert (want - torch.tensor(sample.logprobs)).abs().max() < 1e-4
 
 
-def test_a_pass_has_no_more_tokens_than_memory_is_planned_for(vlm, prompt, monkeypatch):
-    """Rows that are guessed whole are cut into passes; what is sampled is the same."""
+@pytest.mark.parametrize("large", [False, True])
+def test_a_pass_has_no_more_tokens_than_memory_is_planned_for(vlm, prompt, monkeypatch, large):
+    """Rows that are guessed whole are cut into passes; what is sampled is the same.
+
+    Counted as they are padded. A large model computes no blank rows.
+    """
     passes = []
 
     def watched(cache, weights, ids, rows, layout):
-        passes.append((len(rows), layout.length))
+        passes.append((len(rows), layout.count, layout.length))
         return run(cache, weights, ids, rows, layout)
 
     run = KVCache.run
     monkeypatch.setattr(KVCache, "run", watched)
+    if large:
+        vlm = load(folder("qwen2_5_vl"), torch.float32, Engine("modules"))
     said = []
-    for tokens in (0, 4096, 96):
-        monkeypatch.setattr(vlm, "batches", BatchSizes(tokens=tokens))
-        decoder = decoder_for(vlm, prompt, 12, temperature=1.0, max_new=40)
-        for slot in range(12):
-            decoder.ask(slot, Request(prompt[2], lambda w: w + "1 + 2 - 3 " * 8))
+    for tokens in (0, 4096, 200):
+        sizes = BatchSizes(tokens=tokens, decode_tokens=tokens)
+        monkeypatch.setattr(vlm, "batches", sizes)
+        decoder = decoder_for(vlm, prompt, 13, temperature=1.0, max_new=40)
+        for slot in range(13):
+            more = vlm.encode("1 2 3 4 5 6 7"[: slot % 5])
+            decoder.ask(slot, Request(prompt[2] + more, lambda w: w + "1 + 2 - 3 " * 8))
         passes.clear()
         done = finish(decoder)
-        said.append([done[slot].tokens for slot in range(12)])
-        sizes = [rows * length for rows, length in passes if rows > 1]
-        assert max(sizes) > 500 if tokens != 96 else max(sizes) <= 96 and len(passes) > 12
+        said.append([done[slot].tokens for slot in range(13)])
+        most = max(rows * length for rows, _, length in passes)
+        assert most <= tokens if tokens == 200 else most > 600
+        if large:
+            assert all(rows == count for rows, count, length in passes if length > SHORT)
+            assert len(passes) < 100
     assert said[0] == said[1] == said[2]
 
 

@@ -130,3 +130,41 @@ def test_bfloat16_is_rounded_once(made, tmp_path):
         if (factors := run.lora.factors.get(name.removesuffix(".weight"))) is not None:
             wanted = torch.addmm(wanted, factors[1], factors[0], alpha=run.lora.scale)
         assert torch.equal(got[name], wanted.bfloat16()), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["policy", "teacher"])
+def test_a_change_that_bfloat16_loses_is_told(made, tmp_path, capsys, what):
+    """On the console, in the card and in the record; also of a run that played sums of 16 bits,
+    where what was lost cannot be seen in the teacher any more."""
+    _, runs = made
+    plain = family_models.load_plain(runs["qwen3_vl"].vlm).to(torch.bfloat16)
+    plain.save_pretrained(tmp_path / "base")
+    for part in (runs["qwen3_vl"].vlm.tokenizer, runs["qwen3_vl"].vlm.processor):
+        part.save_pretrained(tmp_path / "base")
+    config = replace(
+        runs["qwen3_vl"].config,
+        model=str(tmp_path / "base"),
+        dtype="bfloat16",
+        play="merged",
+        density=1.0,
+    )
+    run = Run(config, tmp_path / "run", Crew())
+    checkpoint.create_run(run.path, config, model_sha256(config))
+    run.lora.load_state_dict(tiny_models.noisy_lora(run.vlm, 1, 3e-4).state_dict())
+    run.teacher.push(1, run.lora)
+    run.save()
+    out = tmp_path / "out"
+    assert export.main([str(run.path), "--what", what, "--out", str(out)]) == 0
+    along = whole = 0.0
+    got = load_file(out / "model.safetensors")
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    for name, (a, b) in run.lora.factors.items():
+        change = run.lora.scale * (b.double() @ a.double())
+        key = name + ".weight"
+        along += ((got[key].double() - base[key].double()) * change).sum().item()
+        whole += change.square().sum().item()
+    kept = json.loads((out / export.RECORD).read_text())["kept"]
+    assert 0.05 < kept < 0.9 and abs(kept - along / whole) < 0.02
+    told = f"rounded, the weights keep {kept:.1%} of what training changed"
+    assert told in capsys.readouterr().out and told in (out / "README.md").read_text()

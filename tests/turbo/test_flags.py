@@ -107,6 +107,9 @@ def main():
             time.sleep(60)
         finally:
             print("cleaned up", flush=True)
+    if sys.argv[1] == "memory":
+        import torch
+        raise torch.OutOfMemoryError("not even one row fits\\nand more words")
     print("ready", flush=True)
     if sys.argv[1] == "print":
         for _ in range(100_000):
@@ -142,6 +145,12 @@ def test_a_signal_ends_a_command_tidily(number, status):
     assert running.returncode == status
     assert out == "cleaned up\n" and "Traceback" not in err
     assert err.strip() == ("interrupted" if status == 130 else "")
+
+
+def test_memory_that_ran_out_is_told_in_one_line():
+    own = process("memory")
+    _, err = own.communicate(timeout=60)
+    assert (own.returncode, err) == (1, "error: memory ran out: not even one row fits\n")
 
 
 def test_nobody_reads_any_more():

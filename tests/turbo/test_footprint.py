@@ -319,14 +319,17 @@ def test_peak_of_drawing(rows, guessed):
     hidden = torch.randn(rows * (guessed + 1), shape.hidden)
     with LiveBytes(own.weights.head, own.bias, hidden) as live, torch.no_grad():
         Decoder._judge(own, asked, hidden, [guessed + 1] * rows)
-    planned = size.draw_bytes(shape, rows, places=1, longest=guessed + 1)
+    planned = size.draw_bytes(shape, rows, 1, guessed + 1, tokens=0, wide=False)
     assert live.peak <= 1.01 * planned <= PLANNED * live.peak
 
 
 def test_what_is_scored_at_once_is_bounded():
     shape = text_shape(shapes.published("qwen2.5-vl-7b"))
-    most = size.draw_bytes(shape, 10_000, places=1, longest=256)
-    assert most == size.draw_bytes(shape, 256, places=1, longest=256) < 1.5 * 8 * LOGITS
+    rest = dict(places=1, longest=256, tokens=2048, wide=False)
+    most = size.draw_bytes(shape, 10_000, **rest)
+    assert most == size.draw_bytes(shape, 256, **rest) < 1.5 * 8 * LOGITS
+    many = size.draw_bytes(shape, 256, 4096, 256, 2048, wide=False)  # of a large cache a layer
+    assert many > size.copied_bytes(shape, 256, 4096) > most
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -186,7 +186,21 @@ def test_tokens_of_a_micro_batch_that_are_left_open(gpu, asked, least, most, fit
 
 
 def test_a_row_is_always_in_a_micro_batch():
-    assert memory.good_micro_tokens(shape(), replace(Settings(), max_new_tokens=4000), GB) == 4640
+    for tokens in (4000, 8000):
+        long = replace(Settings(), envs=4, max_new_tokens=tokens)
+        for gpu in (1, 40, 140):
+            found = memory.good_micro_tokens(shape(), long, gpu * GB)
+            assert found >= long.row and plan(shape(), replace(long, micro_tokens=found), gpu * GB)
+
+
+def test_a_larger_card_has_no_smaller_micro_batch():
+    s, last = replace(Settings(), quantize="nf4"), 0
+    for gpu in range(2050, 2700, 5):
+        found = memory.good_micro_tokens(shape(), s, gpu / 100 * GB)
+        fits = plan(shape(), replace(s, micro_tokens=found), gpu / 100 * GB).fits
+        assert found >= last or not last
+        last = found if fits else 0
+    assert last > 4096
 
 
 # ------------------------------------------------------------------------------- what is measured

@@ -44,6 +44,11 @@ def test_batches_are_halved_and_stay_so():
     run_batches([1] * 20, sizes, "score", work)
     assert sorted(i for rows in seen for i in rows) == list(range(20))
     assert sizes == BatchSizes(score=2) and max(map(len, seen)) == 2
+    sizes = BatchSizes(tokens=600, decode_tokens=600)
+    assert sizes.halve("decode", 20, tokens=400) == 10
+    assert sizes == BatchSizes(tokens=600, decode_tokens=200)  # the other phases hold less
+    assert sizes.halve("train", 20) == 10
+    assert sizes == BatchSizes(tokens=300, decode_tokens=200, train=10)
     with pytest.raises(torch.OutOfMemoryError, match=r"not even one row .* 'train'"):
         sizes.halve("train", 1)
 

@@ -6,7 +6,9 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+from family_models import folder
 
+from turbo.model import Engine, load
 from turbo.teacher import Teacher
 
 WAYS = [dict(merge=m, weighting=w) for m in ("ties", "linear") for w in ("sma", "ema", "score")]
@@ -127,6 +129,48 @@ def test_state_comes_back_bit_for_bit(vlm, way, merge_every):
         for t in (teacher, other):
             t.push(k, tiny_models.noisy_lora(vlm, k), 0.2 + k / 10)
         same()
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_a_state_of_before_entries_had_numbers(vlm, large):
+    """Saved under their places, and what the history had dropped apart."""
+    if large:
+        vlm = load(folder("qwen3_vl"), torch.float32, Engine("modules"))
+    settings = dict(weighting="score", history_max=2, merge_every=3)
+    teacher = new_teacher(vlm, **settings)
+    for k in range(5):
+        teacher.push(k, tiny_models.noisy_lora(vlm, k), 0.2 + k / 10)
+    tensors, data = teacher.state_dict()
+    entries, dropped = data["history"]["entries"], data.get("dropped", [])
+    assert [e["number"] for e in entries] == [3, 4]
+    assert [e["number"] for e in dropped] == ([1, 2] if large else [])
+    old, places = (
+        {},
+        {
+            e["number"]: (part, i)
+            for part, found in (("history", entries), ("dropped", dropped))
+            for i, e in enumerate(found)
+        },
+    )
+    for key, tensor in tensors.items():
+        part, _, name = key.partition("/")
+        number, _, rest = name.partition(".")
+        at = places.get(int(number)) if part == "history" else None
+        old[f"{at[0]}/{at[1]}.{rest}" if at else key] = tensor
+    plain = [{k: v for k, v in e.items() if k != "number"} for e in (*entries, *dropped)]
+    settings_of = {k: data["history"][k] for k in ("density", "history_max")}
+    before = data | {"history": settings_of | {"entries": plain[:2]}}
+    if large:
+        before["dropped"] = {"density": 0.8, "history_max": 0, "entries": plain[2:]}
+    other = new_teacher(vlm, **settings)
+    other.load_state_dict(old, before)
+    for t in (teacher, other):
+        t.push(5, tiny_models.noisy_lora(vlm, 5), 0.9)
+    wanted = {name: merged for name, merged, _ in teacher.dense()}
+    assert all(torch.equal(merged, wanted[name]) for name, merged, _ in other.dense())
+    _, again = other.state_dict()
+    numbers = [e["number"] for e in (*again.get("dropped", []), *again["history"]["entries"])]
+    assert len(set(numbers)) == len(numbers) >= 2 and numbers == sorted(numbers)
 
 
 def test_a_teacher_without_checkpoints_comes_back_too(vlm):
