@@ -93,7 +93,7 @@ class Decoder:
         self.vlm, self.weights, self.temperature = vlm, weights, temperature
         self.max_new, self.generator = max_new_tokens, generator
         self.bias = ban_bias(vlm.banned, vlm.text.dtype)
-        self.cache = KVCache(vlm, slots)
+        self.cache = KVCache(vlm, slots, max_new_tokens)
         self.rows: dict[int, _Row] = {}
         self.passes = self.guessed = self.accepted = 0
         self.pace = Pace(vlm.text.small)

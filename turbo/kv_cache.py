@@ -50,8 +50,11 @@ class Layout:
 class KVCache:
     """Keys and values per slot, of prefix and the rest: per layer [slots + 1, Hkv, width, hd]."""
 
-    def __init__(self, vlm: VisionLanguageModel, slots: int):
+    def __init__(self, vlm: VisionLanguageModel, slots: int, answer: int = 0):
         self.vlm, self.slots, self.width = vlm, slots, 0
+        # Places behind the prefix that are made at once. Grown piece by piece, a cache would leave
+        # a GPU's allocator with as much again in pieces that are too small for it.
+        self.ahead = answer + RECORDED if vlm.text.in_place else 0
         self.graphs = None if vlm.text.record is None else Graphs(vlm.text.record)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -97,10 +100,10 @@ class KVCache:
         used = round_up(tokens, CACHED if self.graphs is None else RECORDED)
         if used > self.width:
             self.forget_graphs()
+            self.width = max(used, round_up(self.past + self.ahead, CACHED))
             for cache in (self.keys, self.values):  # layer by layer: never two whole caches
                 for i, x in enumerate(cache):
-                    cache[i] = F.pad(x, (0, 0, 0, used - x.shape[2]))
-            self.width = used
+                    cache[i] = F.pad(x, (0, 0, 0, self.width - x.shape[2]))
         return used
 
     def _take(self, cache: Tensor, slot: Tensor, used: int, whole: bool) -> Tensor:

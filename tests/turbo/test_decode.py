@@ -362,6 +362,32 @@ def test_a_pass_has_no_more_tokens_than_memory_is_planned_for(vlm, prompt, monke
     assert said[0] == said[1] == said[2]
 
 
+def test_on_a_gpu_the_cache_has_room_for_an_answer_from_the_start(vlm, prompt, monkeypatch):
+    """Where it is read in place it is made once; elsewhere it grows, and answers are the same."""
+    widths, reserve = set(), KVCache.reserve
+
+    def watched(cache, tokens):
+        used = reserve(cache, tokens)
+        widths.add(cache.width)
+        return used
+
+    monkeypatch.setattr(KVCache, "reserve", watched)
+    said, times = [], []
+    for in_place in (False, True):
+        own = load(folder("qwen2_5_vl"), torch.float32, Engine("modules"))
+        own.text.in_place = in_place
+        decoder = decoder_for(own, prompt, 3, temperature=5.0, max_new=70)
+        for slot in range(3):
+            decoder.ask(slot, Request(prompt[2], lambda w: w))
+        said.append([sample.tokens for _, sample in sorted(finish(decoder).items())])
+        times.append(len(widths))
+        widths.clear()
+        longest = decoder.cache.past + len(prompt[2]) + max(map(len, said[-1]))
+        assert longest <= decoder.cache.width
+    assert said[0] == said[1] and max(map(len, said[0])) > 64
+    assert times[0] > times[1] == 1
+
+
 def test_the_end_closes_an_answer(limited, prompt):
     decoder = decoder_for(limited, prompt, 64, temperature=3.0, max_new=30)
     for slot in range(64):
