@@ -27,7 +27,8 @@ covered matrices, and products in bf16:
                  and its backward holds 6 I + 2 D' more at once: gradients of the product and of
                  both its sides, of the layer's output and input; D' bytes of the stream.
     all layers   with checkpointing the stream x of each layer, L D' T, and one layer at work; else
-                 L layers' working sets.
+                 L layers' working sets. Half of a micro-batch's tokens are prefixes of prompts,
+                 which run first; every row has a copy of its prefix's keys and values.
     head         `kernels.policy_head_loss` on N scored tokens: C logits of a piece of R rows, of
                  both sides in fp32; of a part of them P, d loss / d logits in bf16; of the R rows
                  the gradient in fp32 and in bf16, and where one part is all, both sides' inputs
@@ -144,6 +145,31 @@ def layer_gradient_bytes(shape: TextShape, tokens: int, wide: bool) -> int:
     """What the backward of one layer holds at once beside what was kept."""
     stream = (FP32 if wide else BF16) * shape.hidden
     return tokens * (3 * BF16 * shape.intermediate + 2 * stream)
+
+
+def train_bytes(
+    shape: TextShape,
+    prefixes: int,
+    scored: int,
+    repeated: int,
+    rank: int,
+    wide: bool,
+    checkpointing: bool,
+) -> int:
+    """What a micro-batch holds where pictures share their prompts' prefixes (`turbo.backprop`).
+
+    So many tokens of `prefixes` ran, are kept for their backward pass, and gave keys and values,
+    which get gradients. So many `scored` tokens of rows run behind them forward and backward; each
+    row has a copy of its prefix, `repeated` tokens in all, and one layer attends to it with a copy
+    at all heads.
+    """
+    q, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    layers, longest = 1 if checkpointing else shape.layers, max(prefixes, scored)
+    at_work = longest if checkpointing else prefixes + scored  # without it both graphs are whole
+    kept = stream_bytes(shape, prefixes + scored, wide) + cast_bytes(shape, rank, layers)
+    kept += layers * (layer_bytes(shape, at_work, rank, wide) + 2 * BF16 * q * repeated)
+    kept += 2 * BF16 * k * repeated + layer_gradient_bytes(shape, longest, wide)
+    return kept + 2 * cache_bytes(shape, prefixes) + cache_bytes(shape, repeated)
 
 
 def cast_bytes(shape: TextShape, rank: int, layers: int) -> int:

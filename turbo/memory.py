@@ -36,13 +36,14 @@ from rich.console import Console
 from rich.table import Table
 
 from turbo import footprint as size
-from turbo.batch import BatchSizes
+from turbo.batch import MICRO_ROWS, BatchSizes
 from turbo.flags import conclude, read_flags
 from turbo.shapes import TextShape, find_config, text_shape
 
 PHASES = ("read", "decode", "score", "train", "step", "merge")
 GB = 1e9
 MOST_ENVS, MOST_TOKENS = 1 << 16, 1 << 20  # no more is searched for
+LEAST = 128  # tokens of a row behind its prefix, about, or more
 KEPT = 8  # prompts whose keys and values are kept beside those in the cache of environments
 STEP = 64  # micro-batches are proposed in multiples of so many tokens
 ENOUGH, SPARE = 8192, 0.05  # tokens that keep any card busy; share of a card that is left free
@@ -186,11 +187,11 @@ def _passing(shape: TextShape, s: Settings) -> list[Term]:
     """What a phase makes and drops again."""
     wide, tokens, rank = s.stream == "float32", s.micro_tokens, s.lora_rank
     read = size.read_bytes(shape, tokens, wide)
-    layer = size.layer_bytes(shape, tokens, rank, wide)
-    stream = size.stream_bytes(shape, tokens, wide)
-    layers = 1 if s.gradient_checkpointing else shape.layers
-    kept = stream + layers * layer + size.layer_gradient_bytes(shape, tokens, wide)
-    kept += size.cast_bytes(shape, rank, layers)
+    # Half of a micro-batch are prefixes; a row that is longer than the other half runs alone.
+    prefixes = max(tokens // 2, s.prompt_tokens)
+    scored = max(tokens // 2, s.suffix_tokens + s.max_new_tokens)
+    repeated = min(MICRO_ROWS, max(1, scored // LEAST)) * s.prompt_tokens
+    kept = size.train_bytes(shape, prefixes, scored, repeated, rank, wide, s.gradient_checkpointing)
     back = size.read_back_bytes(shape, s.nf4)
     narrow = size.cast_bytes(shape, rank, shape.layers) if s.nf4 else 0
     answers = s.envs * (s.suffix_tokens + s.max_new_tokens)
@@ -204,7 +205,11 @@ def _passing(shape: TextShape, s: Settings) -> list[Term]:
         "picture features": dict.fromkeys(
             ("read", "score", "train"), size.feature_bytes(shape, tokens)
         ),
-        "activations": {"read": read + copied, "score": read, "train": kept},
+        "activations": {
+            "read": read + copied,
+            "score": read + size.cache_bytes(shape, repeated),
+            "train": kept,
+        },
         "NF4 matrix read back": dict.fromkeys((*play, "score", "train"), back),
         "logits chunk": {
             "decode": size.draw_bytes(shape, s.envs, s.row, s.max_new_tokens, tokens, wide),
