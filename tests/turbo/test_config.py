@@ -139,6 +139,7 @@ def test_what_a_resumed_run_may_change():
     old = dataclasses.asdict(TrainConfig())
     free = dict(resume="r", out="o", updates=7, minutes=1.0, keep=9, save_every=3, tensorboard=True)
     free |= dict(max_faults=2, json=True, wandb="p", trackio="p", decode_graphs=True)
+    free |= dict(gpu=40.0, micro_tokens=4096)  # it goes on on another card
     assert changed(old, TrainConfig(**free, overwrite=True)) == []
     assert changed(old, TrainConfig(quiet=True)) == []
     for f in FIELDS:
