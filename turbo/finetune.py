@@ -82,8 +82,9 @@ def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> i
     say(f"{c.model}: {trained:,} parameters in factors of rank {c.lora_rank}")
     try:
         loss, is_whole = train_factors(vlm, lora, run, crew, c, say)
-    except ValueError as error:  # what was saved is of something else
-        print(f"error: {error}", file=sys.stderr)
+    except ValueError as error:  # in all workers: what was saved is of something else
+        if crew.leads:
+            print(f"error: {error}", file=sys.stderr)
         return 2
     figures = {"minutes": round((time.perf_counter() - started) / 60, 1), "loss": loss}
     e = evaluate(
@@ -290,7 +291,7 @@ def save(
     vlm.tokenizer.save_pretrained(out)
     vlm.processor.save_pretrained(out)
     copy_processor_files(model_folder(run), out)
-    config = {k: v for k, v in asdict(c).items() if k not in ("out", "overwrite")}
+    config = {k: v for k, v in asdict(c).items() if k not in ("out", "overwrite", "resume")}
     record = {
         "config": config,
         "observation": observation(run),
