@@ -455,8 +455,7 @@ def describe(c: BenchConfig, workers: int, setting: Setting | None) -> dict[str,
     ours += f" answers={c.max_new_tokens}" * bool(c.max_new_tokens)
     ours += f" epochs={c.epochs}" * bool(c.epochs)
     if c.model != "tiny":
-        hub.lack_of_memory(config)  # settles what was left open
-        ours += f" micro={config.micro_tokens}"
+        ours += f" micro={config.micro_tokens or hub.planned_tokens(hub.memory_plan(config))}"
     return dict.fromkeys(settings(c), ours) | {
         RECIPE: f"{game} workers=1 envs=1 steps={c.recipe_steps} {setting} checkpoint=each",
         PRODUCT: f"workers={workers} dtype={dtype}",

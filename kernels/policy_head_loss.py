@@ -90,10 +90,8 @@ def loss_in_pieces(
         torch.zeros_like(x, dtype=dtype) if w else None
         for x, dtype, w in zip(inputs, dtypes, wanted, strict=True)
     ]
-    first, most = 0, piece_elements // len(sides.weight)
-    if most > ALIGNED:
-        most -= most % ALIGNED
-    for piece in pieces(lengths, most):
+    first = 0
+    for piece in pieces(lengths, piece_rows(piece_elements, len(sides.weight))):
         rows = slice(first, first + sum(lengths[piece]))
         first = rows.stop
         part = sides.at(rows)
@@ -117,6 +115,12 @@ def loss_in_pieces(
             del given, found, grad
         del value, leaves, part  # the piece's logits and gradients, before there are others
     return _Formed.apply(total, *inputs, *sums) if asked else total
+
+
+def piece_rows(elements: int, vocabulary: int) -> int:
+    """Rows of a piece that has at most so many logits, in multiples of `ALIGNED` where it can."""
+    rows = elements // vocabulary
+    return rows - rows % ALIGNED if rows > ALIGNED else rows
 
 
 def pieces(lengths: Sequence[int], rows: int) -> list[slice]:

@@ -70,6 +70,11 @@ class _Row:
     judged: Tensor | None = None  # [draft + 1] uniform numbers of this pass
     drawn: Tensor | None = None  # [1]
 
+    @property
+    def length(self) -> int:
+        """Tokens that a pass computes of it."""
+        return len(self.pending) + len(self.draft)
+
 
 class Decoder:
     """Samples with fixed weights for `slots` environments.
@@ -113,7 +118,8 @@ class Decoder:
                 f"a prompt has {tokens:,} tokens and its answer may have {self.max_new}: more than "
                 f"the {limit:,} positions of the model; shorten the prompt, or --max-new-tokens"
             )
-        if self.cache.graphs is not None:  # so that the cache does not move while it is answered
+        # On a GPU, and where passes are recorded, the cache does not move while it is answered.
+        if self.cache.ahead or self.cache.graphs is not None:
             self.cache.reserve(tokens + self.max_new)
         self.rows[slot] = _Row(slot, request, list(request.suffix))
 
@@ -126,8 +132,11 @@ class Decoder:
             if row.limit < UNBOUND:
                 row.draft = row.draft[: self.pace.most(len(rows))]
         self._draw_noise(rows)
-        sizes, fresh, behind = self.vlm.batches, *_parted(rows, lambda r: r.position == 0)
-        short, long = _parted(behind, lambda r: len(r.pending) + len(r.draft) <= SHORT)
+        fresh = [r for r in rows if not r.position]
+        behind = [r for r in rows if r.position]
+        short = [r for r in behind if r.length <= SHORT]
+        long = [r for r in behind if r.length > SHORT]
+        sizes = self.vlm.batches
         written = sum(len(r.tokens) + 1 for r in behind)
         for kind, most in ((fresh, 1), (short, ROWS_OF_FEW), (long, 1)):
             for group in _similar(kind, most * sizes.decode, sizes.decode_tokens):
@@ -267,11 +276,6 @@ def _draw(p: Tensor, u: Tensor) -> Tensor:
     return drawn.clamp_(max=p.shape[1] - 1)  # past the end where p is not a number
 
 
-def _parted(rows: list[_Row], asked: Callable[[_Row], bool]) -> tuple[list[_Row], list[_Row]]:
-    """Those of which it is true, and the others."""
-    return [r for r in rows if asked(r)], [r for r in rows if not asked(r)]
-
-
 def _similar(rows: list[_Row], size: int, tokens: int) -> list[list[_Row]]:
     """Rows in groups of similar length: cache-sized work, or on a GPU what its memory holds."""
     groups = micro_batches(_lengths(rows, tokens), size, tokens=tokens)
@@ -280,5 +284,4 @@ def _similar(rows: list[_Row], size: int, tokens: int) -> list[list[_Row]]:
 
 def _lengths(rows: list[_Row], tokens: int) -> list[int]:
     """What a pass computes of each row; as it is padded, where the tokens of a pass are bounded."""
-    lengths = [len(r.pending) + len(r.draft) for r in rows]
-    return [round_up(n) for n in lengths] if tokens else lengths
+    return [round_up(r.length) if tokens else r.length for r in rows]

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from turbo import checkpoint, families
 from turbo.card import Facts, card
-from turbo.coded import read_dense
 from turbo.config import TrainConfig, from_saved
 from turbo.envs.make import find
 from turbo.flags import conclude, read_flags
@@ -42,13 +41,13 @@ from turbo.formats import (
     generation_config,
     is_far_from_all,
     loss_of_rounding,
+    policy_matrices,
     save_adapter,
     save_model,
     saved_dtype,
     write_folder,
 )
 from turbo.hub import model_folder, model_name, model_sha256, open_model
-from turbo.kernels.nf4 import Nf4Matrix
 from turbo.log import read_jsonl
 from turbo.lora import Lora, new_lora
 from turbo.model import VisionLanguageModel
@@ -200,19 +199,6 @@ def open_base(settings: TrainConfig, dtype: torch.dtype) -> VisionLanguageModel:
 
 
 @torch.no_grad()
-def policy_matrices(
-    vlm: VisionLanguageModel, lora: Lora, dtype: torch.dtype, kept: Kept
-) -> dict[str, Tensor]:
-    """base + s B A, [out, in], by module name; computed in float32."""
-    dense = uncoded(vlm)
-    for name, (a, b) in lora.factors.items():
-        base = read_dense(vlm.matrices[name + ".weight"]).float()
-        dense[name] = torch.addmm(base, b, a, alpha=lora.scale).to(dtype)
-        kept.add(base, lora.scale * (b @ a), dense[name])
-    return dense
-
-
-@torch.no_grad()
 def teacher_matrices(
     vlm: VisionLanguageModel,
     lora: Lora,
@@ -228,13 +214,7 @@ def teacher_matrices(
         kept.add(merged - change, change, dense[name])
     if not dense:
         raise ValueError("no checkpoint had been merged yet: choose a later --checkpoint")
-    return uncoded(vlm) | dense
-
-
-def uncoded(vlm: VisionLanguageModel) -> dict[str, Tensor]:
-    """The base's own matrices, by module name, as far as they are held in 4 bits."""
-    coded = {n: m for n, m in vlm.matrices.items() if isinstance(m, Nf4Matrix)}
-    return {name.removesuffix(".weight"): read_dense(m) for name, m in coded.items()}
+    return dense
 
 
 def write(folder: Path, c: ExportConfig, source: Source) -> None:

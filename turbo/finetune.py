@@ -25,7 +25,6 @@ import torch
 from turbo import checkpoint
 from turbo.batch import fits
 from turbo.checkpoint import versions, write_json, writing
-from turbo.coded import read_dense
 from turbo.config import TrainConfig
 from turbo.demos import (
     Demonstration,
@@ -40,13 +39,13 @@ from turbo.formats import (
     generation_config,
     is_far_from_all,
     loss_of_rounding,
+    policy_matrices,
     save_model,
 )
 from turbo.hub import model_folder, model_sha256, observation, open_model
 from turbo.lora import Lora, new_lora
 from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel
-from turbo.modules import merge_policy
 from turbo.optimizer import load_optimizer, optimizer_tensors
 from turbo.parallel import Crew
 from turbo.run import env_maker, held_out, prompt_style
@@ -276,12 +275,8 @@ def save(
     vlm: VisionLanguageModel, lora: Lora, c: SftConfig, run: TrainConfig, figures: dict
 ) -> None:
     """Write the merged model and the record of how it was made."""
-    dense, kept = {}, Kept()
-    for name, (a, b) in lora.factors.items():
-        base = read_dense(vlm.matrices[name + ".weight"])
-        merged = merge_policy(base, a, b, lora.scale, torch.empty_like(base))
-        kept.add(base, lora.scale * (b @ a).detach(), merged)
-        dense[name] = merged.cpu()
+    kept = Kept()
+    dense = policy_matrices(vlm, lora, vlm.text.dtype, kept)
     figures["kept"] = kept.share
     out = Path(c.out)
     # transformers refuses to save some bases' own settings

@@ -42,8 +42,8 @@ layer for S keys; SDPA and FlashAttention do not, `turbo.fused` on a CPU does.
 
 from turbo.batch import LOGITS, ROWS_OF_FEW, SHORT, BatchSizes
 from turbo.kernels.nf4 import BLOCK
-from turbo.kernels.policy_head import ALIGNED, CUDA_CHUNK_ELEMENTS
-from turbo.kernels.policy_head_loss import CUDA_PIECE_ELEMENTS
+from turbo.kernels.policy_head import CUDA_CHUNK_ELEMENTS
+from turbo.kernels.policy_head_loss import CUDA_PIECE_ELEMENTS, piece_rows
 from turbo.kernels.tiles import CUDA_TILE_ELEMENTS, MIN_TILE_ROWS
 from turbo.shapes import TextShape
 
@@ -206,8 +206,7 @@ def head_bytes(shape: TextShape, tokens: int, backward: bool) -> int:
     """
     rows = tokens
     if backward:
-        most = CUDA_PIECE_ELEMENTS // shape.vocabulary
-        rows = min(tokens, max(1, most - most % ALIGNED if most > ALIGNED else most))
+        rows = min(tokens, max(1, piece_rows(CUDA_PIECE_ELEMENTS, shape.vocabulary)))
     logits = rows * shape.vocabulary
     part = min(logits, CUDA_CHUNK_ELEMENTS)
     held = 2 * FP32 * (logits if backward else part) + 2 * BF16 * tokens * shape.hidden

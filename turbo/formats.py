@@ -2,6 +2,7 @@
 
     save_model      a complete model, for `AutoModelForImageTextToText.from_pretrained`
     save_adapter    LoRA factors, for peft's `PeftModel.from_pretrained`
+    policy_matrices a policy's matrices, merged with their base
     Kept            how much of what training changed survives the dtype of a file
     check_out       whether a command may write to a folder
     write_folder    a folder that is whole or not there
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from turbo.checkpoint import try_folder, writing
+from turbo.coded import read_dense
 from turbo.lora import Lora
 from turbo.model import VisionLanguageModel
 
@@ -71,6 +73,21 @@ class Kept:
     def share(self) -> float:
         """1 where nothing is lost, or nothing was changed; more where it grew in rounding."""
         return self.along / self.whole if self.whole else 1.0
+
+
+@torch.no_grad()
+def policy_matrices(
+    vlm: VisionLanguageModel, lora: Lora, dtype: torch.dtype, kept: Kept
+) -> dict[str, Tensor]:
+    """base + s B A, [out, in], by module name, on the CPU; computed in float32."""
+    dense = {}
+    for name, (a, b) in lora.factors.items():
+        base = read_dense(vlm.matrices[name + ".weight"]).float()
+        merged = torch.addmm(base, b, a, alpha=lora.scale)
+        rounded = merged.to(dtype)
+        kept.add(base, merged - base, rounded)
+        dense[name] = rounded.cpu()
+    return dense
 
 
 def save_model(

@@ -46,7 +46,7 @@ def open_model(c: TrainConfig) -> VisionLanguageModel:
     else:
         vlm = load(model_folder(c), dtype, engine)
     if not vlm.text.small:
-        tokens = c.micro_tokens or _tokens_at_once(c, memory_plan(c))
+        tokens = c.micro_tokens or planned_tokens(memory_plan(c))
         vlm.batches.tokens = vlm.batches.decode_tokens = tokens
     return vlm
 
@@ -198,7 +198,7 @@ def lack_of_memory(c: TrainConfig) -> str:
     Tokens of a micro-batch that were left open are settled in `c`.
     """
     plan = memory_plan(c)
-    c.micro_tokens = _tokens_at_once(c, plan)
+    c.micro_tokens = c.micro_tokens or planned_tokens(plan)
     return memory.refuse(plan) if plan else ""
 
 
@@ -226,10 +226,9 @@ def memory_plan(c: TrainConfig) -> memory.Plan | None:
     return memory.plan(shape, replace(settings, micro_tokens=tokens), there)
 
 
-def _tokens_at_once(c: TrainConfig, plan: memory.Plan | None) -> int:
-    """What is asked for, else what is planned."""
-    planned = plan.settings.micro_tokens if plan else memory.Settings.micro_tokens
-    return c.micro_tokens or planned
+def planned_tokens(plan: memory.Plan | None) -> int:
+    """Tokens that run at once in a run that leaves them open."""
+    return (plan.settings if plan else memory.Settings).micro_tokens
 
 
 def observation(c: TrainConfig) -> Literal["small", "full"]:

@@ -1,12 +1,13 @@
 """Keys and values of the answers that are being sampled: a slot for every environment.
 
 Per layer [slots + 1, Hkv, places, hd]: a prompt's prefix, copied into the slots that show it, and
-behind it what its row has said. It grows as answers do. A pass over few tokens of most slots runs
-on all of them, in their order, and reads the cache where it is: on a GPU copying it costs more than
-rows that nobody asked for.
+behind it what its row has said. On a CPU it grows as answers do; on a GPU, and where passes are
+recorded, it has place for whole answers. A pass over few tokens of most slots runs on all of them,
+in their order, and reads the cache where it is: on a GPU copying it costs more than rows that
+nobody asked for.
 
-With `--decode-graphs` such passes are recorded and replayed (`turbo.graphs`). The cache then grows
-in larger steps, and rows and lengths take few sizes, so that shapes recur.
+With `--decode-graphs` such passes are recorded and replayed (`turbo.graphs`). Rows and lengths then
+take few sizes, so that shapes recur.
 
 Left out: what is sampled (`turbo.decode`), the prefixes (`turbo.prefixes`).
 """
@@ -52,10 +53,11 @@ class KVCache:
 
     def __init__(self, vlm: VisionLanguageModel, slots: int, answer: int = 0):
         self.vlm, self.slots, self.width = vlm, slots, 0
-        # Places behind the prefix that are made at once. Grown piece by piece, a cache would leave
-        # a GPU's allocator with as much again in pieces that are too small for it.
-        self.ahead = answer + RECORDED if vlm.text.in_place else 0
         self.graphs = None if vlm.text.record is None else Graphs(vlm.text.record)
+        # Places behind the prefix that are made at once on a GPU, and more of them for prompts that
+        # get longer. Grown piece by piece, a cache would leave its allocator with as much again in
+        # pieces that are too small for it.
+        self.ahead, self.spare = (answer, RECORDED) if vlm.text.in_place else (0, 0)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.past = self.next_position = 0  # of the prefix
@@ -68,7 +70,7 @@ class KVCache:
             # One slot more than there are environments, for rows that only fill up a batch.
             empty = prefix.keys[0].new_zeros(self.slots + 1, heads, 0, hd)
             self.keys, self.values = [empty] * len(prefix.keys), [empty] * len(prefix.keys)
-            self.reserve(self.past)
+            self.reserve(self.past + self.ahead)
         for own, new in zip(self.keys, prefix.keys, strict=True):
             own[slot, :, : self.past] = new[number]
         for own, new in zip(self.values, prefix.values, strict=True):
@@ -100,7 +102,7 @@ class KVCache:
         used = round_up(tokens, CACHED if self.graphs is None else RECORDED)
         if used > self.width:
             self.forget_graphs()
-            self.width = max(used, round_up(self.past + self.ahead, CACHED))
+            self.width = used + self.spare
             for cache in (self.keys, self.values):  # layer by layer: never two whole caches
                 for i, x in enumerate(cache):
                     cache[i] = F.pad(x, (0, 0, 0, self.width - x.shape[2]))

@@ -272,12 +272,14 @@ def check_out(out: Path, c: SftConfig) -> None:
     begun = bool(checkpoints(out / UNFINISHED))
     if c.resume and not begun:
         raise ValueError(f"--resume: nothing was begun in --out {out}: leave --resume out")
-    if begun and not (c.resume or c.overwrite):
+    if c.resume or c.overwrite:
+        return
+    if begun:
         raise ValueError(
             f"--out {out} holds a fine-tuning that did not come to its end: go on with --resume, "
             "or begin anew with --overwrite"
         )
-    if out.is_dir() and any(out.iterdir()) and not (c.resume or c.overwrite):
+    if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"--out {out} is not empty: choose another folder, or add --overwrite")
 
 

@@ -18,9 +18,8 @@ def test_a_failed_save_is_tried_again_and_told_and_loses_nothing(tmp_path):
     status, _, err = here(run, *SHORT, "--updates", "1")
     assert status == 0, err
     size = (run / "checkpoints/00000001/state.safetensors").stat().st_size
-    more = ["--updates", "3", "--resume", str(run)]
-    more += ["--save-every", "2"]
-    limited = start(run, *more[:2], *more[4:], resume=True, file_limit=size // 2)
+    more = ["--updates", "3", "--save-every", "2"]
+    limited = start(run, *more, resume=True, file_limit=size // 2)
     status, out, err = finish(limited)
     assert status == 1, err
     assert out.count("update 2 could not be saved: ") == 3  # tried three times
@@ -86,15 +85,16 @@ def test_what_all_checkpoints_take_is_known(tmp_path, monkeypatch, more):
     flags += ["--keep", "4", "--updates", "8", "--weighting", "score", *more.split()]
     assert train.main(["numberline", "--out", str(tmp_path), *flags]) == 0
     run = Run(train.TrainConfig(**checkpoint.read_run(tmp_path)["config"]), tmp_path, Crew())
-    held, asked = checkpoint.disk_bytes(tmp_path), []
+    held = checkpoint.disk_bytes(tmp_path)
     assert len(checkpoint.checkpoints(tmp_path)) == 4
     usage = type("Usage", (), {"free": 0})
     monkeypatch.setattr("turbo.run.shutil.disk_usage", lambda path: usage)
-    for free in range(0, 3 * held, held // 100):
+
+    def is_enough(free):
         usage.free = free
-        if not run.lack_of_space():
-            asked = free
-            break
+        return not run.lack_of_space()
+
+    asked = next(filter(is_enough, range(0, 3 * held, held // 100)))
     # what is there counts as room; with it there is room for one checkpoint more
     assert 0.05 * held < asked < 0.9 * held
 

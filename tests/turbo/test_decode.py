@@ -386,6 +386,10 @@ def test_on_a_gpu_the_cache_has_room_for_an_answer_from_the_start(vlm, prompt, m
         assert longest <= decoder.cache.width
     assert said[0] == said[1] and max(map(len, said[0])) > 64
     assert times[0] > times[1] == 1
+    decoder.ask(0, Request(prompt[2] * 40, lambda w: w))  # longer than there was room for
+    place = decoder.cache.width
+    finish(decoder)
+    assert widths == {place} and place >= decoder.cache.past + 40 * len(prompt[2]) + 70
 
 
 def test_the_end_closes_an_answer(limited, prompt):

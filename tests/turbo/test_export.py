@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from turbo import checkpoint, export, train
 from turbo.config import from_saved
-from turbo.formats import Kept, loss_of_rounding
+from turbo.formats import Kept, loss_of_rounding, policy_matrices
 from turbo.hub import model_sha256
 from turbo.lora import effective, new_lora
 from turbo.model import load
@@ -313,7 +313,7 @@ def test_small_changes_do_not_survive_bfloat16():
     shares = []
     for size in (1e-1, 1e-4, 1e-6):
         kept, lora = Kept(), tiny_models.noisy_lora(vlm, 0, size)
-        export.policy_matrices(vlm, lora, torch.bfloat16, kept)
+        policy_matrices(vlm, lora, torch.bfloat16, kept)
         shares.append(kept.share)
     assert 0.99 < shares[0] < 1.01 and 0.1 < shares[1] < 0.95 and shares[2] < 0.02, shares
 

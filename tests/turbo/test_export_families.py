@@ -109,13 +109,17 @@ def test_logits_are_those_of_turbo(made):
 
 
 @torch.no_grad()
+def save_in_16_bits(vlm, folder):
+    """Write a model as one that was saved in bfloat16."""
+    for part in (family_models.load_plain(vlm).to(torch.bfloat16), vlm.tokenizer, vlm.processor):
+        part.save_pretrained(folder)
+
+
+@torch.no_grad()
 def test_bfloat16_is_rounded_once(made, tmp_path):
     """A base that was saved in bfloat16 is merged in float32, and rounded at the end."""
     _, runs = made
-    plain = family_models.load_plain(runs["qwen3_vl"].vlm).to(torch.bfloat16)
-    plain.save_pretrained(tmp_path / "base")
-    for part in (runs["qwen3_vl"].vlm.tokenizer, runs["qwen3_vl"].vlm.processor):
-        part.save_pretrained(tmp_path / "base")
+    save_in_16_bits(runs["qwen3_vl"].vlm, tmp_path / "base")
     config = replace(runs["qwen3_vl"].config, model=str(tmp_path / "base"), guidance="none")
     run = Run(config, tmp_path / "run", Crew())
     checkpoint.create_run(run.path, config, model_sha256(config))
@@ -138,10 +142,7 @@ def test_a_change_that_bfloat16_loses_is_told(made, tmp_path, capsys, what):
     """On the console, in the card and in the record; also of a run that played sums of 16 bits,
     where what was lost cannot be seen in the teacher any more."""
     _, runs = made
-    plain = family_models.load_plain(runs["qwen3_vl"].vlm).to(torch.bfloat16)
-    plain.save_pretrained(tmp_path / "base")
-    for part in (runs["qwen3_vl"].vlm.tokenizer, runs["qwen3_vl"].vlm.processor):
-        part.save_pretrained(tmp_path / "base")
+    save_in_16_bits(runs["qwen3_vl"].vlm, tmp_path / "base")
     config = replace(
         runs["qwen3_vl"].config,
         model=str(tmp_path / "base"),

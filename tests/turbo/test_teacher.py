@@ -144,14 +144,8 @@ def test_a_state_of_before_entries_had_numbers(vlm, large):
     entries, dropped = data["history"]["entries"], data.get("dropped", [])
     assert [e["number"] for e in entries] == [3, 4]
     assert [e["number"] for e in dropped] == ([1, 2] if large else [])
-    old, places = (
-        {},
-        {
-            e["number"]: (part, i)
-            for part, found in (("history", entries), ("dropped", dropped))
-            for i, e in enumerate(found)
-        },
-    )
+    old, saved = {}, (("history", entries), ("dropped", dropped))
+    places = {e["number"]: (part, i) for part, found in saved for i, e in enumerate(found)}
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
         number, _, rest = name.partition(".")
