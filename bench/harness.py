@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import quantiles
 from typing import TypeVar
 
-from turbo.checkpoint import processor, versions
 from turbo.flags import read_flags
 from turbo.parallel import cores
+from turbo.versions import processor, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where rows go, and of which commit the files are where the history beside them does not say

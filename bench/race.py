@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.harness import Spread, append_rows, environment, measurement, results_file, spread
-from turbo.checkpoint import processor
+from turbo.versions import processor
 
 Call = Callable[[], object]
 Variant = TypeVar("Variant")

@@ -18,7 +18,8 @@ of an update derives from (seed, update).
 
 What the teacher is merged from never changes: each entry of its history has a file of its own,
 which the next checkpoint shares by a hard link where the file system has them. So a checkpoint
-writes what is new, however long the history is; but a file that is damaged later is so in all.
+writes what is new, however long the history is; but a file that is damaged later is so in all, and
+the run can then go on without that entry alone.
 
 Left out: what a run's state consists of (`turbo.run`).
 """
@@ -27,22 +28,20 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from turbo.config import TrainConfig
 from turbo.log import append_whole
+from turbo.versions import versions
 
 CONFIG, METRICS, EPISODES, WARNINGS, LOGGER, CHECKPOINTS, FAULTS, LOCK = (
     "config.json",
@@ -67,41 +66,6 @@ HISTORY = re.compile(r"history-[0-9]{8}\.safetensors")
 
 class CheckpointError(ValueError):
     """A run directory or checkpoint that cannot be used; the message says why and what to do."""
-
-
-def processor() -> str:
-    """The processor's name as the operating system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        found = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine() or "unknown"
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on: versions, Python, processor, the commit of a source checkout."""
-    import numpy
-    import transformers
-
-    import turbo
-
-    root = Path(__file__).resolve().parent.parent
-    commit = ""
-    if (root / ".git").exists():
-        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-        with contextlib.suppress(OSError):  # no git
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            commit = done.stdout.strip()
-    return {
-        "gtr-turbo": turbo.__version__,
-        "commit": commit,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": numpy.__version__,
-        "processor": processor(),
-    }
 
 
 @contextlib.contextmanager
@@ -273,15 +237,30 @@ def damage(checkpoint: Path, history: bool = True) -> str | None:
     for name, recorded in files.items():
         if HISTORY.fullmatch(name) and not history:
             continue
-        try:
-            found = _fingerprint(checkpoint / name)
-        except OSError as error:
-            return f"{checkpoint / name} cannot be read: {error}"
-        if found != recorded:
-            size = recorded.get("bytes") if isinstance(recorded, dict) else None
-            what = "size" if found["bytes"] != size else "SHA-256"
-            return f"{checkpoint / name} is not the file that was written: its {what} differs"
+        if problem := _change(checkpoint / name, recorded):
+            return problem
     return None
+
+
+def _change(path: Path, recorded: object) -> str:
+    """What is wrong with a file of which this was recorded; nothing if it is as it was written."""
+    try:
+        found = _fingerprint(path)
+    except OSError as error:
+        return f"{path} cannot be read: {error}"
+    if found == recorded:
+        return ""
+    size = recorded.get("bytes") if isinstance(recorded, dict) else None
+    what = "size" if found["bytes"] != size else "SHA-256"
+    return f"{path} is not the file that was written: its {what} differs"
+
+
+def _lost_entries(checkpoint: Path) -> dict[int, str]:
+    """By number, the entries of a checkpoint's history that are damaged, and how."""
+    files = read_json(checkpoint / MANIFEST)["files"]
+    history = [name for name in files if HISTORY.fullmatch(name)]
+    problems = {int(name[8:16]): _change(checkpoint / name, files[name]) for name in history}
+    return {number: problem for number, problem in problems.items() if problem}
 
 
 def _are_named_well(files: Iterable[str]) -> bool:
@@ -348,6 +327,7 @@ class Checkpoint:
     adapter: dict[str, Tensor]  # LoRA factors by peft's names
     state: dict[str, Tensor]  # all else of the run, by the names that `turbo.run` gives
     meta: dict
+    lost: dict[int, str]  # entries of the history that are damaged, by number, and how
 
 
 def load(run: Path, update: int | None = None, history: bool = True) -> Checkpoint:
@@ -356,19 +336,35 @@ def load(run: Path, update: int | None = None, history: bool = True) -> Checkpoi
     Without `history` it is neither checked nor read: what the teacher is merged from is most of a
     large model's checkpoint, and a policy has no need of it.
     """
-    problems: list[str] = []
     if update is None:
-        folder, problems = newest(run, history)
-    else:
-        folder = find(run, update, history)
+        return _read(*newest(run, history), history)
+    return _read(find(run, update, history), [], history)
+
+
+def load_to_go_on(run: Path) -> Checkpoint:
+    """The newest whole checkpoint; without those entries of the history that are damaged in all."""
+    try:
+        return load(run)
+    except CheckpointError as error:
+        try:
+            folder, problems = newest(run, history=False)
+        except CheckpointError:
+            raise error from None  # which names all that is wrong
+    return _read(folder, problems, True, _lost_entries(folder))
+
+
+def _read(
+    folder: Path, problems: list[str], history: bool, lost: dict[int, str] | None = None
+) -> Checkpoint:
+    lost = lost or {}
     try:
         adapter, state = load_file(folder / ADAPTER), load_file(folder / STATE)
         for file in sorted(read_json(folder / MANIFEST)["files"]) if history else ():
-            if HISTORY.fullmatch(file):
+            if HISTORY.fullmatch(file) and int(file[8:16]) not in lost:
                 state |= load_file(folder / file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from error
-    return Checkpoint(folder, problems, adapter, state, read_json(folder / META))
+    return Checkpoint(folder, problems, adapter, state, read_json(folder / META), lost)
 
 
 def section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -53,6 +53,7 @@ from turbo.lora import Lora, new_lora
 from turbo.model import VisionLanguageModel
 from turbo.run import env_maker, rollout_options
 from turbo.teacher import saved_teacher
+from turbo.versions import versions
 
 RECORD, PICTURE = "gtr_turbo.json", "example.png"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -249,7 +250,7 @@ def write(folder: Path, c: ExportConfig, source: Source) -> None:
         dtype=str(dtype).removeprefix("torch."),
         kept=source.kept,
         trained_with=source.versions,
-        exported_with=checkpoint.versions(),
+        exported_with=versions(),
         records=source.records,
         question=env.prompt(rollout_options(settings).prompt_style).text,
         frame=vlm.frame,

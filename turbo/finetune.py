@@ -24,7 +24,7 @@ import torch
 
 from turbo import checkpoint
 from turbo.batch import fits
-from turbo.checkpoint import versions, write_json, writing
+from turbo.checkpoint import write_json, writing
 from turbo.config import TrainConfig
 from turbo.demos import (
     Demonstration,
@@ -50,6 +50,7 @@ from turbo.optimizer import load_optimizer, optimizer_tensors
 from turbo.parallel import Crew
 from turbo.run import env_maker, held_out, prompt_style
 from turbo.sft_config import SftConfig, expert_options, too_long
+from turbo.versions import versions
 
 ENVS = 64  # that the evaluation plays at once
 PICTURES = 16  # that the vision tower sees together

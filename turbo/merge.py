@@ -45,6 +45,7 @@ from turbo.hub import is_hub_id, snapshot
 from turbo.kernels.checks import check_weights
 from turbo.kernels.ties import linear_merge_lora, ties_merge_lora, trim_threshold
 from turbo.lora import Lora
+from turbo.versions import versions
 
 RECORD = "merge.json"
 OVERSAMPLED = 32  # further directions in which a large matrix is looked at
@@ -302,7 +303,7 @@ def merge(c: MergeConfig) -> dict:
         "adapters": [
             {"path": a.path, "rank": a.rank, "matrices": len(a.factors)} for a in adapters
         ],
-        "versions": checkpoint.versions(),
+        "versions": versions(),
     }
 
     def write(folder: Path) -> None:

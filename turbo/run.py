@@ -31,7 +31,7 @@ from turbo.parallel import Crew
 from turbo.phases import Phases
 from turbo.rollout import RolloutOptions, Table, mix
 from turbo.sft_config import SftConfig
-from turbo.teacher import Teacher
+from turbo.teacher import Teacher, without
 from turbo.update import Learner
 
 PARTS = ("optimizer", "teacher", "examples", "value_head")  # of a checkpoint's state
@@ -144,10 +144,15 @@ class Run:
         problem = ""
         try:
             if checkpoint.checkpoints(self.path):
-                saved = checkpoint.load(self.path)
+                saved = checkpoint.load_to_go_on(self.path)
                 self._load(saved)
-                for told in saved.problems if self.crew.leads else ():
-                    print(f"warning: {told}; going on from {saved.folder}", file=sys.stderr)
+                problems = [f"{told}; going on from {saved.folder}" for told in saved.problems]
+                problems += [
+                    f"{told}, and so it is in every checkpoint: the teacher goes on without it"
+                    for told in saved.lost.values()
+                ]
+                for told in problems if self.crew.leads else ():
+                    print(f"warning: {told}", file=sys.stderr)
         except checkpoint.CheckpointError as error:
             problem = str(error)
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
@@ -179,7 +184,8 @@ class Run:
         if self.value_head is not None:
             self.value_head.load_state_dict(checkpoint.section(state, "value_head/"))
         self.examples.load_state_dict(checkpoint.section(state, "examples/"))
-        self.teacher.load_state_dict(checkpoint.section(state, "teacher/"), meta["teacher"])
+        teacher = without(meta["teacher"], saved.lost) if saved.lost else meta["teacher"]
+        self.teacher.load_state_dict(checkpoint.section(state, "teacher/"), teacher)
         self.update, self.env_steps = meta["update"], meta["env_steps"]
         self.elapsed, self.beta = meta["elapsed"], meta["beta"]
         self.saved = saved.folder

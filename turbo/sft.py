@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from turbo import tiny
-from turbo.checkpoint import checkpoints, try_folder, versions, write_json, writing
+from turbo.checkpoint import checkpoints, try_folder, write_json, writing
 from turbo.demos import (
     Demonstration,
     backward_demos,
@@ -41,6 +41,7 @@ from turbo.model import VisionLanguageModel, Weights, pick_dtype
 from turbo.parallel import Crew, cores, run_crew
 from turbo.run import alfworld_options, find_alfworld
 from turbo.sft_config import SftConfig, check_sft, expert_options, sft_defaults, too_long
+from turbo.versions import versions
 
 SPLIT_GAMES = ("points24", "alfworld")  # some deals are kept from the warm start
 IGNORED = -100  # a target that costs nothing

@@ -15,7 +15,7 @@ Left out: the merge itself (`turbo.merging`), and how the teacher guides (`turbo
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -181,6 +181,26 @@ class Teacher:
         elif self.count:
             self.merged = section(tensors, "merged/")
             self._weights = self._with(self.merged)
+
+
+def without(data: dict, lost: Collection[int]) -> dict:
+    """What `state_dict` told of a teacher, less the entries of these numbers: their shares of what
+    is merged go to the others. ValueError where nothing is left to merge."""
+    history, dropped = data["history"], data.get("dropped", [])
+
+    def left(entries: list[dict]) -> list[dict]:
+        return [e for e in entries if e["number"] not in lost]
+
+    known, entries = [*dropped, *history["entries"]], left(history["entries"])
+    data = data | {"history": history | {"entries": entries}}
+    if "shares" in data:
+        merged = zip(known, data["shares"], strict=False)  # the newest may not be merged yet
+        shares = [share for entry, share in merged if entry["number"] not in lost]
+        whole = sum(shares)
+        data |= {"dropped": left(dropped), "shares": [s / whole for s in shares if whole]}
+    if not entries or not data.get("shares", True):
+        raise ValueError("nothing is left of the history that its teacher is merged from")
+    return data
 
 
 def _numbered(tensors: dict[str, Tensor], data: dict) -> tuple[dict[str, Tensor], dict]:

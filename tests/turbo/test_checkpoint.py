@@ -134,6 +134,29 @@ def test_a_damaged_history_stops_the_teacher_alone(tmp_path, how):
     assert found.meta["update"] == 2 and sorted(found.state) == ["optimizer/0/step", "teacher/x"]
 
 
+def test_to_go_on_damaged_history_is_left_out_where_it_is_so_in_all(tmp_path):
+    one = save(tmp_path, 1, entries=(0, 1))
+    two = save(tmp_path, 2, entries=(0, 1, 2), before=one)
+    assert checkpoint.load_to_go_on(tmp_path).lost == {}
+    break_file(two / histories(two)[2], "one bit")  # the first one has no such entry
+    found = checkpoint.load_to_go_on(tmp_path)
+    assert (found.folder, found.lost, len(found.problems)) == (one, {}, 1)
+    shared = one / histories(one)[0]
+    with shared.open("r+b") as file:  # in place: the file of both
+        file.write(b"damaged")
+    with pytest.raises(CheckpointError, match="no checkpoint that is whole"):
+        checkpoint.load(tmp_path)
+    found = checkpoint.load_to_go_on(tmp_path)
+    assert found.folder == two and sorted(found.lost) == [0, 2]
+    assert all(f"history-0000000{n}.safetensors" in why for n, why in found.lost.items())
+    kept = {k.split("/")[2][0] for k in found.state if k.startswith("teacher/history/")}
+    assert kept == {"1"}
+    for folder in (one, two):
+        break_file(folder / "adapter.safetensors", "one bit")
+    with pytest.raises(CheckpointError, match=r"adapter.*history|history.*adapter"):
+        checkpoint.load_to_go_on(tmp_path)
+
+
 def break_file(path, how):
     content = bytearray(path.read_bytes())
     if how == "truncated":

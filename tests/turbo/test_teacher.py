@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from family_models import folder
 
 from turbo.model import Engine, load
-from turbo.teacher import Teacher
+from turbo.teacher import Teacher, without
 
 WAYS = [dict(merge=m, weighting=w) for m in ("ties", "linear") for w in ("sma", "ema", "score")]
 
@@ -165,6 +165,33 @@ def test_a_state_of_before_entries_had_numbers(vlm, large):
     _, again = other.state_dict()
     numbers = [e["number"] for e in (*again.get("dropped", []), *again["history"]["entries"])]
     assert len(set(numbers)) == len(numbers) >= 2 and numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(history_max=2, merge_every=3)], ids=str)
+def test_lost_entries_are_left_out_of_what_is_merged(settings):
+    """The others are merged as if it had never been; where none is left, that is said."""
+    vlm = load(folder("qwen3_vl"), torch.float32, Engine("modules"))
+    way = dict(weighting="sma", **settings)
+    teacher = new_teacher(vlm, **way)
+    for k in range(5):
+        teacher.push(k, tiny_models.noisy_lora(vlm, k), 0.5)
+    entries, _ = teacher.recipe
+    numbers = [e.number for e in entries]
+    assert numbers == ([1, 2] if settings else [0, 1, 2, 3, 4])
+    tensors, data = teacher.state_dict()
+    left = {k: v for k, v in tensors.items() if not k.startswith("history/1.")}
+    other, wanted = new_teacher(vlm, **way), new_teacher(vlm, weighting="sma")
+    other.load_state_dict(left, without(data, {1}))
+    for k in numbers:
+        if k != 1:
+            wanted.push(k, tiny_models.noisy_lora(vlm, k), 0.5)
+    merged = {name: matrix for name, matrix, _ in wanted.dense()}
+    for name, matrix, _ in other.dense():
+        torch.testing.assert_close(matrix, merged[name], rtol=1e-5, atol=1e-6)
+    other.push(5, tiny_models.noisy_lora(vlm, 5), 0.5)
+    assert len({e.number for e in other.recipe[0]} - {1}) == len(other.recipe[0])
+    with pytest.raises(ValueError, match="nothing is left of the history"):
+        without(data, set(numbers))
 
 
 def test_a_teacher_without_checkpoints_comes_back_too(vlm):

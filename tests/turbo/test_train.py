@@ -224,6 +224,29 @@ def test_other_runs_resume_bit_for_bit(tmp_path, options):
         assert records[3]["teacher_kl_coef"] not in (0.0, 1.0)
 
 
+def test_a_run_goes_on_without_a_damaged_entry_of_its_history(tmp_path, capsys):
+    """It is shared by all checkpoints: the teacher loses it, the run nothing else."""
+    run = tmp_path / "run"
+    assert start(run, "--updates", "2", "--weighting", "score") == 0
+    entry = run / "checkpoints" / "00000002" / "history-00000001.safetensors"
+    with entry.open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\0\1")
+    assert entry.samefile(run / "checkpoints" / "00000001" / entry.name)
+    shutil.rmtree(run / "checkpoints" / "00000000", ignore_errors=True)  # from before that entry
+    capsys.readouterr()
+    assert train.main(["numberline", "--resume", str(run), "--updates", "3"]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and str(entry) in told[0] and "goes on without it" in told[0]
+    newest, problems = checkpoint.newest(run)
+    assert newest.name == "00000003" and not problems
+    assert sorted(p.name[8:16] for p in newest.glob("history-*")) == [
+        "00000000",
+        "00000002",
+        "00000003",
+    ]
+
+
 def test_a_steered_coefficient_is_made_of_the_kl_it_multiplies(tmp_path, monkeypatch):
     """In the advantage its deviation has at most the share that was asked for, in every update."""
     used, prepare = [], train.prepare
