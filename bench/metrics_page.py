@@ -16,8 +16,9 @@ INTRODUCTION = """\
 
 Every number that a run records, as defined in [turbo/log.py](../turbo/log.py); a name that is not
 there cannot be logged. They are written to `metrics.jsonl` in the run directory, one line of JSON
-an update, and with `--tensorboard`, `--wandb PROJECT` and `--trackio PROJECT` elsewhere too, under
-the same names. A value that is not finite is `null`.
+an update and one an evaluation, which has the names that begin with `eval_`; with `--tensorboard`,
+`--wandb PROJECT` and `--trackio PROJECT` elsewhere too, under the same names. A value that is not
+finite is `null`.
 
 This page is generated: change `turbo/log.py`, then `make metrics`.
 

@@ -27,6 +27,14 @@ class Config:
     """files of rows to append to bench/results/ beforehand, each to the file of its name"""
 
 
+COLUMNS_MEAN = """\
+The *floor* is the least time for the arithmetic or the traffic of a kernel, by the rate that a
+plain matrix product or a copy reaches on the same device; *of the floor* is floor / time. It is
+beyond 100 % where data stay in a cache that the copy was too large for. *Times the first* is
+time / time of the first row of the group: above 1 is slower than ours.
+"""
+
+
 def latest(path: Path) -> dict[tuple[str, str], dict[str, dict[str, dict]]]:
     """(benchmark, shape) -> variant -> metric -> the last such row of a CSV file."""
     found: dict = {}
@@ -77,9 +85,9 @@ def add(path: Path) -> None:
 
 
 def report() -> str:
-    """All tables."""
+    """All tables, and what their columns are."""
     lines = [line for path in sorted(RESULTS.glob("*.csv")) for line in section(path)]
-    return "\n".join(lines)
+    return "\n".join([COLUMNS_MEAN, *lines])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -338,13 +338,16 @@ class ALFWorld(gym.Env):
 
 
 def games_folder(folder: str) -> Path:
-    """`folder`; without one $ALFWORLD_DATA where it holds games, else small ones, made now if they
-    were not before."""
+    """`folder`; without one $ALFWORLD_DATA, which must hold games, else small ones, made once."""
     if folder:
         return Path(folder)
-    own = os.environ.get("ALFWORLD_DATA")
-    if own and any(Path(own).glob("json_*")):
-        return Path(own)
+    if own := os.environ.get("ALFWORLD_DATA"):
+        if any(Path(own).glob("json_*")):
+            return Path(own)
+        raise ValueError(
+            f"ALFWORLD_DATA={own} holds no games, no json_*: correct it, or unset it to play small "
+            "games that are made here"
+        )
     from turbo.envs.alfworld_games import default_games
 
     return default_games()

@@ -9,10 +9,10 @@ Left out: AI2-THOR itself, which needs a display and a download (`pip install al
 
 import base64
 import json
-import os
 import tempfile
 from pathlib import Path
 
+from turbo.envs.alfworld_pddl import import_alfworld
 from turbo.envs.alfworld_scene import TASKS
 
 FOREVER = 1_000_000  # steps
@@ -23,8 +23,8 @@ class ThorGame:
     """One room in the simulator; the interface of `alfworld_engine.TextGame`."""
 
     def __init__(self):
-        os.environ.setdefault("ALFWORLD_DATA", tempfile.gettempdir())
         try:
+            import_alfworld()
             from alfworld.agents.environment import get_environment
 
             make = get_environment("AlfredThorEnv")

@@ -57,8 +57,21 @@ def takes(name: str, option: str) -> bool:
 
 
 def tiny_kwargs(name: str) -> dict:
-    """The constructor options that draw pictures for the tiny model."""
-    return dict(TINY[name] if name in TINY else getattr(find(name), "TINY", {}))
+    """The constructor options that draw pictures for the tiny model.
+
+    A class of one's own has them as TINY, or, where it is made from a game here, that game's.
+    """
+    if name in TINY:
+        return dict(TINY[name])
+    kind = find(name)
+    if hasattr(kind, "TINY"):
+        return dict(kind.TINY)
+    known = {ENVIRONMENTS[game]: options for game, options in TINY.items()}
+    options = next((known[c] for c in kind.__mro__ if c in known), {})
+    parameters = inspect.signature(kind).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(options)
+    return {option: value for option, value in options.items() if takes(name, option)}
 
 
 def check_env(name: str, needs_expert: bool = False) -> None:

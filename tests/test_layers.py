@@ -31,8 +31,8 @@ MODULES = {
     """,
     # 2: the model and its weights
     2: """
-        adapters card checkpoint families formats fused hub kv_cache lock lora merging model modules
-        sinks tiny
+        adapters arguments card checkpoint families formats fused hub kv_cache lock lora merging
+        model modules sinks tiny
     """,
     # 3: the model at work
     3: """

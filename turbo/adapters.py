@@ -57,12 +57,12 @@ class Adapter:
 def read_adapter(path: str) -> Adapter:
     """A peft adapter, or the newest checkpoint of a run, or the checkpoint at RUN/checkpoints/N."""
     folder = Path(path)
+    if found := checkpoint.run_of(folder):
+        return _read_run(path, *found)
     if not folder.is_dir():
         raise ValueError(f"{path!r} is no folder: give a peft adapter, or a run of turbo.train")
     if (folder / ADAPTER_CONFIG).is_file():
         return _read_peft(path, folder)
-    if found := checkpoint.run_of(folder):
-        return _read_run(path, *found)
     raise ValueError(
         f"{path!r} is no adapter: it has neither {ADAPTER_CONFIG} nor a run's checkpoints"
     )

@@ -160,7 +160,7 @@ def mismatch(records: Records, c: TrainConfig) -> Advice | None:
         "sampling and training disagree",
         f"before an update's first step its answers are {apart[-1]:.2g} nats off what they were "
         "sampled with: PPO's ratios do not begin at 1",
-        "--dtype float32, in which rounding differs less" + merged,
+        "--rescore, or --dtype float32, in which rounding differs less" + merged,
     )
 
 

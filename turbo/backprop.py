@@ -74,10 +74,12 @@ def _backward_group(vlm, w, prefix: PrefixKV, first: int, mine, owner, suffixes,
     lengths = [len(suffixes[i]) + len(answers[i]) for i in mine]
     for group in micro_batches(lengths, vlm.batches.train, tokens=vlm.batches.half):
         rows = [mine[i] for i in group]
+        if not vlm.text.small:  # often each has a picture of its own
+            rows.sort(key=owner.__getitem__)
         batch = rows_of(vlm, [suffixes[i] for i in rows], [answers[i] for i in rows])
-        own = torch.tensor([owner[i] - first for i in rows])
-        own = pad_to(own, batch.padded_rows).to(vlm.device)
-        hidden = vlm.suffix(w, batch.ids, kv.select(own))
+        own = pad_to(torch.tensor([owner[i] - first for i in rows]), batch.padded_rows)
+        one_each = own.tolist() == list(range(len(kv.keys[0])))  # then no copies are needed
+        hidden = vlm.suffix(w, batch.ids, kv if one_each else kv.select(own.to(vlm.device)))
         value = loss(w, hidden, batch, rows)
         if value is not None:
             value.backward()

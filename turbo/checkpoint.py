@@ -99,12 +99,11 @@ def occupied(path: Path, overwrite: bool) -> list[Path]:
     if not path.exists():
         return []
     there = [p for p in path.iterdir() if p.name != LOCK] if path.is_dir() else [path]
+    is_run = (path / CONFIG).is_file()
     if there and not overwrite:
-        raise CheckpointError(
-            f"{path} already exists: continue it with --resume {path}, replace it with "
-            "--overwrite, or choose another --out"
-        )
-    if there and not (path / CONFIG).is_file():
+        ways = f"continue it with --resume {path}, replace it with --overwrite, or " * is_run
+        raise CheckpointError(f"{path} already exists: {ways}choose another --out")
+    if there and not is_run:
         raise CheckpointError(f"{path} is not a run directory, so --overwrite leaves it alone")
     return there
 
@@ -283,13 +282,17 @@ def disk_bytes(run: Path) -> int:
 
 
 def run_of(path: str | Path) -> tuple[Path, int | None] | None:
-    """The run that a path leads to, and the update where it is RUN/checkpoints/N; None: no run."""
+    """The run that a path leads to, and the update where it is RUN/checkpoints/N; None: no run.
+
+    N is that of a folder, or the number alone: RUN/checkpoints/2 is .../00000002.
+    """
     folder = Path(path)
     if (folder / CHECKPOINTS).is_dir():
         return folder, None
-    folder = folder.resolve()
-    if NAME.fullmatch(folder.name) and (folder / ADAPTER).is_file():
-        return folder.parent.parent, int(folder.name)
+    folder = folder.absolute()
+    if folder.parent.name == CHECKPOINTS and re.fullmatch(r"\d{1,8}", folder.name):
+        run = folder.parent.parent
+        return (run, int(folder.name)) if (run / CONFIG).is_file() else None
     return None
 
 

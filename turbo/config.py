@@ -38,7 +38,9 @@ class TrainConfig:
     out: str = ""
     """run directory of a new run; empty makes runs/<env>-<date>-<time>"""
     resume: str = ""
-    """run directory to continue; all its settings are taken from it"""
+    """run directory to continue, with its settings. Free are --updates (which stretches the cosine
+    of the learning rate), --minutes, --keep, --save-every, --max-faults, the logs, and what depends
+    on the card: --micro-tokens, --gpu, --decode-graphs"""
     overwrite: bool = False
     """replace the run directory if it exists"""
     seed: int = 0
@@ -100,6 +102,9 @@ class TrainConfig:
     """environment steps per optimiser step"""
     target_kl: float = 0.0
     """end an update's epochs at so many nats of approximate KL to the rollout policy (0: never)"""
+    rescore: bool = False
+    """take the log-probabilities of what was sampled from a pass like that which trains, not from
+    decoding: in 16 bits the two may disagree (sampling_kl tells). It costs a forward pass"""
     skip_certain: float = 0.02
     """skip steps whose answer is surer than so many nats (-log p): next to no gradient"""
 

@@ -226,10 +226,11 @@ def phase_bar(m: Mapping, width: int) -> list[Text]:
 def summary(m: Mapping) -> str:
     """The figures that matter, in one line."""
     low, high = bounds(m)
+    kl = f"KL to teacher {m['teacher_kl']:.4f} " if m.get("teacher_kl") else ""
     return (
         f"success {percent(m['success_rate'])} [{low:.0%}-{high:.0%}] "
         f"return {m['episode_return']:.2f} thoughts right {percent(m['reasoning_score'])} "
-        f"KL {m.get('teacher_kl') or 0.0:.4f} entropy {m.get('thought_entropy') or 0.0:.4f} "
+        f"{kl}entropy {m.get('thought_entropy') or 0.0:.4f} "
         f"{m['steps_per_second']:.0f} steps/s {m.get('peak_memory_gb') or 0.0:.1f} GB"
     )
 

@@ -19,8 +19,9 @@ Left out: top-k, top-p, penalties (they would make the scored policy another one
 model guesses (`turbo.pace`); how a pass runs on the slots (`turbo.kv_cache`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 
 import torch
 import torch.nn.functional as F
@@ -183,10 +184,10 @@ class Decoder:
                 row.whole = row.tokens + self.vlm.encode(guess[len(written) :])
         return row.whole[n : n + max(room, 0)]
 
-    def _forward(self, rows: list[_Row]) -> tuple[Tensor, list[int]]:
+    def _forward(self, rows: list[_Row]) -> tuple[Tensor, "list[_Part]"]:
         """Run pending and draft tokens.
 
-        Returns normed hidden states [N', D] where a token is predicted, and counts per row.
+        Returns normed hidden states [N', D] where a token is predicted, and what was guessed there.
         """
         inputs = [r.pending + r.draft for r in rows]
         layout = self.cache.layout(rows, max(map(len, inputs)))
@@ -194,35 +195,33 @@ class Decoder:
         padded = [[self.vlm.pad] * length for _ in range(layout.count)]
         for place, tokens in zip(layout.places, inputs, strict=True):
             padded[place][: len(tokens)] = tokens
-        ids = torch.tensor(padded, device=self.vlm.device)
-        hidden = self.cache.run(self.weights, ids, rows, layout)
-        counts = [len(r.draft) + 1 for r in rows]
         select = [
             place * length + j
             for place, r in zip(layout.places, rows, strict=True)
             for j in range(len(r.pending) - 1, len(r.pending) + len(r.draft))
         ]
         select += [0] * (round_up(len(select), 64) - len(select))
-        hidden = hidden.flatten(0, 1).index_select(0, torch.tensor(select, device=hidden.device))
-        return self.vlm.text.final_norm(self.weights, hidden), counts
+        # Sent before the pass: what is sent behind it waits for its end.
+        ids, places = (torch.tensor(x, device=self.vlm.device) for x in (padded, select))
+        parts = _parts(rows, LOGITS // len(self.bias), self.vlm.device)
+        hidden = self.cache.run(self.weights, ids, rows, layout)
+        hidden = hidden.flatten(0, 1).index_select(0, places)
+        return self.vlm.text.final_norm(self.weights, hidden), parts
 
-    def _verify(self, rows: list[_Row], hidden: Tensor, counts: list[int]) -> None:
+    def _verify(self, rows: list[_Row], hidden: Tensor, parts: "list[_Part]") -> None:
         """Accept or replace the guesses of every row; append what was sampled."""
-        verdicts: list[tuple[list[float], int, float]] = []
-        first = at = 0
-        while first < len(rows):  # as many rows at once as their logits have room
-            last, n = first + 1, counts[first]
-            while last < len(rows) and (n + counts[last]) * len(self.bias) <= LOGITS:
-                n += counts[last]
-                last += 1
-            part = slice(first, last)
-            verdicts += self._judge(rows[part], hidden[at : at + n], counts[part])
-            first, at = last, at + n
-        offset = 0
-        for row, count, (logp, new, new_logp) in zip(rows, counts, verdicts, strict=True):
+        sizes = [sum(part.counts) for part in parts]
+        pieces = hidden[: sum(sizes)].split(sizes)
+        found = [self._judge(part, x) for part, x in zip(parts, pieces, strict=True)]
+        numbers = iter(torch.cat(found).tolist())  # fetched at once
+        verdicts = [verdict for part in parts for verdict in part.verdicts(numbers)]
+        if rows[0].hidden is None:  # all of them have read their prompts
+            first = accumulate((len(row.draft) + 1 for row in rows[:-1]), initial=0)
+            asked = torch.stack([hidden[i] for i in first]).float().cpu()
+            for row, own in zip(rows, asked, strict=True):
+                row.hidden = own
+        for row, (logp, new, new_logp) in zip(rows, verdicts, strict=True):
             k = len(logp)
-            if row.hidden is None:
-                row.hidden = hidden[offset].float().cpu()
             row.tokens += [*row.draft[:k], new]
             row.logprobs += [*logp, new_logp]
             row.position += len(row.pending) + k
@@ -233,40 +232,78 @@ class Decoder:
             row.limit = UNBOUND if is_sure else AFTER_REFUSAL + k
             self.guessed += len(row.draft)
             self.accepted += k
-            offset += count
 
-    def _judge(
-        self, rows: list[_Row], hidden: Tensor, counts: list[int]
-    ) -> list[tuple[list[float], int, float]]:
-        """Of every row: log-probs of the guesses that are accepted, the next token and its own."""
-        head = self.weights.head
+    def _judge(self, part: "_Part", hidden: Tensor) -> Tensor:
+        """What `_Part.verdicts` reads; hidden [N, D]."""
+        head, guesses = self.weights.head, part.guesses
         if hidden.is_cuda and hidden.dtype != torch.float32:  # not rounded, as in `policy_head`
             logits = torch.mm(hidden, head.T, out_dtype=torch.float32).add_(self.bias)  # [N, V]
         else:
             logits = F.linear(hidden, head, self.bias).float()
         logprobs = torch.log_softmax(logits.div_(self.temperature), -1)
         del logits
-        device = logprobs.device
-        n = torch.tensor(counts, device=device)
-        end = n.cumsum(0) - 1  # where each row predicts the token behind its draft
-        drafts = torch.tensor([t for r in rows for t in [*r.draft, 0]], device=device)
-        logp = logprobs.gather(1, drafts[:, None])[:, 0]
-        refused = torch.cat([r.judged for r in rows]).to(device) >= logp.exp()
-        refused[end] = True  # nothing was guessed there
-        place = torch.arange(len(drafts), device=device).masked_fill(~refused, len(drafts))
-        row_of = torch.repeat_interleave(torch.arange(len(rows), device=device), n)
-        first = torch.full_like(n, len(drafts)).scatter_reduce(0, row_of, place, "amin")
+        logp = logprobs.gather(1, guesses[:, None])[:, 0]
+        accepted = part.judged < logp.exp()
+        place = torch.arange(len(guesses), device=guesses.device)
+        place = place.masked_fill_(accepted, len(guesses))
+        first = torch.full_like(part.ends, len(guesses))
+        first = first.scatter_reduce_(0, part.row, place, "amin")
         logprobs = logprobs.index_select(0, first)  # [R, V] where guesses were first refused
-        others = logprobs.clone()
-        inside = (first != end).nonzero()[:, 0]
-        others[inside, drafts[first[inside]]] = -1e30
-        drawn = torch.stack([r.drawn for r in rows]).to(device)
-        others = torch.softmax(others, -1)
-        new = _draw(others, drawn)
-        new_logp = logprobs.gather(1, new[:, None])[:, 0].tolist()
-        starts, taken = (end + 1 - n).tolist(), first.tolist()  # accepted: what lies in between
-        logp, new = logp.tolist(), new.tolist()
-        return [(logp[starts[i] : taken[i]], new[i], new_logp[i]) for i in range(len(rows))]
+        refused, was_guess = guesses[first][:, None], (first != part.ends)[:, None]
+        without = logprobs.gather(1, refused).masked_fill_(was_guess, -1e30)
+        others = torch.softmax(logprobs.scatter(1, refused, without), -1)
+        new = _draw(others, part.drawn)
+        new_logp = logprobs.gather(1, new[:, None])[:, 0]
+        return torch.cat([x.double() for x in (first, new, new_logp, logp)])
+
+
+@dataclass
+class _Part:
+    """Rows that are judged together, R of N predicted tokens: what was guessed of these."""
+
+    counts: list[int]  # of each row: its guess, and the token behind
+    guesses: Tensor  # [N] int64; any token where none was guessed
+    row: Tensor  # [N] the row of each
+    ends: Tensor  # [R] where each row predicts the token behind its guess
+    judged: Tensor  # [N] uniform numbers; more than any probability where none was guessed
+    drawn: Tensor  # [R, 1] uniform numbers
+
+    def verdicts(self, numbers: Iterator[float]) -> list[tuple[list[float], int, float]]:
+        """Of every row: log-probs of the guesses that are accepted, the next token and its own."""
+        rows, start, out = len(self.counts), 0, []
+        first, new, new_logp = (list(islice(numbers, rows)) for _ in range(3))
+        logp = list(islice(numbers, sum(self.counts)))
+        for i, count in enumerate(self.counts):
+            out.append((logp[start : int(first[i])], int(new[i]), new_logp[i]))
+            start += count
+        return out
+
+
+def _parts(rows: list[_Row], most: int, device: torch.device) -> list[_Part]:
+    """The rows in order, as many together as predict `most` tokens, or one."""
+    groups: list[list[_Row]] = []
+    size = 0
+    for row in rows:
+        size += len(row.draft) + 1
+        if not groups or size > most:
+            groups.append([])
+            size = len(row.draft) + 1
+        groups[-1].append(row)
+    return [_part(group, device) for group in groups]
+
+
+def _part(rows: list[_Row], device: torch.device) -> _Part:
+    counts = [len(r.draft) + 1 for r in rows]
+    guesses = [t for r in rows for t in [*r.draft, 0]]
+    row = [i for i, count in enumerate(counts) for _ in range(count)]
+    ends = [end - 1 for end in accumulate(counts)]
+    judged = torch.cat([r.judged for r in rows]).double()
+    judged[ends] = 2.0
+    drawn = torch.cat([r.drawn for r in rows])
+    sizes = [len(row), len(row), len(rows)]
+    whole = torch.tensor([*guesses, *row, *ends], device=device).split(sizes)
+    judged, drawn = torch.cat([judged, drawn]).to(device).split(sizes[1:])
+    return _Part(counts, *whole, judged, drawn[:, None])
 
 
 def _draw(p: Tensor, u: Tensor) -> Tensor:

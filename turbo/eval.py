@@ -20,9 +20,9 @@ import tyro
 
 from turbo import checkpoint
 from turbo.config import TrainConfig, from_saved
-from turbo.envs.make import check_env
+from turbo.envs.make import check_env, is_name
 from turbo.flags import conclude, read_flags
-from turbo.hub import is_hub_id, model_sha256, open_model, own_workers
+from turbo.hub import is_hub_id, model_sha256, open_model, own_workers, preset_of
 from turbo.lora import new_lora
 from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel, Weights
@@ -108,18 +108,21 @@ def check(c: EvalConfig) -> TrainConfig:
             name = "--" + flag.replace("_", "-")
             raise ValueError(f"{name} must be zero or more, got {getattr(c, flag)}")
     path = Path(c.source)
-    if c.source != "tiny" and not path.is_dir() and not is_hub_id(c.source):
+    trained = checkpoint.run_of(path)
+    if c.source != "tiny" and not trained and not path.is_dir() and not is_hub_id(c.source):
+        if is_name(c.source):
+            raise ValueError(f"{c.source} is an environment: `turbo.eval tiny --env {c.source}`")
         raise ValueError(
             f"{c.source!r} is neither a folder nor `tiny`: give a run, a model, or tiny"
         )
-    trained = checkpoint.run_of(path)
     if trained:
         saved = checkpoint.read_run(trained[0])
         run = from_saved(saved["config"], c.source)
         if c.env not in ("", run.env):
             raise ValueError(f"{c.source} was trained on {run.env}: name that, not {c.env}")
     else:
-        run = replace(defaults(c.env or "points24", "tiny"), model=c.source)
+        run = TrainConfig(c.env or "points24", model=c.source)
+        run = replace(defaults(run.env, preset_of(run)), model=c.source)
     check_env(run.env)
     if c.split and run.env not in ("points24", "alfworld"):
         raise ValueError(f"--split {c.split} is for points24 and alfworld: leave it out")

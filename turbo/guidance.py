@@ -21,10 +21,11 @@ from turbo.batch import run_batches
 from turbo.corrector import Corrector, Question
 from turbo.decode import Decoder, Request
 from turbo.envs.base import action_key
+from turbo.memory import KEPT
 from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew
 from turbo.prefixes import Prefixes
-from turbo.rollout import Episode, Rollout, Step, mix, read_answer
+from turbo.rollout import Episode, Rollout, Step, mix, read_answer, together
 from turbo.score import local_pictures
 
 SLOTS = 256  # answers that are written at once
@@ -71,20 +72,22 @@ def write_answers(
         def guess(written: str) -> str:  # what the policy answered is the best guess there is
             return asked.guess_answer(written, answer)
 
-        decoder.show(slot, *prefixes.get(owner[i]))
+        soon = [owner[j] for j in waiting[: -1 - KEPT : -1]]
+        decoder.show(slot, *prefixes.get(owner[i], soon))
         decoder.ask(slot, Request(steps[i].suffix, guess))
 
-    for slot in range(slots):
-        begin(slot)
-    while decoder.rows:
+    free, wait = list(range(slots)), together(vlm, slots)
+    while decoder.rows or waiting:
+        if len(free) >= wait or not decoder.rows:
+            while free and waiting:
+                begin(free.pop(0))
         for slot, sample in decoder.advance():
             i = busy[slot]
             out[i] = _answered(vlm, steps[i], sample.tokens, sample.logprobs)
             if out[i].answer.action is None and i not in again:
                 again.add(i)
                 waiting.append(i)
-            if waiting:
-                begin(slot)
+            free.append(slot)
     return told(rollout, rows, [out[i] for i in range(len(steps))])
 
 

@@ -95,8 +95,10 @@ def model_name(c: TrainConfig) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is one of the Hub: owner/model, and no file or folder here."""
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+    """Whether a name is one of the Hub: owner/model, and neither is a file or folder here."""
+    owner = name.partition("/")[0]
+    form = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+    return bool(form) and not Path(owner).exists()  # what is mistyped is asked of nobody
 
 
 def snapshot(name: str) -> Path:
@@ -176,11 +178,17 @@ def model_sha256(c: TrainConfig) -> str:
 
 def device_of(c: TrainConfig | SftConfig) -> torch.device:
     """Where the model of a run will run."""
-    return pick_device(c.device, _is_small_model(c))
+    return pick_device(c.device, is_small_model(c))
 
 
-def _is_small_model(c: TrainConfig | SftConfig) -> bool:
+def is_small_model(c: TrainConfig | SftConfig) -> bool:
+    """Whether a run's model is of the built-in ones' kind."""
     return c.model in ("", "tiny") or is_small(Path(c.model))
+
+
+def preset_of(c: TrainConfig) -> str:
+    """The preset of `turbo.presets` that suits the size of a run's model."""
+    return "tiny" if is_small_model(c) and not c.random_weights else "paper"
 
 
 def own_workers(c: TrainConfig | SftConfig, most: int) -> int:
@@ -235,6 +243,4 @@ def observation(c: TrainConfig) -> Literal["small", "full"]:
     """How the games are shown to the model of a run."""
     if c.observation != "auto":
         return c.observation
-    if c.random_weights:
-        return "full"
-    return "small" if _is_small_model(c) else "full"
+    return "small" if preset_of(c) == "tiny" else "full"

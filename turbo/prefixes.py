@@ -1,15 +1,18 @@
 """Prompt prefixes of many pictures: their keys and values, computed when or before they are needed.
 
-A small model computes those of all new pictures together and keeps them. A large one computes each
-when it is asked for, and keeps those of the last few pictures.
+A small model computes those of all new pictures together and keeps them. A large one computes one
+when it is asked for, with those that are asked for next, and keeps the last few.
 
 Left out: the prefix of one batch (`turbo.model`), the decoder's cache (`turbo.decode`).
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from turbo.attend import PrefixKV
+from turbo.batch import fits
 from turbo.memory import KEPT
 from turbo.model import VisionLanguageModel, Weights
 
@@ -21,24 +24,38 @@ class Prefixes:
         self.vlm, self.weights, self.fixed = vlm, weights, fixed
         self.features: list[Tensor] = []  # [tokens, D'], by number
         self.grid = torch.empty(0)
-        self._kept: dict[int, tuple[PrefixKV, int]] = {}  # number -> batch, place; oldest use first
+        self._place: dict[int, tuple[PrefixKV, int]] = {}  # number -> batch, place
+        self._batches: list[list[int]] = []  # a large model's, by number; the oldest first
 
     def add(self, features: Tensor, grid: Tensor) -> None:
         """Take the next pictures' features [U, tokens, D']."""
         if self.vlm.text.small:
             prefix = self.vlm.prefix(self.weights, features, self.fixed, grid)
             first = len(self.features)
-            self._kept |= {first + row: (prefix, row) for row in range(len(features))}
+            self._place |= {first + row: (prefix, row) for row in range(len(features))}
         self.features += list(features.cpu())  # of a whole update: on the host
         self.grid = grid
 
-    def get(self, number: int) -> tuple[PrefixKV, int]:
-        """A batch of prefixes, and the place of this one in it."""
-        found = self._kept.pop(number, None)
-        if found is None:
-            features = self.features[number][None]
-            found = self.vlm.prefix(self.weights, features, self.fixed, self.grid), 0
-            if len(self._kept) >= KEPT:
-                del self._kept[next(iter(self._kept))]
-        self._kept[number] = found
-        return found
+    def get(self, number: int, soon: Sequence[int] = ()) -> tuple[PrefixKV, int]:
+        """A batch of prefixes, and the place of this one in it; `soon` are asked for next."""
+        if number not in self._place:
+            batch = [n for n in dict.fromkeys((number, *soon)) if n not in self._place]
+            batch = batch[: self._most()]
+            while not fits(self._compute, batch):
+                batch = batch[: self.vlm.batches.halve("decode", len(batch))]
+        return self._place[number]
+
+    def _most(self) -> int:
+        """How many are computed together."""
+        tokens = len(self.vlm.encode(self.vlm.frame.prefix(self.fixed, len(self.features[0]))))
+        most = self.vlm.batches.decode_tokens
+        return max(1, min(KEPT, most // tokens)) if most else KEPT
+
+    def _compute(self, batch: list[int]) -> None:
+        while self._batches and sum(map(len, self._batches)) + len(batch) > KEPT:
+            for n in self._batches.pop(0):
+                del self._place[n]
+        features = torch.stack([self.features[n] for n in batch])
+        prefix = self.vlm.prefix(self.weights, features, self.fixed, self.grid)
+        self._batches.append(batch)
+        self._place |= {n: (prefix, row) for row, n in enumerate(batch)}

@@ -43,6 +43,8 @@ class ReplayConfig:
 
 def replay(path: Path) -> list[tuple[int, str, str]]:
     """The steps of a recorded minibatch that give no finite gradient: number, answer, what."""
+    if path.suffix != ".json" or not path.is_file():
+        raise ValueError(f"{path} is no record of a minibatch: give RUN/faults/FILE.json")
     run = path.parent.parent
     c = from_saved(checkpoint.read_run(run)["config"], str(run))
     about, tensors = checkpoint.read_json(path), load_file(path.with_suffix(".safetensors"))

@@ -30,6 +30,7 @@ from turbo.prefixes import Prefixes
 
 PICTURE = 256  # tokens that a picture counts for where a large model sees several together
 AHEAD = 4  # deals whose pictures are seen together, once all environments are busy
+TOGETHER = 8  # one in so many slots of a large model's decoder waits for others
 
 
 @dataclass
@@ -247,25 +248,29 @@ class _Player:
         for slot in range(size):
             self._begin(slot, playing, pictures, out)
         landed: list[_Sent] = []  # steps that slow environments do meanwhile
+        wait = together(self.vlm, size)
         while pictures or decoder.rows or landed:
             if asked():
                 for sent in landed:
                     sent.outcome()
                 return None
-            for slot, number in zip(pictures, gallery.look(pictures), strict=True):
-                episode = playing[slot]
-                last = episode.steps[-1] if episode.steps else None
-                if (
-                    last is not None and last.truncated
-                ):  # its value is asked of the final observation
-                    episode.final = (number, self._suffix(self.envs[slot]))
-                    continue
-                if shown.get(slot) != number:
-                    shown[slot] = number
-                    decoder.show(slot, *gallery.prefixes.get(number))
-                decoder.ask(slot, self._request(self.envs[slot], last and last.answer.text))
-            ended = [slot for slot in pictures if playing[slot].final is not None]
-            pictures = {}
+            ended = []
+            if len(pictures) >= wait or not decoder.rows:
+                numbers = dict(zip(pictures, gallery.look(pictures), strict=True))
+                over = {i for i in pictures if (s := playing[i].steps) and s[-1].truncated}
+                new = {i: n for i, n in numbers.items() if i not in over and shown.get(i) != n}
+                for slot, number in numbers.items():
+                    if slot in over:  # its value is asked of the final observation
+                        playing[slot].final = (number, self._suffix(self.envs[slot]))
+                        ended.append(slot)
+                        continue
+                    if slot in new:
+                        shown[slot] = number
+                        decoder.show(slot, *gallery.prefixes.get(number, list(new.values())))
+                    steps = playing[slot].steps
+                    previous = steps[-1].answer.text if steps else None
+                    decoder.ask(slot, self._request(self.envs[slot], previous))
+                pictures = {}
             # What was sent a pass ago is fetched behind this one: the order is always the same.
             sent = [self._send(slot, sample) for slot, sample in decoder.advance()]
             ready = landed + [s for s in sent if not s.is_slow]
@@ -356,6 +361,14 @@ class _Player:
         episode.success = bool(info["success"])
         episode.goal_rate = float(info.get("goal_rate", episode.success))
         return step, picture
+
+
+def together(vlm: VisionLanguageModel, slots: int) -> int:
+    """How many free slots of a decoder begin an answer together, while others are at work.
+
+    A large model takes as long to see one picture and to read one prompt as for several.
+    """
+    return 1 if vlm.text.small else max(1, slots // TOGETHER)
 
 
 def read_answer(vlm: VisionLanguageModel, env: VisualEnv, tokens: list[int]) -> Answer:

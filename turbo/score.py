@@ -7,9 +7,10 @@ length, and only answer tokens reach the head.
 Left out: gradients (`turbo.backprop`); what the scores are used for (`turbo.train`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def guided_tokens(steps: list[Step], token_range: str) -> Tensor:
     return torch.repeat_interleave(torch.tensor([True, False]).repeat(len(steps)), lengths)
 
 
-def local_pictures(steps: list[Step]) -> tuple[list[int], list[int]]:
+def local_pictures(steps: "Sequence[Step | _Asked]") -> tuple[list[int], list[int]]:
     """The pictures that `steps` use, and the place of each step's picture among them."""
     pictures = sorted({s.picture for s in steps})
     place = {p: i for i, p in enumerate(pictures)}
@@ -87,7 +88,7 @@ def loss_of_answers(
 def in_batches(
     vlm: VisionLanguageModel,
     rollout: Rollout,
-    steps: list[Step],
+    steps: "Sequence[Step | _Asked]",
     work: Callable[[list[int]], None],
 ) -> None:
     """`work` on all steps in micro-batches of similar length.
@@ -223,16 +224,56 @@ def answer_kl(
 
 
 @torch.no_grad()
+def rescore(vlm: VisionLanguageModel, w: Weights, rollout: Rollout, temperature: float) -> None:
+    """Put log-probabilities that are computed as they are for training in the place of those that
+    were recorded in decoding.
+
+    The passes of decoding have other shapes, for which a GPU has other kernels: in 16 bits, divided
+    by a low temperature and summed over an answer, that can move a ratio by more than PPO clips.
+    """
+    steps = rollout.steps
+
+    def work(rows: list[int]) -> None:
+        mine = [steps[i] for i in rows]
+        pictures, owner = local_pictures(mine)
+        prefix = vlm.prefix(w, rollout.features[pictures], rollout.fixed, rollout.grid)
+        batch = rows_of(vlm, [s.suffix for s in mine], [s.tokens for s in mine])
+        hidden = answer_hidden(vlm, w, prefix, owner, batch)
+        options = dict(temperature=temperature, banned=vlm.banned, want=("logprob",))
+        found = score_answers(hidden, w.head, batch, **options).logprob.cpu()
+        for step, own in zip(mine, found.split([len(s.tokens) for s in mine]), strict=True):
+            step.logprobs = own.tolist()
+
+    in_batches(vlm, rollout, steps, work)
+
+
+class _Asked(NamedTuple):
+    """A prompt without an answer, in the form of a step: one token stands where it would begin."""
+
+    picture: int
+    suffix: list[int]
+    tokens: list[int]
+
+
+@torch.no_grad()
 def final_hidden(vlm: VisionLanguageModel, w: Weights, rollout: Rollout) -> dict[int, Tensor]:
     """Hidden state [D] at the last prompt token of final observations, by episode number.
 
     Only truncated episodes have one.
     """
-    ended = {i: e.final for i, e in enumerate(rollout.episodes) if e.final is not None}
+    numbers = [i for i, e in enumerate(rollout.episodes) if e.final is not None]
+    asked = [_Asked(*rollout.episodes[i].final, [vlm.pad]) for i in numbers]
     out = {}
-    for i, (picture, suffix) in ended.items():
-        features = rollout.features[picture : picture + 1]
-        prefix = vlm.prefix(w, features, rollout.fixed, rollout.grid)
-        hidden = vlm.suffix(w, torch.tensor([suffix], device=vlm.device), prefix)
-        out[i] = vlm.text.final_norm(w, hidden[0, -1:])[0].float().cpu()
+
+    def work(group: list[int]) -> None:
+        mine = [asked[i] for i in group]
+        pictures, owner = local_pictures(mine)
+        prefix = vlm.prefix(w, rollout.features[pictures], rollout.fixed, rollout.grid)
+        batch = rows_of(vlm, [a.suffix for a in mine], [a.tokens for a in mine])
+        own = pad_to(torch.tensor(owner), batch.padded_rows).to(vlm.device)
+        hidden = vlm.suffix(w, batch.ids, prefix.select(own)).flatten(0, 1)
+        last = vlm.text.final_norm(w, hidden.index_select(0, batch.last_prompt)).float().cpu()
+        out.update(zip([numbers[i] for i in group], last, strict=True))
+
+    in_batches(vlm, rollout, asked, work)
     return out

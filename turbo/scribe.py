@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from turbo import checkpoint
 from turbo.advice import Watch
+from turbo.config import TrainConfig
 from turbo.console import Display, percent
 from turbo.log import JsonlLogger, read_jsonl
 from turbo.measure import task_figures
@@ -29,6 +30,7 @@ EVAL_KEYS = (
     "episode_return",
     "reasoning_score",
 )
+LEGAL = 0.5  # share of legal answers below which a model does not know its game
 SAVE_PAUSES = (1.0, 5.0)  # seconds between the attempts to save
 
 
@@ -56,7 +58,8 @@ class Scribe:
         self.display.open(run.update)
         at_once = "" if run.vlm.text.small else f", {c.micro_tokens:,} tokens at once"
         self.say(
-            f"{c.env}: {c.updates} updates on {run.crew.size} workers{at_once}, into {run.path}"
+            f"{c.env}: {count(c.updates, 'update')} on {count(run.crew.size, 'worker')}{at_once}, "
+            f"into {run.path}"
         )
         for advice in self.watch.active.values():
             self.display.teach(advice)
@@ -152,6 +155,8 @@ class Scribe:
                 f"thoughts right {percent(e['reasoning_score'])} "
                 f"({e['episodes']} fresh episodes at T {run.config.eval_temperature})"
             )
+            if not run.update and e["legal_rate"] < LEGAL:
+                self.display.warn(lost_for_words(run.config, e["legal_rate"]))
             prefix = "eval_" if who == "policy" else "eval_teacher_"
             own = {k: e[k] for k in EVAL_KEYS} | task_figures(e["tasks"])
             record |= {prefix + name: value for name, value in own.items()}
@@ -172,6 +177,21 @@ class Scribe:
                 )
                 if pause is not None:
                     time.sleep(pause)
+
+
+def count(number: int, thing: str) -> str:
+    """1 update, 2 updates"""
+    return f"{number} {thing}" + "s" * (number != 1)
+
+
+def lost_for_words(c: TrainConfig, legal: float) -> str:
+    """What to say of a model that hardly ever answers legally before it is trained."""
+    start = f"python -m turbo.sft {c.env} --model {c.model} --out warm"
+    return (
+        f"only {legal:.0%} of the answers are legal before training: the model knows too little of "
+        f"{c.env} or of its form of answers (a warm start: `{start}`), or --max-new-tokens "
+        f"{c.max_new_tokens} is too short"
+    )
 
 
 class Interrupt:

@@ -160,6 +160,8 @@ def find_config(model: str) -> Any:
     if Path(model).is_dir():
         raise ValueError(f"the folder {model!r} has no config.json: it holds no model")
     ids = {m.hugging_face_id: name for name, m in PUBLISHED.items()}
+    if "/" in model and model not in ids:
+        raise ValueError(f"{model!r} is no folder with a config.json, and no published shape")
     return published(ids.get(model, model))
 
 

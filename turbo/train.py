@@ -15,7 +15,6 @@ Run as `python -m turbo.train points24`; `--help` explains every setting. Left o
 (`turbo.sft`).
 """
 
-import dataclasses
 import math
 import shutil
 import sys
@@ -26,23 +25,21 @@ from typing import IO
 import torch
 
 from turbo import checkpoint, lock
+from turbo.arguments import parse
 from turbo.batch import evenly
-from turbo.config import TrainConfig, changed, check, from_saved
+from turbo.config import TrainConfig
 from turbo.corrector import check_url
-from turbo.envs.make import find
 from turbo.faults import NumericalFault, diagnosis
-from turbo.flags import conclude, read_flags
+from turbo.flags import conclude
 from turbo.guidance import ask_corrector, write_answers
 from turbo.hub import device_of, lack_of_memory, model_sha256, own_workers
-from turbo.idle import check_idle
 from turbo.kl import auto_coefficient
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
 from turbo.memory import GB, peak_bytes
 from turbo.parallel import Crew, run_crew
-from turbo.presets import PRESETS, defaults
 from turbo.rollout import Abandoned, Rollout, Step, mix
 from turbo.run import Run, due, find_alfworld
-from turbo.score import TeacherReading, read_answers, teacher_kl
+from turbo.score import TeacherReading, read_answers, rescore, teacher_kl
 from turbo.scribe import Scribe
 from turbo.sinks import check_packages
 from turbo.trajectory import sample_episodes
@@ -62,18 +59,14 @@ def train_update(run: Run) -> tuple[dict, list[dict]]:
     # score and weigh: KL of every thought to the teacher where the reward or the advantage needs
     # it; for a loss the teacher reads the answers that are trained on
     phases.begin("score")
+    if c.rescore:
+        rescore(run.vlm, weights, rollout, c.temperature)
     guided = c.guidance == "kl" and run.teacher.weights is not None and run.beta > 0
     kl = teacher = None
     if guided and c.kl_placement != "loss":
-        kl = teacher_kl(
-            run.vlm,
-            weights,
-            run.teacher.weights,
-            rollout,
-            estimator=c.kl_estimator,
-            token_range=c.guidance_range,
-            temperature=c.temperature,
-        )
+        how = dict(estimator=c.kl_estimator, token_range=c.guidance_range)
+        pair = weights, run.teacher.weights
+        kl = teacher_kl(run.vlm, *pair, rollout, temperature=c.temperature, **how)
         measured = moments(kl, run.crew)
         steer(run, measured, rollout)
     data = prepare(run.vlm, weights, rollout, kl, run.beta, run.value_head, run.crew, c)
@@ -266,40 +259,6 @@ def steer(run: Run, kl: tuple[float, float], rollout: Rollout) -> None:
     run.beta = auto_coefficient(size, spread, c.kl_share, run.beta)
 
 
-def parse(argv: list[str]) -> TrainConfig:
-    """Settings from the command line, over those of a preset or of the run to resume."""
-    preset = "tiny"
-    argv = [x for a in argv for x in (a.split("=", 1) if a.startswith("--preset=") else [a])]
-    if "--preset" in argv:
-        at = argv.index("--preset")
-        preset = argv[at + 1] if at + 1 < len(argv) else ""
-        argv = argv[:at] + argv[at + 2 :]
-    names = [a for a in argv[:1] if not a.startswith("-")]
-    find(names[0] if names else "points24")
-    base = defaults(names[0] if names else "points24", preset)
-    help_text = f"{TrainConfig.__doc__} Presets: --preset {' | '.join(PRESETS)}."
-
-    def read(base: TrainConfig) -> TrainConfig:
-        options = dict(default=base, description=help_text)
-        return read_flags(TrainConfig, argv, "turbo.train", also=["--preset"], **options)
-
-    c = read(base)
-    if c.resume:
-        if c.out:
-            raise ValueError(f"--out {c.out} is for a new run: leave it out with --resume")
-        base = from_saved(checkpoint.read_run(Path(c.resume))["config"], c.resume)
-        c = read(base)
-    elif c.env != base.env:  # the environment was not named first
-        base = defaults(c.env, preset)
-        c = read(base)
-    check(c)
-    if c.resume and (odd := changed(dataclasses.asdict(base), c)):
-        flags = ", ".join("--" + name.replace("_", "-") for name in odd)
-        raise ValueError(f"a resumed run keeps its settings, but {flags} changed: leave them out")
-    check_idle(c, base)
-    return c
-
-
 def run_folder(c: TrainConfig) -> tuple[Path, IO[str]]:
     """The run's directory, made new or that of the run to be resumed, and the lock on it."""
     model = model_sha256(c)
@@ -348,13 +307,6 @@ def main(argv: list[str] | None = None) -> int:
         return run_crew(c.workers, train, c, path)
 
 
-def already_over(run: Run) -> int:
-    """Say that there is nothing left to do."""
-    if run.crew.leads and not (run.config.quiet or run.config.json):
-        print(f"{run.path} is complete: {run.update} updates; add some with --updates N")
-    return 0
-
-
 def fail(crew: Crew, why: object, status: int) -> int:
     """Say in one line why the run cannot go on; the exit status."""
     if crew.leads:
@@ -379,7 +331,9 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
         except ValueError as error:  # in all workers, though one alone may have it
             return fail(crew, error, 2)
         if run.is_over:
-            return already_over(run)
+            if crew.leads and not (c.quiet or c.json):
+                print(f"{path} is complete: {run.update} updates; add some with --updates N")
+            return 0
     if c.teaches and c.guide_first and run.teacher.count == run.update == 0:
         run.teacher.push(0, run.lora, run.score())  # the warm start itself
     with Scribe(run) as scribe:

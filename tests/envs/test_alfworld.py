@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from turbo.envs.alfworld import MAX_ACTIONS, ALFWorld, find_games, read_game
+from turbo.envs.alfworld import MAX_ACTIONS, ALFWorld, find_games, games_folder, read_game
 from turbo.envs.alfworld_expert import Situation, goes_to, next_actions
 from turbo.envs.alfworld_scene import TASKS, Goal, Place, Scene, Thing
 from turbo.envs.base import LabelledEnv, MeetingEnv, SlowEnv
@@ -261,3 +261,11 @@ def test_what_is_no_game_is_refused(tmp_path, alfworld_games):
         ALFWorld(alfworld_games, split="test")
     with pytest.raises(ValueError, match=r"is no ALFWorld game"):
         read_game(str(tmp_path / "game.tw-pddl"))
+
+
+def test_a_variable_that_leads_to_no_games_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"ALFWORLD_DATA=.* holds no games.*unset it"):
+        games_folder("")
+    (tmp_path / "json_2.1.1").mkdir()
+    assert games_folder("") == tmp_path and games_folder("x") == Path("x")

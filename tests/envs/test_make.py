@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import typing
 import warnings
 
 import gymnasium as gym
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from turbo.envs.base import MAX_ANSWER_CHARS, read_json_answer
 from turbo.envs.make import ENVIRONMENTS, make, register_envs, tiny_kwargs
+from turbo.envs.numberline import NumberLine
 
 NAMES = tuple(name for name in ENVIRONMENTS if name != "alfworld")  # it has its own tests
 KEYS = ("thoughts", "action")
@@ -177,3 +179,23 @@ def test_extra_keys_are_allowed():
     text = '{"thoughts": "", "action": "go to cabinet 1", "mood": [1]}'
     answer = read_json_answer(text, KEYS, ("go to cabinet 1", "go to cabinet 10"))
     assert answer.action == "go to cabinet 1" and answer.fields["mood"] == [1]
+
+
+class Own(NumberLine):
+    """A game that is made of one that is there."""
+
+
+class Bare(NumberLine):
+    def __init__(self):
+        super().__init__()
+
+
+class Kept(NumberLine):
+    TINY: typing.ClassVar = {"canvas": (84, 56)}
+
+
+def test_a_game_made_of_another_has_its_small_pictures():
+    named = {kind: f"{__name__}:{kind.__name__}" for kind in (Own, Bare, Kept)}
+    assert tiny_kwargs(named[Own]) == tiny_kwargs("numberline") != {}
+    assert tiny_kwargs(named[Bare]) == {}  # it takes no such options
+    assert tiny_kwargs(named[Kept]) == Kept.TINY

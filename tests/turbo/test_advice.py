@@ -147,7 +147,7 @@ def test_sampling_and_training_that_disagree(play):
     assert not told(0.0007, 0.0007, 0.0007) and not told(0.03, 0.03)  # two updates tell nothing
     assert not advise([{"update": i} for i in range(5)], c)  # of runs made before it was measured
     (advice,) = told(0.001, 0.03, 0.03, 0.036)
-    assert "0.032 nats" in advice.meaning and "--dtype float32" in advice.remedy
+    assert "0.032 nats" in advice.meaning and "--rescore" in advice.remedy
     assert ("--play unmerged" in advice.remedy) == (play == "merged")
 
 

@@ -319,6 +319,11 @@ def test_a_download_that_was_cut_off_is_not_taken_for_a_model(tmp_path, monkeypa
     with pytest.raises(ValueError, match=r"model-00002\S+ is missing; its index names it"):
         hub.model_sha256(train.parse(["numberline", "--model", str(model)]))
     assert hub.missing_files(whole) == []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ValueError, match="model 'runs/mistyped' does not exist"):
+        hub.model_folder(train.parse(["numberline", "--model", "runs/mistyped"]))
+    assert asked == [True, False]  # nobody was asked for it
 
 
 def test_folders_that_hold_no_model_say_what_they_are(tmp_path):

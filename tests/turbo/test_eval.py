@@ -204,11 +204,15 @@ def test_an_earlier_checkpoint_is_evaluated(runs, tmp_path, capsys):
     asked = [*FAST.split(), "--json"]
     first = figures(capsys, runs["kl"], *asked)
     newest = figures(capsys, run.parent, *asked)
-    earlier = figures(capsys, run / "00000001", *asked)
+    earlier = figures(capsys, run / "1", *asked)  # or 00000001
     assert (newest["update"], earlier["update"]) == (2, 1)
     assert newest["legal_rate"] != first["legal_rate"]  # nonsense
-    assert earlier == first | {"source": str(run / "00000001")}
-    assert "is neither a folder" in refused(capsys, run / "00000003", *FAST.split())
+    assert earlier == first | {"source": str(run / "1")}
+    assert "no checkpoint of update 3; those kept: 1, 2" in refused(
+        capsys, run / "3", *FAST.split()
+    )
+    assert "is neither a folder" in refused(capsys, tmp_path / "checkpoints" / "3", *FAST.split())
+    assert "turbo.eval tiny --env ezpoints" in refused(capsys, "ezpoints", *FAST.split())
     shutil.rmtree(later)
     (run / "00000001" / "state.safetensors").write_bytes(b"")
     assert "is not the file that was written" in refused(capsys, run / "00000001", *FAST.split())

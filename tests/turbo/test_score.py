@@ -1,5 +1,6 @@
 """turbo/score.py: the KL to the teacher of the sampled tokens, against transformers' own pass."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -7,7 +8,7 @@ import tiny_models
 import torch
 
 from turbo.lora import new_lora
-from turbo.score import final_hidden, guided_tokens, local_pictures, teacher_kl
+from turbo.score import final_hidden, guided_tokens, local_pictures, rescore, teacher_kl
 
 TEMPERATURE = 0.7
 ESTIMATORS = ("full", "forward", "clip", "abs", "k1", "k3")
@@ -80,6 +81,19 @@ def test_the_picture_and_the_temperature_matter(fitted, played):
     for other, temperature in ((blind, TEMPERATURE), (rollout, 1.0)):
         kl = teacher_kl(fitted, *weights, other, temperature=temperature, **options)
         assert (kl - right).abs().max() > 1e-3
+
+
+def test_rescoring_finds_what_was_sampled(fitted, played):
+    rollout, policy = played[:2]
+    again = copy.copy(rollout)
+    again.episodes = [
+        dataclasses.replace(e, steps=[dataclasses.replace(s, logprobs=[]) for s in e.steps])
+        for e in rollout.episodes
+    ]
+    with torch.no_grad():
+        rescore(fitted, fitted.weights(policy), again, TEMPERATURE)
+    for old, new in zip(rollout.steps, again.steps, strict=True):
+        assert new.logprobs == pytest.approx(old.logprobs, abs=1e-4) and len(new.logprobs) > 0
 
 
 def test_guided_tokens(fitted, played):

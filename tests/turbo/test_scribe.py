@@ -33,3 +33,12 @@ def test_a_warning_is_printed_once_recorded_and_known_after_a_resume(tmp_path, c
         assert capsys.readouterr().out.count("guidance without effect") == printed
         resumed = (copied / "warnings.jsonl").read_text()
         assert resumed == (run / "warnings.jsonl").read_text()
+
+
+def test_a_model_that_cannot_answer_is_told_of_before_it_is_trained(tmp_path, capsys):
+    run, model = tmp_path / "run", str(tiny_models.fitted_folder())
+    argv = ["numberline", "--model", model, "--out", str(run), *FLAGS.split(), "--updates", "1"]
+    assert train.main([*argv, "--eval-episodes", "8", "--max-new-tokens", "3"]) == 0
+    said = "".join(capsys.readouterr())
+    assert said.count("only 0% of the answers are legal before training") == 1
+    assert "turbo.sft numberline --model" in said and "--max-new-tokens 3 is too short" in said

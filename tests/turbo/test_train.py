@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import tiny_models
@@ -16,9 +17,10 @@ from turbo import checkpoint, train
 from turbo.config import TrainConfig
 from turbo.log import METRICS, read_jsonl
 from turbo.parallel import Crew, run_crew
-from turbo.presets import GAME_DEFAULTS
+from turbo.presets import GAME_DEFAULTS, defaults
 from turbo.run import Run, pool
 from turbo.scribe import Interrupt
+from turbo.tiny import builtin_path
 from turbo.update import StepData
 
 SMALL = """
@@ -176,7 +178,7 @@ def test_a_run_that_was_ended_before_its_first_checkpoint_starts_anew(
     "options",
     [
         "--advantage gae --kl-placement reward --kl-estimator clip --kl-coef auto "
-        "--format-invalid -0.5",
+        "--format-invalid -0.5 --rescore",
         "--kl-placement advantage --kl-estimator k3 --weighting score --merge linear "
         "--history-max 2 --merge-every 2",
         "--guidance none --advantage gae --epochs 2 --target-kl 0.01",
@@ -409,6 +411,8 @@ def test_an_existing_run_is_not_touched(run, tmp_path, capsys):
     (tmp_path / "letter").write_text("dear")
     err = refused(capsys, ["numberline", "--model", model, "--out", tmp_path, "--overwrite"])
     assert "is not a run directory" in err and (tmp_path / "letter").exists()
+    err = refused(capsys, ["numberline", "--model", model, "--out", tmp_path / "letter"])
+    assert "already exists: choose another --out" in err
 
 
 def test_overwrite_replaces_a_run(tmp_path):
@@ -421,19 +425,24 @@ def test_overwrite_replaces_a_run(tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--seed", "1"], "--seed changed"),
-        (["--learning-rate", "0.1", "--density", "0.5"], "--learning-rate, --density changed"),
-        (["--kl-coef", "auto"], "--kl-coef changed"),
+        ("numberline --seed 1", ["--seed 0, not 1"]),
+        (
+            "numberline --learning-rate 0.1 --density 0.5",
+            ["--learning-rate 0.005, not 0.1", "--density 0.8, not 0.5"],
+        ),
+        ("numberline --kl-coef auto", ["--kl-coef 0.5, not auto"]),
+        ("ezpoints", ["the environment numberline, not ezpoints"]),
     ],
 )
 def test_a_resumed_run_keeps_its_settings(run, capsys, options, named):
-    err = refused(capsys, ["numberline", "--resume", run, *options])
-    assert named in err or ", ".join(sorted(named.split()[:-1])) in err
-    assert "leave them out" in err
+    err = refused(capsys, [*options.split(), "--resume", run])
+    assert f"{run} was begun with " in err and "leave that out" in err
+    assert all(text in err for text in named)
 
 
-def test_a_resumed_run_keeps_its_environment(run, capsys):
-    assert "--env changed" in refused(capsys, ["ezpoints", "--resume", run])
+def test_a_preset_is_for_a_new_run(run, capsys):
+    err = refused(capsys, ["numberline", "--preset", "paper", "--resume", run])
+    assert "--preset paper is for a new run" in err
 
 
 def test_resume_may_be_written_with_an_equals_sign_and_without_the_environment(run, tmp_path):
@@ -515,6 +524,24 @@ def test_settings_of_preset_and_game():
     assert own and all(getattr(TrainConfig(), k) != v for k, v in own.items())
     for argv in (["ezpoints", "--seed", "1"], ["--seed", "1", "ezpoints"]):  # wherever it stands
         assert train.parse(argv) == TrainConfig(env="ezpoints", seed=1, **own)
+
+
+def test_the_preset_is_that_of_the_model(tmp_path):
+    """A large one is not trained with the rate and the short answers of a tiny one."""
+    large = tmp_path / "large"
+    large.mkdir()
+    with (large / "model.safetensors").open("wb") as file:
+        file.truncate(300_000_000)
+    for model in (str(large), "owner/name"):
+        for argv in (["ezpoints", "--model", model], ["--model", model, "ezpoints"]):
+            assert train.parse(argv) == replace(defaults("ezpoints", "paper"), model=model)
+    wanted = replace(defaults("ezpoints", "paper"), model="qwen2.5-vl-7b", random_weights=True)
+    assert train.parse(["ezpoints", "--random-weights", "--model", "qwen2.5-vl-7b"]) == wanted
+    for model, more in ((large, ["--preset", "tiny"]), (builtin_path("numberline"), [])):
+        c = train.parse(["numberline", "--model", str(model), *more])
+        assert c == replace(defaults("numberline", "tiny"), model=str(model))
+    with pytest.raises(ValueError, match="preset '' is unknown"):
+        train.parse(["numberline", "--preset"])
 
 
 def test_learning_rate_is_a_cosine():
