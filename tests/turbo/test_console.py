@@ -171,7 +171,7 @@ def test_lines_in_a_pipe(tmp_path, capsys):
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert err == "" and "\x1b" not in out
-    assert lines[0] == f"numberline: 2 updates on 1 workers, into {tmp_path / 'run'}"
+    assert lines[0] == f"numberline: 2 updates on 1 worker, into {tmp_path / 'run'}"
     assert lines[1].startswith("policy before training: success ")
     assert lines[2].startswith("1/2 success ") and re.search(r" \d+:\d\d left$", lines[2])
     assert lines[3].startswith("2/2 success ") and lines[3].endswith(" 0:00 left")
