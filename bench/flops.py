@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from turbo.modules import AdaptedLinear
 from turbo.rollout import Episode, Rollout, Step
 from turbo.run import Run
 from turbo.score import TeacherReading
@@ -51,6 +52,9 @@ class Sizes:
         """The sizes of a Qwen2.5-VL without adapters."""
         text, vision = module.config.text_config, module.config.vision_config
         matrices = {n: p.numel() for n, p in module.named_parameters() if p.dim() > 1}
+        for name, part in module.named_modules():
+            if isinstance(part, AdaptedLinear):  # in NF4 its matrix is no parameter
+                matrices[f"{name}.weight"] = part.base.numel()
 
         def total(part: str) -> int:
             return sum(count for name, count in matrices.items() if part in name)

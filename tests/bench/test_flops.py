@@ -3,9 +3,11 @@
 import pytest
 import tiny_models
 import torch
+from family_models import folder
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.flops import Sizes, Tally, causal_pairs, text_flops, vision_flops
+from turbo.model import Engine, load
 from turbo.parallel import Crew
 from turbo.presets import defaults
 from turbo.run import Run
@@ -37,6 +39,13 @@ def test_the_formula_is_what_pytorch_counts(module):
     # The eager attention multiplies what the mask forbids too.
     assert attention == text_flops(sizes, 0, length**2, 0)
     assert causal_pairs(0, length) == length * (length + 1) // 2
+
+
+def test_a_model_in_nf4_is_asked_for_the_same_arithmetic(module):
+    engines = [Engine("modules", "cpu", quantize) for quantize in ("none", "nf4")]
+    models = [load(folder("qwen2_5_vl"), torch.bfloat16, engine) for engine in engines]
+    plain, coded = (Sizes.of(vlm.module) for vlm in models)
+    assert coded == plain == Sizes.of(module) and plain.text > 0
 
 
 def test_training_takes_three_times_the_layers_and_twice_the_head(module):
