@@ -473,6 +473,7 @@ def impossible(c: BenchConfig) -> str:
             raise ValueError("the recipe needs peft: pip install peft, or --recipe-steps 0")
         for config in settings(c).values():
             check(config)
+            hub.check_nf4(config)
             hub.model_sha256(config)  # says how to make a model that is missing
         if c.decode_graphs and hub.device_of(common(c)).type != "cuda":
             raise ValueError("--decode-graphs needs a GPU, and this model runs on the CPU")

@@ -44,7 +44,7 @@ def product(x: Tensor, matrix: Nf4Matrix, bias: Tensor | None) -> Tensor:
     first read back. bitsandbytes since 0.50 has a kernel that takes the codes as they are, 4.5
     bits, and knows by card and shape where that is faster.
     """
-    able = matrix.device.type == "cuda" and _bitsandbytes() is not None
+    able = matrix.device.type == "cuda" and find_bitsandbytes() is not None
     fits = x.dtype == matrix.dtype and matrix.shape[1] % BLOCK == 0
     if able and fits and hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
         return bnb_product(x, matrix, bias)
@@ -60,13 +60,13 @@ def bnb_product(x: Tensor, matrix: Nf4Matrix, bias: Tensor | None) -> Tensor:
 
 def read(matrix: Nf4Matrix) -> Tensor:
     """The dense matrix [out, in]; on a GPU by bitsandbytes' kernel, where it is installed."""
-    if matrix.device.type == "cuda" and (bnb := _bitsandbytes()) is not None:
+    if matrix.device.type == "cuda" and (bnb := find_bitsandbytes()) is not None:
         return bnb_read(bnb, matrix)
     return dequantize_nf4(matrix)
 
 
 @cache
-def _bitsandbytes():
+def find_bitsandbytes():
     """`bitsandbytes.functional`; None where it is not installed."""
     try:
         from bitsandbytes import functional

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from turbo import memory, shapes
+from turbo.coded import find_bitsandbytes
 from turbo.config import TrainConfig
 from turbo.model import (
     Engine,
@@ -34,6 +35,7 @@ WHOLE = 1 << 30  # bytes of weights that are hashed whole
 def open_model(c: TrainConfig) -> VisionLanguageModel:
     """The model of a run, loaded and put where it is to run."""
     device = device_of(c)
+    check_nf4(c)
     engine = Engine(
         c.engine, c.device, c.quantize, c.gradient_checkpointing, c.decode_graphs, c.play
     )
@@ -189,6 +191,13 @@ def is_small_model(c: TrainConfig | SftConfig) -> bool:
 def preset_of(c: TrainConfig) -> str:
     """The preset of `turbo.presets` that suits the size of a run's model."""
     return "tiny" if is_small_model(c) and not c.random_weights else "paper"
+
+
+def check_nf4(c: TrainConfig) -> None:
+    """Refuse a base in 4 bits on a GPU without bitsandbytes: read back by PyTorch alone it takes
+    many times as long, and memory that the plan does not have."""
+    if c.quantize == "nf4" and device_of(c).type == "cuda" and find_bitsandbytes() is None:
+        raise ValueError("--quantize nf4 on a GPU needs bitsandbytes: pip install bitsandbytes")
 
 
 def own_workers(c: TrainConfig | SftConfig, most: int) -> int:

@@ -32,7 +32,7 @@ from turbo.corrector import check_url
 from turbo.faults import NumericalFault, diagnosis
 from turbo.flags import conclude
 from turbo.guidance import ask_corrector, write_answers
-from turbo.hub import device_of, lack_of_memory, model_sha256, own_workers
+from turbo.hub import check_nf4, device_of, lack_of_memory, model_sha256, own_workers
 from turbo.kl import auto_coefficient
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
 from turbo.memory import GB, peak_bytes
@@ -296,6 +296,7 @@ def main(argv: list[str] | None = None) -> int:
         if c.guidance == "gtr":
             check_url(c.teacher_url)
         check_packages(c)
+        check_nf4(c)
         if refusal := lack_of_memory(c):
             raise ValueError(refusal)
         find_alfworld(c)

@@ -215,6 +215,22 @@ def test_a_quantised_run_of_every_family(tmp_path):
         assert record["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("command", [train.main, sft.main, eval.main], ids=lambda m: m.__module__)
+def test_nf4_on_a_gpu_without_bitsandbytes_is_refused(command, tmp_path, monkeypatch, capsys):
+    """Before anything is loaded; PyTorch alone would read matrices back, on a CPU it may."""
+    monkeypatch.setattr(hub, "find_bitsandbytes", lambda: None)
+    monkeypatch.setattr(hub, "load", lambda *a: pytest.fail("it was loaded"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model, out = str(folder("qwen3_vl")), str(tmp_path / "out")
+    flags = ["numberline", "--model", model, "--out", out]
+    if command is eval.main:
+        flags = [model, "--env", "numberline"]
+    assert command([*flags, "--quantize", "nf4", "--device", "cuda"]) == 2
+    said = "--quantize nf4 on a GPU needs bitsandbytes: pip install bitsandbytes"
+    assert said in capsys.readouterr().err
+    hub.check_nf4(new_config(quantize="nf4", device="cpu"))
+
+
 def test_models_that_cannot_be_used(tmp_path, capsys):
     """One line each, exit status 2, and no run directory is left behind."""
 
