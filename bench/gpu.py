@@ -2,7 +2,7 @@
 
 For a GPU that is at hand for a quarter of an hour. Each part is a command of its own with a limit
 of time, what decides comes first, and a part that fails or is stopped stops no other: rows are
-written race by race. All output goes to the console and into gpu.log.
+written race by race and update by update. All output goes to the console and into gpu.log.
 
     kernels   the policy head, EMA, TIES against peft, the kernels' tests, NF4, a whole TIES merge
               of a 7B, then the policy head at another width
@@ -58,11 +58,11 @@ PARTS = {
         Part(f"{HEAD} 2048 --rows 8192 4096 1024 256", 480),
     ],
     "model": [
-        Part(f"{LARGE} --recipe-steps 0 --decode-graphs", 150),
-        Part(f"{LARGE} --recipe-steps 0", 150),
-        Part(f"{LARGE} --recipe-steps 0 --decode-graphs --play merged", 150),
+        Part(f"{LARGE} --recipe-steps 0 --decode-graphs", 240),
+        Part(f"{LARGE} --recipe-steps 0", 240),
+        Part(f"{LARGE} --recipe-steps 0 --decode-graphs --play merged", 240),
         Part("-m pytest -q -n 8 -m 'gpu and not long' tests/turbo", 200),
-        Part(f"{LARGE} --recipe-steps 0 --decode-graphs --micro-tokens 2048", 150),
+        Part(f"{LARGE} --recipe-steps 0 --decode-graphs --micro-tokens 2048", 240),
     ],
     "recipe": [Part(f"{LARGE} --recipe-steps 4", 440)],
 }

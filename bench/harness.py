@@ -7,6 +7,7 @@ Left out: what is measured (`bench.train_step`), demonstrations of learning (`be
 """
 
 import csv
+import io
 import os
 import re
 import subprocess
@@ -64,9 +65,15 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def alternate(
-    variants: Mapping[str, Callable[[], Result]], repeats: int, warmup: int = 1
+    variants: Mapping[str, Callable[[], Result]],
+    repeats: int,
+    warmup: int = 1,
+    keep: Callable[[dict[str, list[tuple[float, Result]]]], None] = lambda measured: None,
 ) -> dict[str, list[tuple[float, Result]]]:
-    """Call the variants in turn (A B A B); seconds and result of each call, without the warm-up."""
+    """Call the variants in turn (A B A B); seconds and result of each call, without the warm-up.
+
+    `keep` is given what there is after each of these calls.
+    """
     measured: dict[str, list[tuple[float, Result]]] = {name: [] for name in variants}
     for turn in range(warmup + repeats):
         for name, call in variants.items():
@@ -75,6 +82,7 @@ def alternate(
             seconds = time.perf_counter() - start
             if turn >= warmup:
                 measured[name].append((seconds, result))
+                keep(measured)
     return measured
 
 
@@ -125,10 +133,25 @@ def append_rows(path: Path, rows: Iterable[Mapping], columns: Sequence[str] = CO
         if header != list(columns):
             raise ValueError(f"{path} has the columns {', '.join(header)}: move it away first")
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
+        file.write((",".join(columns) + "\n") * fresh + _lines(rows, columns))
+
+
+def renew_rows(path: Path, old: Sequence[Mapping], new: Sequence[Mapping]) -> None:
+    """Append rows in place of those that were appended before, which the file has until then."""
+    if not old:
+        append_rows(path, new)
+        return
+    text = path.read_text(encoding="utf-8").replace(_lines(old), "", 1)
+    whole = path.with_name(path.name + ".new")
+    whole.write_text(text + _lines(new), encoding="utf-8", newline="\n")
+    whole.replace(path)
+
+
+def _lines(rows: Iterable[Mapping], columns: Sequence[str] = COLUMNS) -> str:
+    """Rows as they stand in a CSV file."""
+    out = io.StringIO()
+    csv.DictWriter(out, columns, lineterminator="\n").writerows(rows)
+    return out.getvalue()
 
 
 def measurement(

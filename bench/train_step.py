@@ -5,8 +5,9 @@ and with each kind of it take turns (A B A B) in one crew of workers, and with t
 recipe (`bench.recipe`), which has the first worker's process for itself while the others wait, and
 plays fewer steps: rates are compared. The external corrector is the one of examples/, on the same
 cores, which answers in milliseconds. The first update of each is thrown away: caches are cold, and
-there is no teacher yet. Rows go into bench/results/<processor>.csv; `--profile` prints instead
-where the time of one update on one worker goes.
+there is no teacher yet. Rows go into bench/results/<processor>.csv, anew after every update, so
+that a run that is killed leaves what it had; `--profile` prints instead where the time of one
+update on one worker goes.
 
     seconds of an update = rollout (decode) + score + write + train + merge (of the teacher)
                          + checkpoint + other
@@ -15,10 +16,10 @@ where the time of one update on one worker goes.
                            environment, at the rate of a copy / seconds of the rollout
 
 The rates are those of a product of square matrices in the dtype of the run and of a copy, all
-workers at once, measured in every turn. The floor is told of large models alone: the weights of a
-small one stay in the processor's cache. Peak memory is the most that a variant's processes hold,
-summed, in two updates of their own (what one variant has freed may stay resident and would count
-for the next). A single variant on a GPU is asked in the timed updates, beside what the memory
+workers at once, measured first in every turn. The floor is told of large models alone: the weights
+of a small one stay in the processor's cache. Peak memory is the most that a variant's processes
+hold, summed, in two updates of their own (what one variant has freed may stay resident and would
+count for the next). A single variant on a GPU is asked in the timed updates, beside what the memory
 planner expects.
 
 Left out: evaluation and log files, which `turbo.train` writes between the updates.
@@ -31,7 +32,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,10 +45,10 @@ from bench.flops import Tally
 from bench.harness import (
     Spread,
     alternate,
-    append_rows,
     environment,
     measurement,
     read_settings,
+    renew_rows,
     results_file,
     slug,
     spread,
@@ -184,6 +185,26 @@ class Measured:
     setting: Setting | None  # of the recipe, where it took part
 
 
+@dataclass
+class Record:
+    """The rows of a run in a file."""
+
+    path: Path
+    where: dict[str, str | int]
+    rows: list[dict] = field(default_factory=list)  # that are in the file
+
+    def renew(self, summary: dict[str, dict[str, Spread]], shapes: dict[str, str]) -> None:
+        """Write the rows of all figures in place of the earlier ones."""
+        rows = [
+            self.where
+            | measurement("train_step", label(variant), shapes[variant], name, UNITS[name], s)
+            for variant, figures in summary.items()
+            for name, s in figures.items()
+        ]
+        renew_rows(self.path, self.rows, rows)
+        self.rows = rows
+
+
 def settings(c: BenchConfig) -> dict[str, TrainConfig]:
     """The settings of training, per variant; ValueError where the one that is asked for is none."""
     if c.only and c.only not in VARIANTS:
@@ -295,7 +316,7 @@ def new_recipe(c: BenchConfig, s: Setting, folder: Path) -> Recipe:
     return Recipe(common(c), folder / "recipe", s.dtype, s.threads, s.device)
 
 
-def updates(crew: Crew, c: BenchConfig, folder: Path) -> Measured:
+def updates(crew: Crew, c: BenchConfig, folder: Path, record: Record | None = None) -> Measured:
     """Figures of every timed update, per variant; what every worker runs."""
     start = time.perf_counter()
     runs = {name: new_run(crew, c, name, folder) for name in settings(c)}
@@ -323,9 +344,19 @@ def updates(crew: Crew, c: BenchConfig, folder: Path) -> Measured:
         return {"flops_per_second": flops, "read_per_second": read}
 
     calls = {name: lambda n=name, call=call: told(crew, n, call()) for name, call in calls.items()}
-    timed = alternate(calls | {PRODUCT: product}, repeats=c.updates - 1)
-    turns = {name: [figures for _, figures in results] for name, results in timed.items()}
+    shapes = describe(c, crew.size, setting)
+
+    def keep(timed: dict) -> None:
+        if crew.leads and record is not None:
+            record.renew(summaries(compare(figures_of(timed))), shapes)
+
+    turns = figures_of(alternate({PRODUCT: product} | calls, c.updates - 1, keep=keep))
     return Measured(compare(turns) if crew.leads else turns, setting)
+
+
+def figures_of(timed: dict[str, list[tuple[float, dict[str, float]]]]) -> Turns:
+    """What was measured, less the seconds of the calls."""
+    return {name: [figures for _, figures in results] for name, results in timed.items()}
 
 
 def planned(config: TrainConfig) -> dict[str, float]:
@@ -349,7 +380,7 @@ def told(crew: Crew, name: str, figures: dict[str, float]) -> dict[str, float]:
 
 def compare(turns: Turns) -> Turns:
     """Adds, turn by turn, shares of what the device can do, and how many times as fast as the
-    recipe a variant is."""
+    recipe a variant is, where the recipe has had its turn."""
     rates = turns[PRODUCT]
     recipe = [figures["steps_per_second"] for figures in turns.get(RECIPE, [])]
     out: Turns = {}
@@ -360,7 +391,7 @@ def compare(turns: Turns) -> Turns:
             if "read_per_second" in figures:
                 share = figures["read_per_second"] / rates[turn]["read_per_second"]
                 figures["decode_floor_share"] = share
-            if recipe and name != RECIPE:
+            if turn < len(recipe) and name != RECIPE:
                 figures["times_the_recipe"] = figures["steps_per_second"] / recipe[turn]
     return out
 
@@ -390,12 +421,12 @@ def memory(c: BenchConfig, workers: int, measured: Measured, folder: Path) -> di
 
 
 def summaries(measured: Turns) -> dict[str, dict[str, Spread]]:
-    """Median and spread per variant and metric, where it was measured."""
+    """Median and spread per variant and metric, of the updates in which it was measured."""
     return {
         variant: {
-            name: spread([f[name] for f in figures])
+            name: spread([f[name] for f in figures if name in f])
             for name in REPORTED
-            if all(name in f for f in figures)
+            if any(name in f for f in figures)
         }
         for variant, figures in measured.items()
     }
@@ -495,14 +526,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     workers = hub.own_workers(replace(common(c), workers=c.workers), 4)
     endpoint = corrector(port=c.port) if "gtr" in settings(c) else nullcontext()
+    where = environment() | {"processor": device_name(hub.device_of(common(c)).type)}
+    record = Record(results_file(name=where["processor"]), where) if c.save else None
     with endpoint, tempfile.TemporaryDirectory() as scratch:
-        measured = run_crew(workers, updates, c, Path(scratch))
+        measured = run_crew(workers, updates, c, Path(scratch), record)
         peaks = memory(c, workers, measured, Path(scratch)) if c.memory else {}
     summary = summaries(measured.turns)
     for variant, held in peaks.items():
         summary[variant]["peak_bytes"] = spread([held])
-    shapes, where = describe(c, workers, measured.setting), environment()
-    where["processor"] = device_name(hub.device_of(common(c)).type)
+    shapes = describe(c, workers, measured.setting)
     rate = summary[PRODUCT]["flops_per_second"].median
     title = (
         f"{next(iter(shapes.values()))}\n{where['processor']}, torch {where['torch']}\n"
@@ -513,15 +545,9 @@ def main(argv: list[str] | None = None) -> int:
     Console(width=wide).print(table(shown, title))
     if RECIPE in shown:
         print(f"{RECIPE}: {shapes[RECIPE]}")
-    if c.save:
-        path = results_file(name=where["processor"])
-        rows = [
-            where | measurement("train_step", label(variant), shapes[variant], name, UNITS[name], s)
-            for variant, figures in summary.items()
-            for name, s in figures.items()
-        ]
-        append_rows(path, rows)
-        print(f"appended {len(rows)} rows to {path}")
+    if record is not None:
+        record.renew(summary, shapes)
+        print(f"appended {len(record.rows)} rows to {record.path}")
     return 0
 
 

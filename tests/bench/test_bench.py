@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bench import harness, learn, metrics_page, plot, records, train_step
-from bench.harness import Spread, alternate, append_rows, measurement, slug, spread
+from bench.harness import Spread, alternate, append_rows, measurement, renew_rows, slug, spread
 from turbo import checkpoint
 from turbo.measure import interval
 from turbo.presets import defaults
@@ -29,8 +29,9 @@ def test_spread_is_median_and_quantiles():
 def test_variants_take_turns_and_warm_up_is_dropped():
     calls = []
     variants = {name: lambda name=name: calls.append(name) or len(calls) for name in "AB"}
-    measured = alternate(variants, repeats=2)
-    assert calls == list("ABABAB")
+    kept = []
+    measured = alternate(variants, 2, keep=lambda m: kept.append(sum(map(len, m.values()))))
+    assert calls == list("ABABAB") and kept == [1, 2, 3, 4]
     assert [result for _, result in measured["B"]] == [4, 6]
     assert all(seconds >= 0 for seconds, _ in measured["A"])
 
@@ -50,6 +51,32 @@ def test_rows_are_appended_under_one_header(tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 and rows[0] == rows[2]
     assert (rows[0]["median"], rows[0]["repeats"]) == ("2", "3")
+
+
+def test_rows_are_renewed_or_left_as_they_are(tmp_path, monkeypatch):
+    path = tmp_path / "cpu.csv"
+
+    def row(variant: str, value: float) -> dict:
+        what = measurement("b", variant, "a, b", "m", "s", spread([value]))
+        return dict.fromkeys(harness.WHERE, "x") | what
+
+    def medians() -> list[tuple[str, str]]:
+        with path.open(newline="") as file:
+            return [(r["variant"], r["median"]) for r in csv.DictReader(file)]
+
+    renew_rows(path, [], [row("ours", 1.0)])
+    append_rows(path, [row("another run", 7.0)])
+    renew_rows(path, [row("ours", 1.0)], [row("ours", 2.0), row("theirs", 3.0)])
+    expected = [("another run", "7"), ("ours", "2"), ("theirs", "3")]
+    assert medians() == expected
+
+    def fail(*paths) -> None:
+        raise OSError("killed")
+
+    monkeypatch.setattr(type(path), "replace", fail)
+    with pytest.raises(OSError, match="killed"):
+        renew_rows(path, [row("ours", 2.0), row("theirs", 3.0)], [row("ours", 4.0)])
+    assert medians() == expected
 
 
 def test_a_file_of_other_columns_is_refused(tmp_path):

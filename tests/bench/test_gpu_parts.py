@@ -32,6 +32,13 @@ def test_what_has_no_time_is_not_begun(monkeypatch, tmp_path, capsys):
     assert "no time for: -c 'print(7)'" in capsys.readouterr().out
 
 
+def test_updates_of_a_7b_have_the_time_that_they_need():
+    """30 s for a start and twice 50 s were estimated: half as much again, and what decides fits."""
+    large = [p.seconds for p in gpu.PARTS["model"] if "train_step" in p.command]
+    assert min(large) >= 1.5 * (30 + 2 * 50)
+    assert sum(large[:2]) <= 60 * gpu.Config.minutes
+
+
 @pytest.mark.parametrize("part", [p for parts in gpu.PARTS.values() for p in parts], ids=str)
 def test_every_part_is_a_command_of_its_module(part):
     _, module, *flags = shlex.split(part.command)

@@ -65,6 +65,33 @@ def test_rows_of_a_whole_run(one_variant, tmp_path, monkeypatch, capsys):
     assert "times_the_recipe" in capsys.readouterr().out
 
 
+def test_a_run_that_is_killed_leaves_the_updates_that_it_had(one_variant, tmp_path, monkeypatch):
+    path, found = tmp_path / "cpu.csv", []
+
+    def update(*arguments) -> dict[str, float]:
+        found.append(path.read_text().splitlines() if path.exists() else [])
+        if len(found) == 4:
+            raise KeyboardInterrupt
+        return {"steps_per_second": len(found), "flops_per_second": 1e9, "seconds_train": 1.0}
+
+    monkeypatch.setattr(train_step, "results_file", lambda name: path)
+    monkeypatch.setattr(train_step, "one_update", update)
+    flags = "--workers 1 --steps 8 --envs 8 --recipe-steps 0 --no-memory --updates"
+    with pytest.raises(KeyboardInterrupt):
+        train_step.main([*flags.split(), "9"])
+    for repeats, lines in enumerate(found[1:]):  # the first one warms up
+        rows = [r for r in csv.DictReader(lines) if r["variant"] == "guidance=kl"]
+        assert len({r["metric"] for r in rows}) == len(rows) == (4 if repeats else 0)
+        assert all(r["repeats"] == str(repeats) for r in rows)
+        assert all(r["metric"] != "utilisation" or r["median"] == "0.001" for r in rows)
+    assert train_step.main([*flags.split(), "4"]) == 0
+    lines = path.read_text().splitlines()
+    assert lines[: len(found[3])] == found[3]
+    whole = list(csv.DictReader(lines))[len(found[3]) - 1 :]
+    assert [r["metric"] for r in whole].count("utilisation") == 1 and len(whole) == 5
+    assert all(r["repeats"] == "3" for r in whole)
+
+
 def test_figures_are_compared_turn_by_turn():
     turns = {
         "kl": [dict(steps_per_second=n, flops_per_second=n) for n in (30.0, 20.0)],
@@ -78,6 +105,10 @@ def test_figures_are_compared_turn_by_turn():
     figures = summaries(out)
     assert figures["kl"]["times_the_recipe"].median == 15.0
     assert set(figures[PRODUCT]) == {"flops_per_second"}
+    begun = compare({"kl": turns["kl"], RECIPE: turns[RECIPE][:1], PRODUCT: turns[PRODUCT]})
+    assert "times_the_recipe" not in begun["kl"][1]  # the recipe's second turn is to come
+    assert summaries(begun)["kl"]["times_the_recipe"].repeats == 1
+    assert summaries({"kl": []}) == {"kl": {}}
     assert "times_the_recipe" not in compare({k: turns[k] for k in ("kl", PRODUCT)})["kl"][0]
 
 
