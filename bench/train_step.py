@@ -183,6 +183,7 @@ class Measured:
 
     turns: Turns
     setting: Setting | None  # of the recipe, where it took part
+    micro: int  # tokens that a large model took at once when it began
 
 
 @dataclass
@@ -247,7 +248,7 @@ def one_update(run: Run, tally: Tally, alone: bool = False) -> dict[str, float]:
     end = time.perf_counter()
     (flops,) = run.crew.total(tally.take())
     if alone:
-        figures |= {"peak_bytes": peak_bytes(run.vlm.device), **planned(run.config)}
+        figures |= {"peak_bytes": peak_bytes(run.vlm.device), **planned(run)}
     if not run.vlm.text.small:
         read = weight_bytes(run.vlm) * run.crew.size / run.config.envs
         figures["read_per_second"] = read * figures["tokens_per_second"]
@@ -322,7 +323,8 @@ def updates(crew: Crew, c: BenchConfig, folder: Path, record: Record | None = No
     runs = {name: new_run(crew, c, name, folder) for name in settings(c)}
     if crew.leads:
         print(f"models and runs are made: {time.perf_counter() - start:.0f} s", flush=True)
-    config, device = common(c), device_of(next(iter(runs.values()))[0])
+    first = next(iter(runs.values()))[0]
+    config, device, micro = common(c), device_of(first), first.vlm.batches.tokens
     alone = device == "cuda" and len(runs) == 1 and not c.recipe_steps
     calls = {name: lambda own=own: one_update(*own, alone) for name, own in runs.items()}
     dtype = pick_dtype(config.dtype, device)
@@ -344,14 +346,14 @@ def updates(crew: Crew, c: BenchConfig, folder: Path, record: Record | None = No
         return {"flops_per_second": flops, "read_per_second": read}
 
     calls = {name: lambda n=name, call=call: told(crew, n, call()) for name, call in calls.items()}
-    shapes = describe(c, crew.size, setting)
+    shapes = describe(c, crew.size, setting, micro)
 
     def keep(timed: dict) -> None:
         if crew.leads and record is not None:
             record.renew(summaries(compare(figures_of(timed))), shapes)
 
     turns = figures_of(alternate({PRODUCT: product} | calls, c.updates - 1, keep=keep))
-    return Measured(compare(turns) if crew.leads else turns, setting)
+    return Measured(compare(turns) if crew.leads else turns, setting, micro)
 
 
 def figures_of(timed: dict[str, list[tuple[float, dict[str, float]]]]) -> Turns:
@@ -359,13 +361,12 @@ def figures_of(timed: dict[str, list[tuple[float, dict[str, float]]]]) -> Turns:
     return {name: [figures for _, figures in results] for name, results in timed.items()}
 
 
-def planned(config: TrainConfig) -> dict[str, float]:
+def planned(run: Run) -> dict[str, float]:
     """The bytes that the memory planner expects, where it knows the model.
 
     Without the context of CUDA, which PyTorch's allocator does not see.
     """
-    plan = hub.memory_plan(config)
-    return {"planned_bytes": plan.total - CUDA_CONTEXT} if plan else {}
+    return {"planned_bytes": run.plan.total - CUDA_CONTEXT} if run.plan else {}
 
 
 def told(crew: Crew, name: str, figures: dict[str, float]) -> dict[str, float]:
@@ -472,7 +473,9 @@ def profile(crew: Crew, c: BenchConfig, rows: int = 25) -> None:
     print(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=rows))
 
 
-def describe(c: BenchConfig, workers: int, setting: Setting | None) -> dict[str, str]:
+def describe(
+    c: BenchConfig, workers: int, setting: Setting | None, micro: int = 0
+) -> dict[str, str]:
     """What each variant ran, as the rows of the file say it."""
     config = common(c)
     dtype = str(pick_dtype(config.dtype, hub.device_of(config))).removeprefix("torch.")
@@ -485,8 +488,7 @@ def describe(c: BenchConfig, workers: int, setting: Setting | None) -> dict[str,
     ours += f" play={c.play}" * (c.play != "auto")
     ours += f" answers={c.max_new_tokens}" * bool(c.max_new_tokens)
     ours += f" epochs={c.epochs}" * bool(c.epochs)
-    if c.model != "tiny":
-        ours += f" micro={config.micro_tokens or hub.planned_tokens(hub.memory_plan(config))}"
+    ours += f" micro={micro}" * bool(micro)
     return dict.fromkeys(settings(c), ours) | {
         RECIPE: f"{game} workers=1 envs=1 steps={c.recipe_steps} {setting} checkpoint=each",
         PRODUCT: f"workers={workers} dtype={dtype}",
@@ -534,7 +536,7 @@ def main(argv: list[str] | None = None) -> int:
     summary = summaries(measured.turns)
     for variant, held in peaks.items():
         summary[variant]["peak_bytes"] = spread([held])
-    shapes = describe(c, workers, measured.setting)
+    shapes = describe(c, workers, measured.setting, measured.micro)
     rate = summary[PRODUCT]["flops_per_second"].median
     title = (
         f"{next(iter(shapes.values()))}\n{where['processor']}, torch {where['torch']}\n"

@@ -8,12 +8,14 @@ import json
 import re
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from turbo import memory, shapes
+from turbo.batch import MICRO_ROWS
 from turbo.coded import find_bitsandbytes
 from turbo.config import TrainConfig
 from turbo.model import (
@@ -48,9 +50,25 @@ def open_model(c: TrainConfig) -> VisionLanguageModel:
     else:
         vlm = load(model_folder(c), dtype, engine)
     if not vlm.text.small:
+        vlm.batches.score = MICRO_ROWS  # as the planner counts
         tokens = c.micro_tokens or planned_tokens(memory_plan(c))
         vlm.batches.tokens = vlm.batches.decode_tokens = tokens
     return vlm
+
+
+def plan_prompts(
+    vlm: VisionLanguageModel, c: TrainConfig, prefix: int, suffix: int
+) -> memory.Plan | None:
+    """The plan of a run whose prompts have up to so many tokens; None where there is none.
+
+    Tokens of a micro-batch that were left open are settled by it. ValueError where it does not fit.
+    """
+    plan = memory_plan(c, prefix, suffix)
+    if plan is not None:
+        if refusal := memory.refuse(plan):
+            raise ValueError(refusal)
+        vlm.batches.tokens = vlm.batches.decode_tokens = c.micro_tokens or planned_tokens(plan)
+    return plan
 
 
 def model_folder(c: TrainConfig) -> Path:
@@ -212,35 +230,50 @@ def own_workers(c: TrainConfig | SftConfig, most: int) -> int:
 def lack_of_memory(c: TrainConfig) -> str:
     """Why a run cannot fit its card, and the nearest settings that do; nothing where it can.
 
-    Tokens of a micro-batch that were left open are settled in `c`.
+    Its prompts are not known yet: `plan_prompts` asks again.
     """
     plan = memory_plan(c)
-    c.micro_tokens = c.micro_tokens or planned_tokens(plan)
     return memory.refuse(plan) if plan else ""
 
 
-def memory_plan(c: TrainConfig) -> memory.Plan | None:
+def has_card(c: TrainConfig) -> bool:
+    """Whether a run is on a GPU, or planned for the card that --gpu names."""
+    return device_of(c).type == "cuda" or c.gpu > 0
+
+
+def memory_plan(c: TrainConfig, prefix: int = 0, suffix: int = 0) -> memory.Plan | None:
     """What a run needs of its GPU, or of the card that --gpu names; nothing is loaded for it.
 
-    None on a CPU, and for a family that the planner does not know.
+    Prompts have as many tokens as the planner assumes, or `prefix` and `suffix` where those are
+    more. A row that is longer than --micro-tokens runs alone, and is what is planned for. None on a
+    CPU, and for a family that the planner does not know.
     """
-    if not (device_of(c).type == "cuda" or c.gpu):
+    if not has_card(c):
         return None
     own = ("quantize", "lora_rank", "optimizer", "gradient_checkpointing", "envs")
     own += ("max_new_tokens", "steps_per_update")
     settings = memory.Settings(
-        **{name: getattr(c, name) for name in own}, history=c.history_max or c.updates + 1
+        **{name: getattr(c, name) for name in own},
+        history=c.history_max or c.updates + 1,
+        prompt_tokens=max(prefix, memory.Settings.prompt_tokens),
+        suffix_tokens=max(suffix, memory.Settings.suffix_tokens),
     )
     name = c.model if c.random_weights else str(model_folder(c))
     config = shapes.find_config(name)
     try:
         shape = shapes.text_shape(config, c.model)
     except ValueError as error:
-        print(f"warning: memory is not planned: {error}", file=sys.stderr)
+        _warn(f"memory is not planned: {error}")
         return None
     there = c.gpu * memory.GB or torch.cuda.mem_get_info()[1]
     tokens = c.micro_tokens or memory.good_micro_tokens(shape, settings, there)
-    return memory.plan(shape, replace(settings, micro_tokens=tokens), there)
+    return memory.plan(shape, replace(settings, micro_tokens=max(tokens, settings.row)), there)
+
+
+@cache
+def _warn(text: str) -> None:
+    """Say so once: a run is planned several times."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def planned_tokens(plan: memory.Plan | None) -> int:

@@ -16,15 +16,17 @@ import torch
 from turbo import checkpoint
 from turbo.config import TrainConfig
 from turbo.corrector import Corrector
-from turbo.envs.alfworld import ALFWorld, find_games, games_folder
+from turbo.envs.alfworld import find_games, games_folder
 from turbo.envs.alfworld_engine import check_engine
+from turbo.envs.base import VisualEnv
 from turbo.envs.make import make, takes, tiny_kwargs
 from turbo.faults import FaultLog, NumericalFault, diagnosis
 from turbo.guidance import Examples
-from turbo.hub import observation, open_model
+from turbo.hub import has_card, observation, open_model, plan_prompts
 from turbo.log import read_jsonl
 from turbo.lora import Lora, new_lora
 from turbo.measure import evaluate
+from turbo.memory import Plan
 from turbo.model import ValueHead, VisionLanguageModel, Weights
 from turbo.optimizer import load_optimizer, new_optimizer, optimizer_tensors
 from turbo.parallel import Crew
@@ -57,9 +59,8 @@ class Run:
         self.corrector = new_corrector(config, crew.size) if config.guidance == "gtr" else None
         self.phases = Phases()  # of the update under way
         make_env, options = env_maker(config), rollout_options(config)
-        if config.env == "alfworld":
-            check_prompts(self.vlm, make_env(), config)
         self.table = Table(self.vlm, make_env, options, crew, self.phases)
+        self.plan = check_prompts(self.vlm, self.table.scout, config)
         self.beta = 1.0 if config.kl_coef == "auto" else float(config.kl_coef)
         self.update, self.env_steps, self.elapsed = 0, 0, 0.0
         self.saved: Path | None = None  # the checkpoint that was loaded or saved last
@@ -327,30 +328,46 @@ def find_alfworld(c: TrainConfig | SftConfig, *splits: str) -> None:
         find_games(options["games"], options["split"], options["tasks"])
 
 
-def check_prompts(vlm: VisionLanguageModel, env: ALFWorld, c: TrainConfig) -> None:
-    """ValueError where the longest prompt of the largest games, and its answer, have no place in
-    the model.
+def check_prompts(vlm: VisionLanguageModel, env: VisualEnv, c: TrainConfig) -> Plan | None:
+    """The plan of a run's memory by the prompts that `env` gives; None where none is made.
 
-    Prompts grow with the history; better to learn so before the first step than after an hour.
-    What comes longer all the same is refused where it comes (`turbo.decode`).
+    ValueError where it does not fit, or where the longest prompt of ALFWorld's largest games, and
+    its answer, have no place in the model. Prompts grow with the history; better to learn so before
+    the first step than after an hour. What comes longer all the same is refused where it comes
+    (`turbo.decode`).
     """
-    if vlm.positions is None:
-        return
-    largest = sorted(env.games, key=lambda game: Path(game.path).stat().st_size)[-LARGEST:]
-    tokens = 0
-    for game in largest:
-        picture, _ = env.reset(options={"game": game.path})
-        prompt = env.longest_prompt(prompt_style(c))
-        image = vlm.see([picture])[0].shape[1]
-        parts = (vlm.frame.prefix(prompt.fixed, image), vlm.frame.suffix(prompt.state))
-        tokens = max(tokens, sum(len(vlm.encode(part)) for part in parts))
-    env.close()
-    if tokens + c.max_new_tokens > vlm.positions:
+    is_planned = not vlm.text.small and has_card(c)
+    is_bound = c.env == "alfworld" and vlm.positions is not None
+    if not (is_planned or is_bound):
+        return None
+    prefix, suffix = prompt_tokens(vlm, env, c)
+    tokens = prefix + suffix
+    if is_bound and tokens + c.max_new_tokens > vlm.positions:
         raise ValueError(
             f"a prompt with {min(c.history_length, env.max_history)} commands has up to {tokens:,} "
             f"tokens and its answer {c.max_new_tokens}: more than the {vlm.positions:,} positions "
             "of the model. Lower --history-length or --max-new-tokens, or take smaller games"
         )
+    return plan_prompts(vlm, c, prefix, suffix) if is_planned else None
+
+
+def prompt_tokens(vlm: VisionLanguageModel, env: VisualEnv, c: TrainConfig) -> tuple[int, int]:
+    """Tokens of a prompt's prefix, picture and rules, and of the rest: of a first prompt, or the
+    most in ALFWorld's largest games."""
+    deals, ask = [dict(seed=0)], env.prompt
+    if c.env == "alfworld":
+        largest = sorted(env.games, key=lambda game: Path(game.path).stat().st_size)[-LARGEST:]
+        deals, ask = [dict(options={"game": game.path}) for game in largest], env.longest_prompt
+    prefix = suffix = 0
+    for deal in deals:
+        picture, _ = env.reset(**deal)
+        prompt = ask(prompt_style(c))
+        image = vlm.see([picture])[0].shape[1]
+        prefix = max(prefix, len(vlm.encode(vlm.frame.prefix(prompt.fixed, image))))
+        suffix = max(suffix, len(vlm.encode(vlm.frame.suffix(prompt.state))))
+    if c.env == "alfworld":
+        env.close()  # its game's process
+    return prefix, suffix
 
 
 def held_out(env: str) -> str:

@@ -56,7 +56,7 @@ class Scribe:
         sinks = open_sinks(c, run.path, run.update, self.display.warn)
         self.logger = JsonlLogger(metrics, sinks, self.display.warn)
         self.display.open(run.update)
-        at_once = "" if run.vlm.text.small else f", {c.micro_tokens:,} tokens at once"
+        at_once = "" if run.vlm.text.small else f", {run.vlm.batches.tokens:,} tokens at once"
         self.say(
             f"{c.env}: {count(c.updates, 'update')} on {count(run.crew.size, 'worker')}{at_once}, "
             f"into {run.path}"

@@ -175,14 +175,24 @@ def test_numbers_below_one_are_refused(field):
 def test_tokens_of_a_micro_batch_that_are_left_open(gpu, asked, least, most, fits):
     own = dict(envs=64, max_new_tokens=256, lora_rank=128, updates=29, steps_per_update=1024)
     c = TrainConfig(model="qwen2.5-vl-7b", random_weights=True, gpu=gpu, micro_tokens=asked, **own)
-    assert (hub.lack_of_memory(c) == "") == fits
-    assert least <= c.micro_tokens <= most
+    assert (hub.lack_of_memory(c) == "") == fits and c.micro_tokens == asked
+    found = hub.memory_plan(c)
+    tokens = hub.planned_tokens(found) if gpu else memory.Settings.micro_tokens
+    assert (found is None) == (not gpu) and least <= tokens <= most
     if gpu and fits and not asked:
-        found = hub.memory_plan(c)
-        assert found.settings.micro_tokens == c.micro_tokens
-        more = replace(found.settings, micro_tokens=c.micro_tokens + memory.STEP)
+        more = replace(found.settings, micro_tokens=tokens + memory.STEP)
         assert found.total <= 0.95 * gpu * GB
         assert most == 8192 or plan(shape(), more, gpu * GB).total > 0.95 * gpu * GB
+
+
+def test_a_run_is_planned_for_the_prompts_that_it_has_where_they_are_longer():
+    own = dict(envs=64, max_new_tokens=256, lora_rank=128, updates=29, steps_per_update=1024)
+    c = TrainConfig(model="qwen2.5-vl-7b", random_weights=True, gpu=24, quantize="nf4", **own)
+    usual, longer = hub.memory_plan(c), hub.memory_plan(c, 700, 60)
+    assert hub.memory_plan(c, 512, 128) == hub.memory_plan(c, 100, 20) == usual
+    assert (longer.settings.prompt_tokens, longer.settings.suffix_tokens) == (700, 128)
+    assert longer.fits and longer.settings.micro_tokens < usual.settings.micro_tokens
+    assert "it fits with --envs" in memory.refuse(hub.memory_plan(c, 450, 1500))
 
 
 def test_a_row_is_always_in_a_micro_batch():
