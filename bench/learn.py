@@ -45,7 +45,6 @@ EASIER = f"--games {EASY_GAMES.out} --group-size 4 --updates 64 --eval-every 16 
 # What is shown -> its variants: a label, and the arguments of turbo.train.
 DEMONSTRATIONS: dict[str, list[tuple[str, str]]] = {
     "points24": [("GTR-Turbo", "points24"), ("plain PPO", "points24 --guidance none")],
-    "hour": [("GTR-Turbo", "points24 --updates 600")],
     "ezpoints": [("GTR-Turbo", "ezpoints")],
     "alfworld": [
         ("GTR-Turbo", f"alfworld {EASIER}"),
@@ -58,7 +57,6 @@ DEMONSTRATIONS: dict[str, list[tuple[str, str]]] = {
 }
 TITLES = {
     "points24": "Points24",
-    "hour": "Points24, a longer run",
     "ezpoints": "EZPoints",
     "alfworld": "ALFWorld, the easier tasks in small rooms",
     "collapse": "Points24 under a harsh learning rate",
@@ -75,7 +73,7 @@ NOT_SETTINGS = {
 class LearnConfig:
     """Train what a demonstration needs, gather what the runs recorded, and draw it."""
 
-    what: Literal["points24", "hour", "ezpoints", "alfworld", "collapse"]
+    what: Literal["points24", "ezpoints", "alfworld", "collapse"]
     """which demonstration"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """one run per variant and seed"""

@@ -3,6 +3,7 @@
 The classes and the chat templates' manner are the families' own, the sizes are not.
 """
 
+import copy
 import functools
 import json
 import shutil
@@ -87,7 +88,7 @@ def _qwen3():
 
 
 def _smol():
-    words = tiny.train_tokenizer()
+    words = copy.deepcopy(tokenizer())
     specials = ["<fake_token_around_image>", "<image>", "<global-img>", "<end_of_utterance>"]
     words.add_special_tokens({"additional_special_tokens": specials})
     words.chat_template = SMOL_TEMPLATE

@@ -11,7 +11,7 @@ from turbo import train
 FLAGS = """
     --dtype float32 --envs 8 --group-size 4 --steps-per-update 16 --max-new-tokens 40
     --minibatch 16 --lora-rank 4 --lora-alpha 8 --eval-episodes 8 --temperature 0.8 --epochs 1
-    --learning-rate 0.02 --skip-certain 0
+    --learning-rate 0.02 --skip-certain 0 --teacher-sample 4
 """
 
 

@@ -55,7 +55,8 @@ def parse(argv: list[str]) -> TrainConfig:
         c = read(base)
     check(c)
     if c.resume and (odd := changed(asdict(base), c)):
-        told = (f"{flag(name)} {getattr(base, name)}, not {getattr(c, name)}" for name in odd)
+        both = {name: [getattr(x, name) for x in (base, c)] for name in odd}
+        told = (f"{flag(name)} {x or repr(x)}, not {y or repr(y)}" for name, (x, y) in both.items())
         raise ValueError(f"{c.resume} was begun with {', '.join(told)}: leave that out")
     check_idle(c, base)
     return c

@@ -305,7 +305,7 @@ def random_parts(name: str, dtype: torch.dtype, device: torch.device) -> tuple:
     A name of `turbo.shapes` comes with the tokenizer and the image processor of the built-in
     models, a folder with its own. The module is transformers' own, and the same in every call.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
     from turbo import shapes, tiny
 
@@ -314,7 +314,8 @@ def random_parts(name: str, dtype: torch.dtype, device: torch.device) -> tuple:
         config = AutoConfig.from_pretrained(folder, **LOCAL)
         tokenizer, processor = _processors(folder)
     else:
-        config, tokenizer = shapes.published(name), tiny.train_tokenizer()
+        config, words = shapes.published(name), tiny.builtin_path("numberline")
+        tokenizer = AutoTokenizer.from_pretrained(words, **LOCAL)
         processor = tiny.image_processor(config.vision_config.patch_size)
         tiny.name_tokens(config, tokenizer)
     torch.manual_seed(0)

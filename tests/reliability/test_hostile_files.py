@@ -125,7 +125,10 @@ def test_a_damaged_newest_checkpoint_is_left_out_with_a_warning(run, capsys):
     [
         (lambda c: c["config"].update(learning_rate="fast"), "learning_rate cannot be 'fast'"),
         (lambda c: c["config"].update(model="/etc/passwd"), "model '/etc/passwd' is a file"),
-        (lambda c: c["config"].update(env="blackjack"), "--env changed"),
+        (
+            lambda c: c["config"].update(env="blackjack"),
+            "was begun with the environment blackjack, not numberline",
+        ),
         (lambda c: c.update(config=[1]), "has no settings"),
         (lambda c: c.update(model_sha256=None), "was trained from another model"),
         (lambda c: c["config"].update(updates=-1), "--updates must be"),

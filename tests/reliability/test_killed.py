@@ -40,7 +40,7 @@ def kill(process, run: Path, rng: random.Random, while_saving: bool) -> bool:
 def undisturbed(tmp_path_factory):
     """A run without an interruption."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    status, _, err = here(run, "--updates", "4")
+    status, _, err = here(run, *SHORT, "--updates", "4")
     assert status == 0, err
     return result(run, 4)
 
@@ -49,9 +49,9 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("while_saving", [pytest.param(False, marks=pytest.mark.long), True])
 def test_one_kill(tmp_path, undisturbed, while_saving):
     run = tmp_path / "run"
-    assert kill(start(run, "--updates", "4"), run, random.Random(1), while_saving)
+    assert kill(start(run, *SHORT, "--updates", "4"), run, random.Random(1), while_saving)
     fresh = not list((run / "checkpoints").glob("????????"))  # killed before the first one
-    anew = ["--overwrite"] if fresh else []
+    anew = [*SHORT, "--overwrite"] if fresh else []
     status, _, err = here(run, "--updates", "4", *anew, resume=not fresh)
     assert status == 0, err
     assert result(run, 4) == undisturbed

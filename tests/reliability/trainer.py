@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = """
     --workers 1 --dtype float32 --envs 8 --group-size 4 --steps-per-update 16 --max-new-tokens 40
     --minibatch 16 --lora-rank 4 --save-every 1 --keep 3 --eval-episodes 0 --temperature 0.8
+    --teacher-sample 4
 """
 SHORT = ["--envs", "4", "--group-size", "2", "--steps-per-update", "4", "--teacher-sample", "2"]
 

@@ -26,6 +26,7 @@ def warm_start(alfworld_games, tmp_path_factory):
     out = tmp_path_factory.mktemp("alfworld") / "start"
     flags = ["--games", alfworld_games, "--out", str(out), "--size", "nano", *SMALL]
     flags += ["--steps", "6", "--deals", "2", "--read-out-steps", "2", "--eval-episodes", "2"]
+    flags += ["--max-new-tokens", "24"]
     assert sft.main(["alfworld", *flags]) == 0
     return str(out)
 
@@ -41,7 +42,7 @@ def vlm(warm_start):
 def test_two_updates_and_an_evaluation_by_task(alfworld_games, warm_start, tmp_path, capsys):
     out = tmp_path / "run"
     flags = ["--games", alfworld_games, "--model", warm_start, "--out", str(out), *SMALL]
-    flags += ["--updates", "2", "--envs", "8", "--group-size", "4", "--steps-per-update", "24"]
+    flags += ["--updates", "2", "--envs", "4", "--group-size", "2", "--steps-per-update", "8"]
     flags += ["--eval-episodes", "4", "--no-eval-start", "--max-new-tokens", "24"]
     assert train.main(["alfworld", *flags]) == 0
     records = [r for r in read_jsonl(out / "metrics.jsonl") if "goal_rate" in r]
@@ -49,6 +50,7 @@ def test_two_updates_and_an_evaluation_by_task(alfworld_games, warm_start, tmp_p
     assert all(r["success_rate"] <= r["goal_rate"] for r in records)
     capsys.readouterr()
     asked = [str(out), "--env", "alfworld", "--episodes", "6", "--json", "--workers", "1"]
+    asked += ["--max-new-tokens", "16"]
     assert evaluation.main(asked) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["split"] == "unseen" and found["episodes"] == 6
@@ -138,7 +140,7 @@ def test_what_is_missing_is_said_before_anything_begins(
 
 @pytest.mark.slow
 def test_the_built_in_model_plays_rooms_it_never_saw(alfworld_games, capsys):
-    flags = ["--env", "alfworld", "--games", alfworld_games, "--episodes", "16", "--json"]
+    flags = ["--env", "alfworld", "--games", alfworld_games, "--episodes", "8", "--json"]
     assert evaluation.main(["tiny", *flags, "--workers", "1"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["success_rate"] > 0.1 and found["legal_rate"] > 0.6

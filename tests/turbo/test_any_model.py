@@ -21,7 +21,7 @@ from turbo.shapes import published
 pytestmark = pytest.mark.slow
 COMMON = "--workers 1 --dtype float32 --device cpu"
 SMALL = (
-    f"{COMMON} --engine modules --lora-rank 4 --envs 8 --group-size 4 --steps-per-update 12 "
+    f"{COMMON} --engine modules --lora-rank 4 --envs 4 --group-size 2 --steps-per-update 4 "
     "--max-new-tokens 16 --updates 2 --epochs 1 --minibatch 8 --eval-episodes 0 --teacher-sample 4 "
     "--save-every 1 --skip-certain 0 --micro-tokens 600 --advantage gae"
 )
@@ -273,6 +273,8 @@ def test_full_observations(tmp_path, game):
         "1",
         "--max-new-tokens",
         "8",
+        "--envs",
+        "2",
         "--no-early-truncation",
     ]
     arguments = [game, "--model", str(model), "--out", str(tmp_path / "run"), *SMALL.split()]
@@ -291,7 +293,7 @@ def test_random_weights_of_published_shapes(tmp_path, monkeypatch, capsys):
     def small(name: str):
         config = published(name)
         text, vision = config.text_config, config.vision_config
-        text.num_hidden_layers, vision.depth = 2, 2
+        text.num_hidden_layers, vision.depth, text.vocab_size = 2, 2, 1024
         text.hidden_size = vision.out_hidden_size = 64
         text.intermediate_size, text.num_attention_heads, text.num_key_value_heads = 96, 2, 1
         vision.hidden_size, vision.intermediate_size, vision.num_heads = 32, 48, 2

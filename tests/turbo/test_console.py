@@ -116,7 +116,7 @@ class Terminal:
 
 @pytest.mark.slow
 def test_the_live_view_of_a_run(tmp_path):
-    terminal = Terminal(tmp_path / "run", "--eval-episodes", "60")
+    terminal = Terminal(tmp_path / "run", "--eval-episodes", "24")
     assert terminal.end() == 0
     *_, last = terminal.written.split("╭")  # the panel as it was left
     assert f"evaluate it with: python -m turbo.eval {tmp_path / 'run'}" in last

@@ -35,6 +35,7 @@ SMALL = f"""{GAME}
     --workers 1 --dtype float32 --envs 8 --group-size 4 --steps-per-update 16 --max-new-tokens 40
     --minibatch 16 --lora-rank 4 --lora-alpha 8 --save-every 1 --keep 10 --epochs 1 --skip-certain 0
     --temperature 0.8 --learning-rate 0.01 --final-learning-rate 0.01 --kl-coef 0.5
+    --teacher-sample 4
 """
 ANSWER = '{"current number": "3", "target number": "5", "thoughts": "3 is less than 5, so +"'
 RUNS = {

@@ -406,7 +406,8 @@ def test_specials_are_never_sampled(vlm):
 def test_sampled_log_probs_are_the_scored_ones(vlm):
     """The decoder's, with merged weights, cache and guesses, against one pass of the adapted."""
     lora = tiny_models.noisy_lora(vlm)
-    rollout = tiny_models.play(vlm, lora, steps=8, envs=8, group=4, max_new_tokens=24)
+    options = dict(game="blackjack", steps=8, envs=8, group=4, max_new_tokens=24)
+    rollout = tiny_models.play(vlm, lora, **options)
     assert rollout.accepted >= 0 and len(rollout.steps) >= 8
     weights = vlm.weights(lora)
     for step in rollout.steps[:6]:

@@ -97,6 +97,10 @@ def test_a_step_that_cannot_be_recorded_is_refused(step, why):
         Recorder()(step, (torch.ones(2),))
 
 
+# An episode of blackjack ends with a random model's first answer, which cannot be read.
+PLAYED = dict(game="blackjack", steps=24, envs=12, max_new_tokens=20)
+
+
 @pytest.fixture(params=FAMILIES)
 def vlm(request):
     return model(request.param)
@@ -113,7 +117,7 @@ def rollouts(vlm, lora, **options):
 
 def test_recorded_decoding_samples_the_same_answers(vlm):
     lora = tiny_models.noisy_lora(vlm)
-    plain, recorded, recorder = rollouts(vlm, lora, steps=12, envs=12, max_new_tokens=20)
+    plain, recorded, recorder = rollouts(vlm, lora, **PLAYED)
     assert [s.tokens for s in recorded.steps] == [s.tokens for s in plain.steps]
     for one, two in zip(plain.steps, recorded.steps, strict=True):
         torch.testing.assert_close(one.logprobs, two.logprobs, rtol=0, atol=1e-4)
@@ -126,7 +130,7 @@ def test_recorded_decoding_samples_the_same_answers(vlm):
 @pytest.mark.parametrize("record", [False, True])
 def test_the_cache_is_read_where_it_is(vlm, record, monkeypatch):
     """As on a GPU: most slots run together, whole, and no key is copied for them."""
-    lora, options = tiny_models.noisy_lora(vlm), dict(steps=12, envs=12, max_new_tokens=20)
+    lora, options = tiny_models.noisy_lora(vlm), PLAYED
     with torch.no_grad():
         plain = tiny_models.play(vlm, lora, **options)
     vlm.text.in_place, layouts, grouped = True, [], []

@@ -9,8 +9,8 @@ from pretend_gpu import OnGpu, pretend_gpu
 from turbo import checkpoint, eval, train
 from turbo.log import read_jsonl
 
-SMALL = """--device cuda --engine modules --workers 1 --lora-rank 4 --envs 4 --group-size 2
-    --steps-per-update 4 --max-new-tokens 8 --updates 1 --epochs 1 --minibatch 4 --skip-certain 0
+SMALL = """--device cuda --engine modules --workers 1 --lora-rank 4 --envs 2 --group-size 2
+    --steps-per-update 2 --max-new-tokens 4 --updates 1 --epochs 1 --minibatch 4 --skip-certain 0
     --micro-tokens 700 --eval-episodes 0 --teacher-sample 2"""
 
 

@@ -121,6 +121,7 @@ def test_a_warm_start_is_written_whole_and_can_be_used(tmp_path, monkeypatch, ca
     monkeypatch.setattr(sft.tiny, "train_tokenizer", lambda: known)  # to save its time
     out = tmp_path / "warm"
     small = "--size nano --steps 2 --deals 2 --read-out-steps 2 --eval-episodes 2 --workers 1"
+    small += " --max-new-tokens 16"
     argv = ["numberline", "--out", str(out), "--dtype", "float32", *small.split()]
     assert sft.main(argv) == 0
     assert "written to" in capsys.readouterr().out

@@ -28,7 +28,7 @@ SMALL = """
     --minibatch 16 --lora-rank 4 --lora-alpha 8 --save-every 1 --keep 10 --eval-episodes 0
     --updates 2 --temperature 0.8 --learning-rate 0.005 --final-learning-rate 0.0001 --epochs 1
     --advantage group --guidance kl --kl-placement loss --kl-estimator full --kl-coef 0.5
-    --weighting ema --merge ties --skip-certain 0
+    --weighting ema --merge ties --skip-certain 0 --teacher-sample 4
 """
 
 
