@@ -25,7 +25,7 @@ from turbo.memory import KEPT
 from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew
 from turbo.prefixes import Prefixes
-from turbo.rollout import Episode, Rollout, Step, mix, read_answer, together
+from turbo.rollout import Episode, Rollout, Step, enough, mix, read_answer
 from turbo.score import local_pictures
 
 SLOTS = 256  # answers that are written at once
@@ -76,9 +76,9 @@ def write_answers(
         decoder.show(slot, *prefixes.get(owner[i], soon))
         decoder.ask(slot, Request(steps[i].suffix, guess))
 
-    free, wait = list(range(slots)), together(vlm, slots)
+    free = list(range(slots))
     while decoder.rows or waiting:
-        if len(free) >= wait or not decoder.rows:
+        if enough(vlm, len(free), len(decoder.rows)):
             while free and waiting:
                 begin(free.pop(0))
         for slot, sample in decoder.advance():

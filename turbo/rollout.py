@@ -30,7 +30,7 @@ from turbo.prefixes import Prefixes
 
 PICTURE = 256  # tokens that a picture counts for where a large model sees several together
 AHEAD = 4  # deals whose pictures are seen together, once all environments are busy
-TOGETHER = 8  # one in so many slots of a large model's decoder waits for others
+TOGETHER = 8  # one in so many slots of a large model's decoder waits for the next to be free
 
 
 @dataclass
@@ -248,14 +248,13 @@ class _Player:
         for slot in range(size):
             self._begin(slot, playing, pictures, out)
         landed: list[_Sent] = []  # steps that slow environments do meanwhile
-        wait = together(self.vlm, size)
         while pictures or decoder.rows or landed:
             if asked():
                 for sent in landed:
                     sent.outcome()
                 return None
             ended = []
-            if len(pictures) >= wait or not decoder.rows:
+            if enough(self.vlm, len(pictures), len(decoder.rows)):
                 numbers = dict(zip(pictures, gallery.look(pictures), strict=True))
                 over = {i for i in pictures if (s := playing[i].steps) and s[-1].truncated}
                 new = {i: n for i, n in numbers.items() if i not in over and shown.get(i) != n}
@@ -363,12 +362,12 @@ class _Player:
         return step, picture
 
 
-def together(vlm: VisionLanguageModel, slots: int) -> int:
-    """How many free slots of a decoder begin an answer together, while others are at work.
+def enough(vlm: VisionLanguageModel, free: int, busy: int) -> bool:
+    """Whether `free` slots of a decoder are enough to begin their answers, while `busy` ones work.
 
     A large model takes as long to see one picture and to read one prompt as for several.
     """
-    return 1 if vlm.text.small else max(1, slots // TOGETHER)
+    return vlm.text.small or free * TOGETHER >= free + busy
 
 
 def read_answer(vlm: VisionLanguageModel, env: VisualEnv, tokens: list[int]) -> Answer:

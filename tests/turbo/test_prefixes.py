@@ -7,7 +7,7 @@ from family_models import model
 
 from turbo.memory import KEPT
 from turbo.prefixes import Prefixes
-from turbo.rollout import TOGETHER, together
+from turbo.rollout import TOGETHER, enough
 
 
 @pytest.fixture
@@ -71,12 +71,19 @@ def test_slots_begin_together(large):
     vlm, sizes = large
     lora = tiny_models.noisy_lora(vlm)
     envs = 2 * TOGETHER
-    assert together(vlm, envs) == 2 and together(vlm, 1) == 1
     rollout = tiny_models.play(vlm, lora, steps=24, envs=envs, group=1, max_new_tokens=12)
     pictures = len(rollout.pictures)
     assert len(rollout.steps) >= 24 and pictures >= 8
     assert len(sizes) <= 0.7 * pictures and max(sizes) > 1
 
 
-def test_a_small_model_does_not_wait():
-    assert together(tiny_models.random_model(), 64) == 1
+def test_how_long_a_free_slot_waits(large):
+    found = [[enough(large[0], free, busy) for free in (1, 7, 8)] for busy in (0, 7, 8, 49, 57)]
+    assert found == [
+        [True, True, True],
+        [True, True, True],
+        [False, True, True],
+        [False, True, True],
+        [False, False, False],
+    ]
+    assert enough(tiny_models.random_model(), 1, 63)  # a small one does not wait
