@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
-from turbo.checkpoint import Checkpoint, section
+from turbo.checkpoint import Checkpoint, CheckpointError, section
 from turbo.coded import read_dense
 from turbo.config import TrainConfig
 from turbo.history import History, Snapshot, load_snapshot, snapshot_data, snapshot_tensors
@@ -185,7 +185,7 @@ class Teacher:
 
 def without(data: dict, lost: Collection[int]) -> dict:
     """What `state_dict` told of a teacher, less the entries of these numbers: their shares of what
-    is merged go to the others. ValueError where nothing is left to merge."""
+    is merged go to the others. CheckpointError where nothing is left to merge."""
     history, dropped = data["history"], data.get("dropped", [])
 
     def left(entries: list[dict]) -> list[dict]:
@@ -199,7 +199,10 @@ def without(data: dict, lost: Collection[int]) -> dict:
         whole = sum(shares)
         data |= {"dropped": left(dropped), "shares": [s / whole for s in shares if whole]}
     if not entries or not data.get("shares", True):
-        raise ValueError("nothing is left of the history that its teacher is merged from")
+        raise CheckpointError(
+            "nothing is left of the history that its teacher is merged from: make a model of the "
+            "policy, `python -m turbo.export RUN --out DIR`, and begin a new run with --model DIR"
+        )
     return data
 
 
