@@ -22,10 +22,11 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import zlib
 from pathlib import Path
 from typing import ClassVar
+
+from turbo.envs.alfworld_pddl import import_alfworld
 
 VERSION = 1  # of the translation
 HINT = "ALFWorld's engine is not installed: pip install 'gtr-turbo[alfworld]'"
@@ -94,18 +95,13 @@ def translate(game: dict) -> dict:
     Raises ValueError where the goal cannot be reached at all (the planner's translator then leaves
     it out), ImportError without the engine.
     """
-    own = os.environ.get("ALFWORLD_DATA")
-    if own is None:  # alfworld makes a folder in the home without it
-        os.environ["ALFWORLD_DATA"] = tempfile.gettempdir()
     try:
+        import_alfworld()
         import textworld
         from alfworld.agents.utils.misc import Demangler
         from textworld.envs import PddlEnv
     except ImportError as error:
         raise ImportError(HINT) from error
-    finally:
-        if own is None:
-            del os.environ["ALFWORLD_DATA"]
     stock = PddlEnv(textworld.EnvInfos())
     try:
         stock.load(game)

@@ -37,8 +37,7 @@ def pictures_at_once(vlm: VisionLanguageModel, features: Tensor, fixed: str) -> 
     """How many of the pictures' prefixes run together: all of them for a small model."""
     if vlm.text.small or not vlm.batches.tokens:
         return max(1, len(features))
-    length = len(vlm.encode(vlm.frame.prefix(fixed, features.shape[1])))
-    return max(1, vlm.batches.half // length)
+    return max(1, vlm.batches.half // vlm.prefix_length(fixed, features.shape[1]))
 
 
 def backward_rows(

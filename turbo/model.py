@@ -128,6 +128,10 @@ class VisionLanguageModel:
         """Tokens of a prompt and its answer that the model has positions for; None: not told."""
         return getattr(self.module.config.get_text_config(), "max_position_embeddings", None)
 
+    def prefix_length(self, fixed: str, tokens: int) -> int:
+        """Tokens of a prompt up to the fixed text's end, with a picture of so many."""
+        return len(self.encode(self.frame.prefix(fixed, tokens)))
+
     def prefix(self, w: Weights, features: Tensor, fixed: str, grid: Tensor) -> PrefixKV:
         """Keys and values of U prompts up to the fixed text's end; features [U, tokens, D']."""
         count, n, _ = features.shape

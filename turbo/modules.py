@@ -349,12 +349,11 @@ class ModuleText:
 
 
 @torch.no_grad()
-def fuse_norms(model: nn.Module) -> int:
-    """Compute RMS norms by PyTorch's one kernel where transformers launches eight; how many.
+def fuse_norms(model: nn.Module) -> None:
+    """Compute RMS norms by PyTorch's one kernel where transformers launches eight.
 
     Those alone that are x / sqrt(mean(x^2) + eps) * weight, as a trial of each shows.
     """
-    count = 0
     for module in model.modules():
         weight = getattr(module, "weight", None)
         eps = getattr(module, "variance_epsilon", None)
@@ -364,8 +363,6 @@ def fuse_norms(model: nn.Module) -> int:
         close = dict(rtol=4 * torch.finfo(weight.dtype).eps, atol=0)
         if torch.allclose(module(x), rms_norm(module, x), **close):
             module.forward = partial(rms_norm, module)
-            count += 1
-    return count
 
 
 def rms_norm(module: nn.Module, x: Tensor) -> Tensor:

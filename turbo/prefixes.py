@@ -6,7 +6,7 @@ when it is asked for, with those that are asked for next, and keeps the last few
 Left out: the prefix of one batch (`turbo.model`), the decoder's cache (`turbo.decode`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Prefixes:
         self.features += list(features.cpu())  # of a whole update: on the host
         self.grid = grid
 
-    def get(self, number: int, soon: Sequence[int] = ()) -> tuple[PrefixKV, int]:
+    def get(self, number: int, soon: Iterable[int] = ()) -> tuple[PrefixKV, int]:
         """A batch of prefixes, and the place of this one in it; `soon` are asked for next."""
         if number not in self._place:
             batch = [n for n in dict.fromkeys((number, *soon)) if n not in self._place]
@@ -47,9 +47,9 @@ class Prefixes:
 
     def _most(self) -> int:
         """How many are computed together."""
-        tokens = len(self.vlm.encode(self.vlm.frame.prefix(self.fixed, len(self.features[0]))))
-        most = self.vlm.batches.decode_tokens
-        return max(1, min(KEPT, most // tokens)) if most else KEPT
+        tokens = self.vlm.batches.decode_tokens
+        length = self.vlm.prefix_length(self.fixed, len(self.features[0]))
+        return max(1, min(KEPT, tokens // length)) if tokens else KEPT
 
     def _compute(self, batch: list[int]) -> None:
         while self._batches and sum(map(len, self._batches)) + len(batch) > KEPT:

@@ -265,7 +265,7 @@ class _Player:
                         continue
                     if slot in new:
                         shown[slot] = number
-                        decoder.show(slot, *gallery.prefixes.get(number, list(new.values())))
+                        decoder.show(slot, *gallery.prefixes.get(number, new.values()))
                     steps = playing[slot].steps
                     previous = steps[-1].answer.text if steps else None
                     decoder.ask(slot, self._request(self.envs[slot], previous))

@@ -363,7 +363,7 @@ def prompt_tokens(vlm: VisionLanguageModel, env: VisualEnv, c: TrainConfig) -> t
         picture, _ = env.reset(**deal)
         prompt = ask(prompt_style(c))
         image = vlm.see([picture])[0].shape[1]
-        prefix = max(prefix, len(vlm.encode(vlm.frame.prefix(prompt.fixed, image))))
+        prefix = max(prefix, vlm.prefix_length(prompt.fixed, image))
         suffix = max(suffix, len(vlm.encode(vlm.frame.suffix(prompt.state))))
     if c.env == "alfworld":
         env.close()  # its game's process

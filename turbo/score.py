@@ -51,6 +51,16 @@ def answer_hidden(
     return vlm.text.final_norm(w, hidden.flatten(0, 1).index_select(0, batch.select))
 
 
+def read_steps(
+    vlm: VisionLanguageModel, w: Weights, rollout: Rollout, steps: "Sequence[Step | _Asked]"
+) -> tuple[Tensor, TokenBatch]:
+    """The `answer_hidden` of some steps of a rollout [N', D], and their rows."""
+    pictures, owner = local_pictures(steps)
+    prefix = vlm.prefix(w, rollout.features[pictures], rollout.fixed, rollout.grid)
+    batch = rows_of(vlm, [s.suffix for s in steps], [s.tokens for s in steps])
+    return answer_hidden(vlm, w, prefix, owner, batch), batch
+
+
 def score_answers(hidden: Tensor, head: Tensor, batch: TokenBatch, **options) -> PolicyHeadOutput:
     """`policy_head` on the answer tokens; what a round size added beyond them is cut off."""
     out = policy_head(hidden, head, pad_to(batch.targets, len(hidden)), **options)
@@ -133,11 +143,8 @@ def read_answers(
 
     def work(group: list[int]) -> None:
         mine = [steps[i] for i in group]
-        pictures, owner = local_pictures(mine)
-        prefix = vlm.prefix(w, rollout.features[pictures], rollout.fixed, rollout.grid)
-        batch = rows_of(vlm, [s.suffix for s in mine], [s.tokens for s in mine])
-        read = answer_hidden(vlm, w, prefix, owner, batch)[: len(batch.targets)]
-        parts = read.split([len(s.tokens) for s in mine])
+        read, batch = read_steps(vlm, w, rollout, mine)
+        parts = read[: len(batch.targets)].split([len(s.tokens) for s in mine])
         if not vlm.text.small:  # of a whole update: on the host
             parts = [part.cpu() for part in parts]
         hidden.update(zip([rows[i] for i in group], parts, strict=True))
@@ -235,10 +242,7 @@ def rescore(vlm: VisionLanguageModel, w: Weights, rollout: Rollout, temperature:
 
     def work(rows: list[int]) -> None:
         mine = [steps[i] for i in rows]
-        pictures, owner = local_pictures(mine)
-        prefix = vlm.prefix(w, rollout.features[pictures], rollout.fixed, rollout.grid)
-        batch = rows_of(vlm, [s.suffix for s in mine], [s.tokens for s in mine])
-        hidden = answer_hidden(vlm, w, prefix, owner, batch)
+        hidden, batch = read_steps(vlm, w, rollout, mine)
         options = dict(temperature=temperature, banned=vlm.banned, want=("logprob",))
         found = score_answers(hidden, w.head, batch, **options).logprob.cpu()
         for step, own in zip(mine, found.split([len(s.tokens) for s in mine]), strict=True):
@@ -266,13 +270,8 @@ def final_hidden(vlm: VisionLanguageModel, w: Weights, rollout: Rollout) -> dict
     out = {}
 
     def work(group: list[int]) -> None:
-        mine = [asked[i] for i in group]
-        pictures, owner = local_pictures(mine)
-        prefix = vlm.prefix(w, rollout.features[pictures], rollout.fixed, rollout.grid)
-        batch = rows_of(vlm, [a.suffix for a in mine], [a.tokens for a in mine])
-        own = pad_to(torch.tensor(owner), batch.padded_rows).to(vlm.device)
-        hidden = vlm.suffix(w, batch.ids, prefix.select(own)).flatten(0, 1)
-        last = vlm.text.final_norm(w, hidden.index_select(0, batch.last_prompt)).float().cpu()
+        hidden, _ = read_steps(vlm, w, rollout, [asked[i] for i in group])
+        last = hidden[: len(group)].float().cpu()  # what predicts that one token
         out.update(zip([numbers[i] for i in group], last, strict=True))
 
     in_batches(vlm, rollout, asked, work)

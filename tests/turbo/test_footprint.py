@@ -374,7 +374,7 @@ def test_what_is_scored_at_once_is_bounded():
 def test_a_decode_pass_makes_no_copies_of_the_cache(whole, monkeypatch):
     """64 rows of 896 places at the published shape; transformers' own attention held 945 MB."""
     monkeypatch.setattr(nn.Module, "to", lambda self, *args, **options: self)  # fakes cannot
-    monkeypatch.setattr(modules, "fuse_norms", lambda model: 0)  # which tries them
+    monkeypatch.setattr(modules, "fuse_norms", lambda model: None)  # which tries them
     heads, places, hd, slots, layers = 4, 896, 128, 64, 2
 
     def cache():

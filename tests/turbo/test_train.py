@@ -26,7 +26,7 @@ from turbo.update import StepData
 SMALL = """
     --workers 1 --dtype float32 --envs 8 --group-size 4 --steps-per-update 16 --max-new-tokens 40
     --minibatch 16 --lora-rank 4 --lora-alpha 8 --save-every 1 --keep 10 --eval-episodes 0
-    --updates 2 --temperature 0.8 --learning-rate 0.005 --final-learning-rate 0.0001 --epochs 1
+    --updates 2 --temperature 0.8 --learning-rate 0.001 --final-learning-rate 0.0001 --epochs 1
     --advantage group --guidance kl --kl-placement loss --kl-estimator full --kl-coef 0.5
     --weighting ema --merge ties --skip-certain 0 --teacher-sample 4
 """
@@ -107,14 +107,14 @@ def test_metrics(run):
         assert (set(r) >= policy | teacher) == (r["update"] == 2)
         assert r["trained_rows"] + r["dropped_rows"] >= 16
         assert all(v >= 0 for k, v in r.items() if k.startswith("seconds_"))
-        assert r["approx_kl"] < 1 and r["grad_norm"] > 0
+        assert r["approx_kl"] < 0.1 and r["grad_norm"] > 0
         assert 0 <= r["sampling_kl"] < 1e-4 and r["sampling_kl"] < r["approx_kl"]
     steps = [r["env_steps"] for r in records]
     assert steps == sorted(steps) and steps[1] >= 16
     assert [r["teacher_kl_coef"] for r in records[1:5]] == [0.5, 0.5, 0.5, 0.5]
     assert records[1]["teacher_kl"] > 0 and records[4]["teacher_kl"] > 0  # to the warm start first
     rates = [r["learning_rate"] for r in records[1:5]]
-    assert rates[0] == 0.005 and rates == sorted(rates, reverse=True) and rates[3] > 1e-4
+    assert rates[0] == 0.001 and rates == sorted(rates, reverse=True) and rates[3] > 1e-4
 
 
 def test_config_json(run):
@@ -207,7 +207,7 @@ def test_other_runs_resume_bit_for_bit(tmp_path, options):
         assert state["examples/sizes"].shape == (20, 3)
     elif "initial" in options:
         assert not any(k.startswith("teacher/") for k in state)
-        assert records[3]["teacher_kl"] > 0 and records[1]["teacher_kl"] > 0  # it is left behind
+        assert records[3]["teacher_kl"] > records[1]["teacher_kl"]  # it is left behind
     else:
         assert any(k.startswith("teacher/merged/") for k in state)
         assert records[3]["teacher_kl"] != 0
@@ -428,7 +428,7 @@ def test_overwrite_replaces_a_run(tmp_path):
         ("numberline --seed 1", ["--seed 0, not 1"]),
         (
             "numberline --learning-rate 0.1 --density 0.5",
-            ["--learning-rate 0.005, not 0.1", "--density 0.8, not 0.5"],
+            ["--learning-rate 0.001, not 0.1", "--density 0.8, not 0.5"],
         ),
         ("numberline --kl-coef auto", ["--kl-coef 0.5, not auto"]),
         ("ezpoints", ["the environment numberline, not ezpoints"]),
