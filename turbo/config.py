@@ -245,6 +245,14 @@ class TrainConfig:
         return self.guidance in ("kl", "sft")
 
     @property
+    def kept_checkpoints(self) -> int:
+        """Checkpoints that a run's teacher is merged from at the end; 0 where nothing is merged."""
+        if not self.teaches or self.teacher != "merged":
+            return 0
+        entered = self.updates * (self.epochs if self.checkpoint_each == "epoch" else 1) + 1
+        return min(self.history_max or entered, entered)
+
+    @property
     def imitates(self) -> bool:
         """Whether thoughts that another model wrote are imitated."""
         return self.guidance in ("sft", "gtr")

@@ -41,6 +41,7 @@ layer for S keys; SDPA and FlashAttention do not, `turbo.fused` on a CPU does.
 """
 
 from turbo.batch import LOGITS, ROWS_OF_FEW, SHORT, BatchSizes
+from turbo.history import PINNED_BLOCK
 from turbo.kernels.nf4 import BLOCK
 from turbo.kernels.policy_head import CUDA_CHUNK_ELEMENTS
 from turbo.kernels.policy_head_loss import CUDA_PIECE_ELEMENTS, piece_rows
@@ -232,3 +233,14 @@ def merge_bytes(shape: TextShape, rank: int, history: int) -> int:
 def history_entry_bytes(rank: int, features: int) -> int:
     """LoRA factors of one checkpoint for matrices of so many in + out features."""
     return BF16 * rank * features
+
+
+def host_entry_bytes(shape: TextShape, rank: int) -> int:
+    """A checkpoint's factors on the host, at most: in pinned blocks that each may lack a factor.
+
+    The last block is rounded up to a power of two (`turbo.history.cpu_copies`).
+    """
+    largest = BF16 * rank * max(shape.hidden, shape.intermediate)
+    held = max(PINNED_BLOCK - largest, PINNED_BLOCK // 2)
+    full, rest = divmod(history_entry_bytes(rank, shape.covered_features), held)
+    return full * PINNED_BLOCK + (1 << (rest - 1).bit_length() if rest else 0)

@@ -23,6 +23,8 @@ from turbo.kernels.checks import check_alpha, check_density, check_finite
 from turbo.kernels.ties import trim_threshold
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # module name -> (A [r, in], B [out, r])
+PINNED_BLOCK = 64 << 20  # bytes of pinned memory that are allocated at once
+ALIGNMENT = 64  # bytes: where a tensor in a block may begin
 
 
 @dataclass
@@ -63,7 +65,7 @@ class History:
         snapshot = Snapshot(
             number=self.pushed,
             update=update,
-            factors={name: (_cpu_copy(a), _cpu_copy(b)) for name, (a, b) in factors.items()},
+            factors=cpu_copies(factors),
             scale=float(scale),
             score=float(score),
             thresholds=compute_thresholds(factors, scale, self.density),
@@ -156,10 +158,32 @@ def score_weights(scores: list[float]) -> list[float]:
     return [score / total for score in scores] if total > 0 else [1 / len(scores)] * len(scores)
 
 
-def _cpu_copy(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, in pinned memory where there is a GPU to bring it back to."""
-    out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
-    return out.copy_(tensor.detach())
+def cpu_copies(factors: Factors) -> Factors:
+    """Copies on the CPU, in pinned memory where there is a GPU to bring them back to.
+
+    PyTorch rounds a pinned allocation up to a power of two, which for a 7B's factors one by one is
+    half as much again. So all factors of a checkpoint share blocks of `PINNED_BLOCK` bytes.
+    """
+    pinned = torch.cuda.is_available()
+    todo = sum(_padded(t) for pair in factors.values() for t in pair)
+    block, used = torch.empty(0, dtype=torch.uint8), 0
+
+    def copy(tensor: Tensor) -> Tensor:
+        nonlocal block, used, todo
+        size = _padded(tensor)
+        if used + size > block.numel():
+            room = max(size, min(PINNED_BLOCK, todo))
+            block, used = torch.empty(room, dtype=torch.uint8, pin_memory=pinned), 0
+        part = block[used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        used, todo = used + size, todo - size
+        return part.copy_(tensor.detach())
+
+    return {name: (copy(a), copy(b)) for name, (a, b) in factors.items()}
+
+
+def _padded(tensor: Tensor) -> int:
+    """Bytes of a tensor with those up to where the next one may begin."""
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def snapshot_tensors(entry: Snapshot) -> dict[str, Tensor]:
@@ -187,16 +211,16 @@ def load_snapshot(data: dict[str, Any], tensors: dict[str, Tensor]) -> Snapshot:
         key = f"{number}.{name}.{side}"
         if key not in tensors:
             raise ValueError(f"tensors: expected an entry {key!r} that the metadata names")
-        return _cpu_copy(tensors[key])
+        return tensors[key]
 
     trims = [name for name in names if f"{number}.{name}.threshold" in tensors]
     entry = Snapshot(
         number=number,
         update=data["update"],
-        factors={name: (factor(name, "lora_a"), factor(name, "lora_b")) for name in names},
+        factors=cpu_copies({n: (factor(n, "lora_a"), factor(n, "lora_b")) for n in names}),
         scale=data["scale"],
         score=data["score"],
-        thresholds={name: factor(name, "threshold") for name in trims},
+        thresholds={name: factor(name, "threshold").clone() for name in trims},
     )
     check_finite_factors(entry.factors)
     return entry

@@ -18,6 +18,7 @@ from turbo import memory, shapes
 from turbo.batch import MICRO_ROWS
 from turbo.coded import find_bitsandbytes
 from turbo.config import TrainConfig
+from turbo.machine import host_bytes
 from turbo.model import (
     Engine,
     VisionLanguageModel,
@@ -228,12 +229,15 @@ def own_workers(c: TrainConfig | SftConfig, most: int) -> int:
 
 
 def lack_of_memory(c: TrainConfig) -> str:
-    """Why a run cannot fit its card, and the nearest settings that do; nothing where it can.
+    """Why a run cannot fit its card or its host, and settings that do; nothing where it can.
 
     Its prompts are not known yet: `plan_prompts` asks again.
     """
     plan = memory_plan(c)
-    return memory.refuse(plan) if plan else ""
+    if plan is None:
+        return ""
+    here = device_of(c).type == "cuda"  # else another machine's card is planned for
+    return memory.refuse(plan) or (here and memory.refuse_host(plan, host_bytes())) or ""
 
 
 def has_card(c: TrainConfig) -> bool:
@@ -254,7 +258,7 @@ def memory_plan(c: TrainConfig, prefix: int = 0, suffix: int = 0) -> memory.Plan
     own += ("max_new_tokens", "steps_per_update")
     settings = memory.Settings(
         **{name: getattr(c, name) for name in own},
-        history=c.history_max or c.updates + 1,
+        history=max(1, c.kept_checkpoints),
         prompt_tokens=max(prefix, memory.Settings.prompt_tokens),
         suffix_tokens=max(suffix, memory.Settings.suffix_tokens),
     )

@@ -22,15 +22,11 @@ Left out: several GPUs, full fine-tuning, memory of the host but for what the de
 """
 
 import math
-import re
-import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -110,7 +106,7 @@ class Plan:
     settings: Settings
     gpu_bytes: float
     terms: list[Term]
-    host: dict[str, int]  # bytes of pinned host memory
+    host: dict[str, int]  # bytes of the host's memory
 
     @property
     def totals(self) -> dict[str, int]:
@@ -158,7 +154,7 @@ def plan(shape: TextShape, s: Settings, gpu_bytes: float) -> Plan:
         waste[phase] = int(size.STATIC_WASTE * staying + size.DYNAMIC_WASTE * moving)
     terms.append(Term("fragmentation", waste, counted=False))
     terms.append(Term("CUDA context", dict.fromkeys(PHASES, size.CUDA_CONTEXT), counted=False))
-    n = size.history_entry_bytes(s.lora_rank, shape.covered_features)
+    n = size.host_entry_bytes(shape, s.lora_rank)
     tokens = s.steps_per_update * s.max_new_tokens
     host = {
         f"factors of {s.history} checkpoints": s.history * n,
@@ -324,17 +320,19 @@ def _changes(old: Settings, new: Settings) -> str:
     return " ".join(words.values())
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Most memory that was held so far: reserved on the GPU, or resident of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved()
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage counts a parent's memory too
-        found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
-        if found:
-            return 1024 * int(found[1])
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
+def refuse_host(p: Plan, there: float) -> str:
+    """Nothing where a host with so many bytes can keep what the plan says; else one sentence."""
+    needed = sum(p.host.values())
+    if needed <= there:
+        return ""
+    entry = size.host_entry_bytes(p.shape, p.settings.lora_rank)
+    kept = int((there - needed) // entry) + p.settings.history
+    remedy = f"--history-max {kept}" if kept > 0 else "fewer --steps-per-update"
+    return (
+        f"{p.shape.name} needs {needed / GB:.1f} GB of the host's memory for the history of "
+        f"{p.settings.history} checkpoints and an update's steps, the host has {there / GB:.1f} "
+        f"GB: it fits with {remedy}"
+    )
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -377,7 +375,7 @@ def show(p: Plan, console: Console) -> None:
         console.print(f"Environments that can decode at once: {envs:,} (set: {s.envs:,}).")
         console.print(f"Tokens of a micro-batch: up to {tokens:,} (set: {s.micro_tokens:,}).")
     kept = ", ".join(f"{name} {n / GB:.1f} GB" for name, n in p.host.items())
-    console.print(f"Pinned memory of the host: {kept}.")
+    console.print(f"Memory of the host: {kept}.")
     console.print(
         "Planned, not measured: what is modelled follows from the program's text and has not been "
         "compared with a GPU yet."

@@ -103,12 +103,10 @@ class Run:
         trained = size(self.learner.parameters())
         own = 3 * trained
         history = fresh = 0
-        if c.teaches and c.teacher == "merged":
+        if kept := c.kept_checkpoints:
             dense = 4 * sum(matrix.numel() for matrix in self.teacher.base.values())
             sums = (4 if c.merge == "ties" else 1) * dense
             each = c.epochs if c.checkpoint_each == "epoch" else 1
-            kept = c.updates * each + 1
-            kept = min(c.history_max or kept, kept)
             own += dense if self.teacher.small else 0
             if self.teacher.streaming:
                 own += sums

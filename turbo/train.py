@@ -34,8 +34,9 @@ from turbo.flags import conclude
 from turbo.guidance import ask_corrector, write_answers
 from turbo.hub import check_nf4, device_of, lack_of_memory, model_sha256, own_workers
 from turbo.kl import auto_coefficient
+from turbo.machine import peak_bytes
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
-from turbo.memory import GB, peak_bytes
+from turbo.memory import GB
 from turbo.parallel import Crew, run_crew
 from turbo.rollout import Abandoned, Rollout, Step, mix
 from turbo.run import Run, due, find_alfworld

@@ -2,12 +2,16 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 
-from turbo.history import History, ema_weights
+from turbo import footprint
+from turbo import history as history_module
+from turbo.history import History, cpu_copies, ema_weights
 from turbo.kernels.ties import trim_threshold
+from turbo.shapes import find_config, text_shape
 
 
 def make_factors(seed):
@@ -40,6 +44,50 @@ def test_transposed_parameters_are_kept_contiguous_and_detached():
     factors = {"x": (torch.randn(5, 2, requires_grad=True).T, torch.randn(4, 2))}
     a, _ = History().push(0, factors, 1.0).factors["x"]
     assert a.is_contiguous() and not a.requires_grad
+
+
+def allocated(tensors):
+    """Bytes of the storages of tensors, each once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return list(storages.values())
+
+
+def test_factors_share_blocks_of_memory(monkeypatch):
+    monkeypatch.setattr(history_module, "PINNED_BLOCK", 1024)
+    shapes = [(3, 50), (7, 5), (40, 10), (1, 1), (33, 3), (2, 64)]
+    factors = {str(i): (torch.randn(s), torch.randn(s).bfloat16()) for i, s in enumerate(shapes)}
+    copies = cpu_copies(factors)
+    for name, pair in factors.items():
+        for old, new in zip(pair, copies[name], strict=True):
+            assert torch.equal(old, new) and new.is_contiguous()
+            assert new.data_ptr() % 64 == 0
+    flat = [t for pair in copies.values() for t in pair]
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in flat)
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+    blocks = allocated(flat)
+    assert sorted(blocks)[-1] == 1600  # a factor larger than a block has one of its own
+    assert all(n <= 1024 for n in blocks if n != 1600)
+    assert len(blocks) < len(flat)
+    assert sum(blocks) < 1.5 * sum(t.nbytes for t in flat)
+
+
+def test_a_planned_checkpoint_holds_its_blocks():
+    """All factors of a 7B: what is planned is what pinned memory would take, about."""
+    whole = text_shape(find_config("qwen2.5-vl-7b"))
+    sides = [(3584, 3584), (512, 3584), (512, 3584), (3584, 3584)]
+    sides += [(18944, 3584)] * 2 + [(3584, 18944)]
+    factors = {
+        f"{layer}.{i}": (
+            torch.empty(128, columns, dtype=torch.bfloat16),
+            torch.empty(rows, 128, dtype=torch.bfloat16),
+        )
+        for layer in range(whole.layers)
+        for i, (rows, columns) in enumerate(sides)
+    }
+    blocks = allocated([t for pair in cpu_copies(factors).values() for t in pair])
+    pinned = sum(1 << (n - 1).bit_length() for n in blocks)
+    needed = sum(t.nbytes for pair in factors.values() for t in pair)
+    assert needed < pinned <= footprint.host_entry_bytes(whole, 128) < 1.1 * needed
 
 
 def test_history_max_drops_the_oldest():
