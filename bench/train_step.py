@@ -61,7 +61,7 @@ from turbo.envs.points24 import Points24
 from turbo.footprint import CUDA_CONTEXT
 from turbo.kernels.nf4 import Nf4Matrix
 from turbo.log import METRICS, Metric
-from turbo.memory import peak_bytes
+from turbo.machine import peak_bytes
 from turbo.model import VisionLanguageModel, pick_dtype
 from turbo.parallel import Crew, cores, run_crew
 from turbo.presets import defaults

@@ -27,7 +27,7 @@ MODULES = {
     # 1: no model
     1: """
         advice attend batch coded config flags footprint gae graphs history idle kl log machine
-        memory pace parallel phases ppo presets prompts sft_config shapes terminal versions
+        memory pace parallel phases ppo presets prompts saved sft_config shapes terminal versions
     """,
     # 2: the model and its weights
     2: """

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from turbo import checkpoint
-from turbo.config import from_saved
 from turbo.formats import ADAPTER, ADAPTER_CONFIG
 from turbo.hub import model_name
+from turbo.saved import from_saved
 
 FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # Fields of adapter_config.json with which an adapter is more than s B A on linear layers.

@@ -3,16 +3,33 @@
 Left out: what each setting is (`turbo.config`), how flags are read (`turbo.flags`).
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from turbo import checkpoint
-from turbo.config import TrainConfig, changed, check, from_saved
+from turbo.config import TrainConfig, check
 from turbo.envs.make import find
 from turbo.flags import read_flags
 from turbo.hub import preset_of
 from turbo.idle import check_idle
-from turbo.presets import PRESETS, defaults
+from turbo.presets import defaults
+from turbo.saved import changed, from_saved
+
+
+@dataclass
+class PresetSettings:
+    """Where the settings that are not given come from."""
+
+    preset: Literal["auto", "tiny", "paper"] = "auto"
+    """tiny: what suits the built-in model; paper: the hyper-parameters of the paper's code; auto:
+    paper for a model of more than 200 MB, else tiny. --help shows those of the game and the preset
+    that stand before it"""
+
+
+@dataclass
+class TrainFlags(*TrainConfig.__bases__[:-1], PresetSettings, TrainConfig.__bases__[-1]):
+    """Train a policy with PPO, guided by a teacher merged from its own past checkpoints."""
 
 
 def flag(name: str) -> str:
@@ -25,34 +42,22 @@ def parse(argv: list[str]) -> TrainConfig:
 
     ValueError says which flag cannot be.
     """
-    preset = None  # that of the model
-    argv = [x for a in argv for x in (a.split("=", 1) if a.startswith("--preset=") else [a])]
-    if "--preset" in argv:
-        at = argv.index("--preset")
-        preset = argv[at + 1] if at + 1 < len(argv) else ""
-        argv = argv[:at] + argv[at + 2 :]
-    names = [a for a in argv[:1] if not a.startswith("-")]
-    find(names[0] if names else "points24")
-    base = defaults(names[0] if names else "points24", "tiny" if preset is None else preset)
-    help_text = (
-        f"{TrainConfig.__doc__} Presets: --preset {' | '.join(PRESETS)}. Where none is named, a "
-        "model of more than 200 MB has that of the paper, not the defaults below."
-    )
 
-    def read(base: TrainConfig) -> TrainConfig:
-        options = dict(default=base, description=help_text)
-        return read_flags(TrainConfig, argv, "turbo.train", also=["--preset"], **options)
+    def read(base: TrainConfig) -> TrainFlags:
+        return read_flags(TrainFlags, argv, "turbo.train", default=TrainFlags(**asdict(base)))
 
-    c = read(base)
-    if c.resume:
-        fresh = f"--out {c.out}" if c.out else f"--preset {preset}" if preset else ""
+    given = read(defaults(*named(argv)))
+    if given.resume:
+        fresh = f"--out {given.out}" if given.out else ""
+        if given.preset != "auto":
+            fresh = fresh or f"--preset {given.preset}"
         if fresh:
             raise ValueError(f"{fresh} is for a new run: leave it out with --resume")
-        base = from_saved(checkpoint.read_run(Path(c.resume))["config"], c.resume)
-        c = read(base)
+        base = from_saved(checkpoint.read_run(Path(given.resume))["config"], given.resume)
     else:  # the environment may not be named first, and the model may be large
-        base = defaults(c.env, preset_of(c) if preset is None else preset)
-        c = read(base)
+        model = settings(given)
+        base = defaults(given.env, preset_of(model) if given.preset == "auto" else given.preset)
+    c = settings(read(base))
     check(c)
     if c.resume and (odd := changed(asdict(base), c)):
         both = {name: [getattr(x, name) for x in (base, c)] for name in odd}
@@ -60,3 +65,18 @@ def parse(argv: list[str]) -> TrainConfig:
         raise ValueError(f"{c.resume} was begun with {', '.join(told)}: leave that out")
     check_idle(c, base)
     return c
+
+
+def named(argv: list[str]) -> tuple[str, str]:
+    """The game and the preset whose defaults --help shows: before anything is read."""
+    words = [part for word in argv for part in word.split("=", 1)]
+    env = words[0] if words and not words[0].startswith("-") else "points24"
+    find(env)
+    after = words[words.index("--preset") + 1 :] if "--preset" in words else ["auto"]
+    preset = after[0] if after else ""
+    return env, "tiny" if preset == "auto" else preset
+
+
+def settings(given: TrainFlags) -> TrainConfig:
+    """What was given, without the preset."""
+    return TrainConfig(**{k: v for k, v in asdict(given).items() if k != "preset"})

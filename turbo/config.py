@@ -1,40 +1,29 @@
 """All settings of a training run: one flat dataclass, and what makes a setting impossible.
 
 The defaults are those of the built-in tiny model, measured in docs/LOG.md. The comment under a
-field is its help text.
+field is its help text; the dataclasses that `TrainConfig` is made of are the sections of --help.
 
-Left out: games and presets (`turbo.presets`), reading the command line (`turbo.train`).
+Left out: games and presets (`turbo.presets`), reading the command line (`turbo.arguments`), and
+what a run was saved with (`turbo.saved`).
 """
 
 import math
 import re
-from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal
 
 import tyro
 
-from turbo.envs.make import check_env, is_name
+from turbo.envs.make import check_env
 
 
 @dataclass
-class TrainConfig:
-    """Train a policy with PPO, guided by a teacher merged from its own past checkpoints."""
+class RunSettings:
+    """The game, the run directory, the length of a run."""
 
     env: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[ENV]")] = "points24"
     """which environment to play: points24, ezpoints, numberline, blackjack or alfworld; one of your
     own as module:Class; or the name of an installed entry point of the group gtr_turbo.envs"""
-    model: str = "tiny"
-    """`tiny` for the built-in warm start of the environment; a folder with a vision-language model
-    in Hugging Face format; or its id on the Hub, such as Qwen/Qwen2.5-VL-7B-Instruct"""
-    random_weights: bool = False
-    """for measuring: the shapes of --model with random weights, and nothing is downloaded; --model
-    is qwen2.5-vl-3b or -7b, qwen3-vl-2b, -4b or -8b, or a folder with a config.json"""
-    quantize: Literal["none", "nf4"] = "none"
-    """nf4: the base and the merged teacher in 4 bits, so that 7B fits a 24 GB card"""
-    play: Literal["auto", "merged", "unmerged"] = "auto"
-    """large models: the policy plays, and the teacher reads, with the base and what was learned
-    apart; or merged into one matrix, which is faster, and in 16 bits loses the smallest changes;
-    auto: apart in 16 bits and over a base in 4, else merged"""
     out: str = ""
     """run directory of a new run; empty makes runs/<env>-<date>-<time>"""
     resume: str = ""
@@ -50,17 +39,67 @@ class TrainConfig:
     minutes: float = 0.0
     """stop after so many minutes even if updates are left (0: no limit)"""
 
-    # Playing
-    envs: int = 256
-    """environments that play at once, over all workers"""
-    steps_per_update: int = 4096
-    """least environment steps of an update; episodes are always played to their end"""
-    group_size: int = 8
-    """environments that play the same deal (with --advantage group: the baseline's size)"""
-    temperature: float = 0.5
-    """sampling temperature of training; the scored distribution is the same one"""
-    max_new_tokens: int = 96
-    """longest answer in tokens"""
+
+@dataclass
+class ModelSettings:
+    """The model, and how it runs."""
+
+    model: str = "tiny"
+    """`tiny` for the built-in warm start of the environment; a folder with a vision-language model
+    in Hugging Face format; or its id on the Hub, such as Qwen/Qwen2.5-VL-7B-Instruct"""
+    random_weights: bool = False
+    """for measuring: the shapes of --model with random weights, and nothing is downloaded; --model
+    is qwen2.5-vl-3b or -7b, qwen3-vl-2b, -4b or -8b, or a folder with a config.json"""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: the base and the merged teacher in 4 bits, so that 7B fits a 24 GB card"""
+    lora_rank: int = 16
+    """rank of the LoRA factors on every linear layer of the text model"""
+    lora_alpha: float = 32.0
+    """LoRA scale is alpha / rank"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """dtype of the matrix products; auto is bfloat16 where it is native (GPU, AMX), else float32"""
+    observation: Literal["auto", "small", "full"] = "auto"
+    """small: short prompts and few pixels; full: the rules in words and large pictures; auto: small
+    for models of less than 200 MB, full for all others"""
+    engine: Literal["auto", "fused", "modules"] = "auto"
+    """how the text model runs; fused: our own forward pass, for small Qwen2.5-VL models on a CPU;
+    modules: that of transformers, for all others"""
+    play: Literal["auto", "merged", "unmerged"] = "auto"
+    """large models: the policy plays, and the teacher reads, with the base and what was learned
+    apart; or merged into one matrix, which is faster, and in 16 bits loses the smallest changes;
+    auto: apart in 16 bits and over a base in 4, else merged"""
+    gradient_checkpointing: bool = True
+    """modules: keep only the layers' inputs for the backward pass and compute the rest again"""
+    decode_graphs: bool = False
+    """GPU: record decode steps as CUDA graphs and replay them (not yet measured on a GPU)"""
+
+
+@dataclass
+class MachineSettings:
+    """What a run takes of the machine."""
+
+    workers: int = 0
+    """processes that play and train (0: one a core, at most 4)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the model runs; auto is the GPU where there is one"""
+    gpu: float = 0.0
+    """plan for a card of so many GB, and use no more of it (0: what the card has)"""
+    micro_tokens: int = 0
+    """modules: tokens that run at once, prompts and answers; halved where memory runs out (0: 2048,
+    and up to 8192 where the memory plan leaves a twentieth of the card free)"""
+
+
+@dataclass
+class GameSettings:
+    """Settings of single games, and rewards for the form of an answer."""
+
+    early_truncation: bool = True
+    """card games, and others with this option: end the episode at its first reward of -1"""
+    format_valid: float = 0.0
+    """reward of a well-formed answer, in the same stream as the environment's: above 0, longer
+    episodes earn more"""
+    format_invalid: float = 0.0
+    """reward of an unreadable or illegal answer, beside the environment's penalty"""
     hands: int = 0
     """Points24: train on a fixed pool of so many multisets (0: the environment's distribution)"""
     games: str = ""
@@ -71,15 +110,28 @@ class TrainConfig:
     """ALFWorld: number of commands that the prompt shows, the newest ones; 40 is all of them"""
     backend: Literal["text", "thor"] = "text"
     """ALFWorld: the text engine with drawn frames, or AI2-THOR with its own"""
-    early_truncation: bool = True
-    """card games, and others with this option: end the episode at its first reward of -1"""
-    format_valid: float = 0.0
-    """reward of a well-formed answer, in the same stream as the environment's: above 0, longer
-    episodes earn more"""
-    format_invalid: float = 0.0
-    """reward of an unreadable or illegal answer, beside the environment's penalty"""
 
-    # Objective
+
+@dataclass
+class RolloutSettings:
+    """How episodes are played: environments, answers, sampling."""
+
+    envs: int = 256
+    """environments that play at once, over all workers"""
+    steps_per_update: int = 4096
+    """least environment steps of an update; episodes are always played to their end"""
+    group_size: int = 8
+    """environments that play the same deal (with --advantage group: the baseline's size)"""
+    temperature: float = 0.5
+    """sampling temperature of training; the scored distribution is the same one"""
+    max_new_tokens: int = 96
+    """longest answer in tokens"""
+
+
+@dataclass
+class ObjectiveSettings:
+    """What the policy is trained on: advantages, and PPO's loss."""
+
     objective: Literal["ppo", "rejection"] = "ppo"
     """ppo; or rejection sampling: cross-entropy of the policy's own successes (a baseline)"""
     advantage: Literal["group", "gae"] = "group"
@@ -108,7 +160,11 @@ class TrainConfig:
     skip_certain: float = 0.02
     """skip steps whose answer is surer than so many nats (-log p): next to no gradient"""
 
-    # Optimiser
+
+@dataclass
+class OptimizerSettings:
+    """How it is trained: AdamW, with a cosine from one rate to the other."""
+
     learning_rate: float = 7e-4
     """peak learning rate of AdamW"""
     final_learning_rate: float = 3e-4
@@ -122,12 +178,12 @@ class TrainConfig:
     """adamw8bit: its moments in 8 bits, by bitsandbytes"""
     adam_eps: float = 1e-8
     """epsilon of AdamW"""
-    lora_rank: int = 16
-    """rank of the LoRA factors on every linear layer of the text model"""
-    lora_alpha: float = 32.0
-    """LoRA scale is alpha / rank"""
 
-    # Teacher and guidance
+
+@dataclass
+class GuidanceSettings:
+    """What the teacher does for the policy's thoughts."""
+
     guidance: Literal["kl", "sft", "gtr", "none"] = "kl"
     """kl: KL of the thoughts to the teacher; sft: imitate thoughts that it writes; gtr: imitate
     those of an external model (--teacher-url); none: plain PPO (RL4VLM)"""
@@ -157,6 +213,37 @@ class TrainConfig:
     """temperature at which the teacher writes"""
     teacher_sample: int = 64
     """steps of an update that the merged teacher answers too, to measure its thoughts (0: none)"""
+
+
+@dataclass
+class MergeSettings:
+    """How past checkpoints become the teacher."""
+
+    merge: Literal["ties", "linear"] = "ties"
+    """how checkpoints are merged into the teacher"""
+    weighting: Literal["sma", "ema", "score"] = "ema"
+    """weights of the checkpoints: equal, decaying with age, or by success rate"""
+    ema_alpha: float = 0.5
+    """share of the newest checkpoint with --weighting ema"""
+    score_episodes: int = 0
+    """with --weighting score: fresh episodes that each checkpoint plays, the same for all (0: its
+    own rollout counts; the newest, which has not played yet, takes the score of the one before)"""
+    density: float = 0.8
+    """share of the largest task-vector entries that TIES keeps"""
+    guide_first: bool = True
+    """the warm start enters the history too, so that the first update is guided as well"""
+    checkpoint_each: Literal["update", "epoch"] = "update"
+    """a checkpoint enters the history after each update, or after each of its epochs"""
+    merge_every: int = 1
+    """rebuild the teacher every so many updates"""
+    history_max: int = 0
+    """checkpoints that are merged at most (0: all)"""
+
+
+@dataclass
+class EndpointSettings:
+    """With --guidance gtr: the external model."""
+
     teacher_url: str = ""
     """gtr: OpenAI-compatible endpoint that takes pictures, such as http://127.0.0.1:8000/v1"""
     teacher_model: str = ""
@@ -171,48 +258,12 @@ class TrainConfig:
     """gtr: dollars per million prompt tokens"""
     teacher_price_out: float = 0.0
     """gtr: dollars per million answer tokens"""
-    merge: Literal["ties", "linear"] = "ties"
-    """how checkpoints are merged into the teacher"""
-    weighting: Literal["sma", "ema", "score"] = "ema"
-    """weights of the checkpoints: equal, decaying with age, or by success rate"""
-    score_episodes: int = 0
-    """with --weighting score: fresh episodes that each checkpoint plays, the same for all (0: its
-    own rollout counts; the newest, which has not played yet, takes the score of the one before)"""
-    ema_alpha: float = 0.5
-    """share of the newest checkpoint with --weighting ema"""
-    density: float = 0.8
-    """share of the largest task-vector entries that TIES keeps"""
-    guide_first: bool = True
-    """the warm start enters the history too, so that the first update is guided as well"""
-    checkpoint_each: Literal["update", "epoch"] = "update"
-    """a checkpoint enters the history after each update, or after each of its epochs"""
-    merge_every: int = 1
-    """rebuild the teacher every so many updates"""
-    history_max: int = 0
-    """checkpoints that are merged at most (0: all)"""
 
-    # Machine, evaluation, files
-    workers: int = 0
-    """processes that play and train (0: one a core, at most 4)"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the model runs; auto is the GPU where there is one"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """dtype of the matrix products; auto is bfloat16 where it is native (GPU, AMX), else float32"""
-    gpu: float = 0.0
-    """plan for a card of so many GB, and use no more of it (0: what the card has)"""
-    observation: Literal["auto", "small", "full"] = "auto"
-    """small: short prompts and few pixels; full: the rules in words and large pictures; auto: small
-    for models of less than 200 MB, full for all others"""
-    engine: Literal["auto", "fused", "modules"] = "auto"
-    """how the text model runs; fused: our own forward pass, for small Qwen2.5-VL models on a CPU;
-    modules: that of transformers, for all others"""
-    gradient_checkpointing: bool = True
-    """modules: keep only the layers' inputs for the backward pass and compute the rest again"""
-    decode_graphs: bool = False
-    """GPU: record decode steps as CUDA graphs and replay them (not yet measured on a GPU)"""
-    micro_tokens: int = 0
-    """modules: tokens that run at once, prompts and answers; halved where memory runs out (0: 2048,
-    and up to 8192 where the memory plan leaves a twentieth of the card free)"""
+
+@dataclass
+class EvaluationSettings:
+    """Fresh episodes, played before and after training."""
+
     eval_episodes: int = 500
     """episodes of the evaluations before and after training (0: none)"""
     eval_start: bool = True
@@ -221,6 +272,12 @@ class TrainConfig:
     """sampling temperature of evaluation (the paper's)"""
     eval_every: int = 0
     """evaluate every so many updates as well (0: only at both ends)"""
+
+
+@dataclass
+class OutputSettings:
+    """Checkpoints, and where figures go."""
+
     save_every: int = 10
     """checkpoint every so many updates, and at the end"""
     keep: int = 2
@@ -238,6 +295,24 @@ class TrainConfig:
     the environment it is sent (empty: no log)"""
     trackio: str = ""
     """also log to this project of trackio, on this machine (empty: no log)"""
+
+
+@dataclass
+class TrainConfig(  # fields of the last base come first
+    OutputSettings,
+    EvaluationSettings,
+    EndpointSettings,
+    MergeSettings,
+    GuidanceSettings,
+    OptimizerSettings,
+    ObjectiveSettings,
+    RolloutSettings,
+    GameSettings,
+    MachineSettings,
+    ModelSettings,
+    RunSettings,
+):
+    """Train a policy with PPO, guided by a teacher merged from its own past checkpoints."""
 
     @property
     def teaches(self) -> bool:
@@ -322,45 +397,3 @@ def check(c: TrainConfig) -> None:
         except ValueError:
             coefficient = math.nan
         need(coefficient >= 0 and math.isfinite(coefficient), "kl_coef", "auto or a number >= 0")
-
-
-def from_saved(saved: object, source: str) -> TrainConfig:
-    """Settings as a run saved them; ValueError names what is not of this program.
-
-    A setting that is newer than the run stands at its field's default. So that of a new setting is
-    what the program did before it.
-    """
-    kinds = get_type_hints(TrainConfig)
-    if not isinstance(saved, dict) or not saved:
-        raise ValueError(f"{source} has no settings: start a new run")
-    if odd := [str(name) for name in saved if name not in kinds]:
-        raise ValueError(
-            f"{source} was made by another version of the program, whose setting {odd[0]:.60} is "
-            "unknown here: use that version, or start a new run"
-        )
-    for name, value in saved.items():
-        kind = kinds[name]
-        if get_origin(kind) is Literal:
-            good = value in get_args(kind) and isinstance(value, str)
-        elif kind is float:
-            good = type(value) in (int, float)
-        else:
-            good = type(value) is kind
-        if not good:
-            raise ValueError(f"{source}: {name} cannot be {value!r:.60}: the file was changed")
-    c = TrainConfig(**saved)
-    if not is_name(c.env):
-        raise ValueError(
-            f"{source}: env cannot be {c.env!r:.60}, which is unknown here: install the package "
-            "that brings it"
-        )
-    return c
-
-
-def changed(old: dict, new: TrainConfig) -> list[str]:
-    """Names of the settings in which a resumed run would differ from the saved one."""
-    free = {"resume", "out", "overwrite", "updates", "minutes", "keep", "save_every"}
-    free |= {"decode_graphs", "max_faults", "quiet", "json", "tensorboard", "wandb", "trackio"}
-    free |= {"micro_tokens", "gpu"}  # of the card
-    now = asdict(new)
-    return [k for k in now if k not in free and k in old and old[k] != now[k]]

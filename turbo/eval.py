@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from turbo import checkpoint
-from turbo.config import TrainConfig, from_saved
+from turbo.config import TrainConfig
 from turbo.envs.make import check_env, is_name
 from turbo.flags import conclude, read_flags
 from turbo.hub import is_hub_id, model_sha256, open_model, own_workers, preset_of
@@ -29,6 +29,7 @@ from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew, run_crew
 from turbo.presets import defaults
 from turbo.run import env_maker, find_alfworld, held_out, prompt_style
+from turbo.saved import from_saved
 from turbo.teacher import saved_teacher
 
 JSON_KEYS = [

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from turbo import checkpoint, families
 from turbo.card import Facts, card
-from turbo.config import TrainConfig, from_saved
+from turbo.config import TrainConfig
 from turbo.envs.make import find
 from turbo.flags import conclude, read_flags
 from turbo.formats import (
@@ -52,6 +52,7 @@ from turbo.log import read_jsonl
 from turbo.lora import Lora, new_lora
 from turbo.model import VisionLanguageModel
 from turbo.run import env_maker, rollout_options
+from turbo.saved import from_saved
 from turbo.teacher import saved_teacher
 from turbo.versions import versions
 

@@ -6,8 +6,9 @@
 
 Standard output that cannot be written is a 1, where nobody reads it any more a 141.
 
-The fields of a dataclass are the flags, and the text under a field is its help (tyro). What tyro
-says of a mistake fills a box; here it is one line, and an unknown flag names the nearest one.
+The fields of a dataclass are the flags, and the text under a field is its help (tyro); one that
+inherits from several dataclasses has a section of --help for each. What tyro says of a mistake
+fills a box; here it is one line, and an unknown flag names the nearest one.
 
 Left out: what the flags of a command mean, and whether their values can work together.
 """
@@ -34,25 +35,52 @@ _FRAME = re.compile(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]|-{4,}")
 
 
 def read_flags(
-    kind: type[Settings], argv: Sequence[str], prog: str, also: Sequence[str] = (), **options
+    kind: type[Settings],
+    argv: Sequence[str],
+    prog: str,
+    default: Settings | None = None,
+    **options,
 ) -> Settings:
     """The settings on a command line; ValueError says in one line what is wrong with it.
 
-    `also` names flags that are read elsewhere, to be suggested too; `options` go to tyro. With
-    --help the help is printed and the program ends.
+    `default` stands for what is not given; `options` go to tyro. With --help the help is printed
+    and the program ends.
     """
-    if told := unknown_flag(argv, [*flags(kind), *also]):
+    if told := unknown_flag(argv, flags(kind)):
         raise ValueError(f"{told} (see {prog} --help)")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=list(argv), prog=prog, **options)
+            return _read(kind, argv, default, prog=prog, **options)
     except BrokenPipeError:  # of the help; no OSError to be told
         sys.exit(_unread())
     except SystemExit as ended:
         if not ended.code:
             raise
-        raise ValueError(f"{in_one_line(said.getvalue())} (see {prog} --help)") from None
+        told = in_one_line(said.getvalue()).replace("Unrecognized options:", "too many words:")
+        raise ValueError(f"{told} (see {prog} --help)") from None
+
+
+def _read(kind: type[Settings], argv: Sequence[str], default: Settings | None, **options):
+    """By tyro; dataclasses that `kind` is made of are read as its sections, which have a title."""
+    parts = [base for base in reversed(kind.__bases__) if dataclasses.is_dataclass(base)]
+    if default is not None and not parts:
+        options["default"] = default
+    if not parts:
+        return tyro.cli(kind, args=list(argv), **options)
+
+    def section(part: type):  # as the default has it
+        values = {f.name: getattr(default, f.name) for f in dataclasses.fields(part)}
+        return part(**values)
+
+    names = [part.__name__.removesuffix("Settings").lower() for part in parts]
+    hints = [tyro.conf.OmitArgPrefixes[part] for part in parts]
+    whole = dataclasses.make_dataclass(kind.__name__, zip(names, hints, strict=True))
+    options.setdefault("description", kind.__doc__)
+    if default is not None:
+        options["default"] = whole(*map(section, parts))
+    read = tyro.cli(whole, args=list(argv), **options)
+    return kind(**{k: v for name in names for k, v in vars(getattr(read, name)).items()})
 
 
 def flags(kind: type) -> list[str]:

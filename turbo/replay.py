@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from turbo import checkpoint
-from turbo.config import from_saved
 from turbo.envs.base import Answer, Verdict
 from turbo.faults import RAGGED
 from turbo.flags import conclude, read_flags
@@ -27,6 +26,7 @@ from turbo.lora import new_lora
 from turbo.model import ValueHead
 from turbo.parallel import Crew
 from turbo.rollout import Episode, Rollout, Step
+from turbo.saved import from_saved
 from turbo.score import TeacherReading
 from turbo.update import Learner, StepData
 

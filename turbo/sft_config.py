@@ -12,8 +12,8 @@ from turbo.envs.make import check_env, find
 
 
 @dataclass
-class SftConfig:
-    """Make a warm start from expert traces: the tiny model from scratch, or any other by LoRA."""
+class RunSettings:
+    """The game, the model, the length of a training."""
 
     env: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[ENV]")] = "points24"
     """which environment to learn: points24, ezpoints, numberline, blackjack or alfworld; one of
@@ -27,10 +27,18 @@ class SftConfig:
     model: str = ""
     """empty: a new tiny model; else a folder or an id of the Hub, to be fine-tuned by LoRA and
     written merged"""
-    size: Literal["", "small", "medium", "nano"] = ""
-    """size of the model (empty: the one of the environment)"""
     steps: int = 2000
     """optimiser steps of the language model; 300 with --model"""
+    workers: int = 0
+    """processes (0: one a core, at most 4)"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """dtype of the matrix products"""
+
+
+@dataclass
+class DataSettings:
+    """What the expert shows in a step."""
+
     deals: int = 24
     """deals per step"""
     states: int = 4
@@ -40,35 +48,39 @@ class SftConfig:
     other_targets: float = 0.0
     """Points24: share of the deals that ask for another target than 24, as further exercises; 0
     with --model"""
+    stray: float = 0.0
+    """share of the expert's steps at which a random action is played in place of its own, so that
+    it shows how to get out of it"""
     games: str = ""
     """ALFWorld: folder of games (empty: $ALFWORLD_DATA, else small ones that are made once)"""
     tasks: str = ""
     """ALFWorld: task types to play, separated by commas (empty: all six)"""
     history_length: int = 40
     """ALFWorld: number of commands that the prompt shows, the newest ones; 40 is all of them"""
-    stray: float = 0.0
-    """share of the expert's steps at which a random action is played in place of its own, so that
-    it shows how to get out of it"""
+
+
+@dataclass
+class TinySettings:
+    """Without --model: a new tiny model."""
+
+    size: Literal["", "small", "medium", "nano"] = ""
+    """size of the model (empty: the one of the environment)"""
     read_out_steps: int = 250
     """steps of the read-out that teaches the vision tower to see"""
     learning_rate: float = 2e-3
     """peak learning rate of AdamW: embeddings, norms, vision tower"""
     muon_learning_rate: float = 3e-3
     """peak learning rate of Muon: the matrices of the text layers"""
-    eval_episodes: int = 500
-    """episodes of each evaluation at the end"""
-    workers: int = 0
-    """processes (0: one a core, at most 4)"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """dtype of the matrix products"""
 
-    # With --model
+
+@dataclass
+class LoraSettings:
+    """With --model: one that is there is fine-tuned, and written merged."""
+
     lora_rank: int = 64
     """rank of the LoRA factors"""
     lora_learning_rate: float = 1e-4
     """peak learning rate of the factors"""
-    max_new_tokens: int = 96
-    """longest answer in tokens, in the evaluation at the end; 256 with --model"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the model runs; auto is the GPU where there is one"""
     observation: Literal["auto", "small", "full"] = "auto"
@@ -83,6 +95,23 @@ class SftConfig:
     """steps between saves into OUT/unfinished, from which --resume goes on (0: none)"""
     resume: bool = False
     """go on with a fine-tuning of the same settings that did not come to its end"""
+
+
+@dataclass
+class EvaluationSettings:
+    """Episodes at the end."""
+
+    eval_episodes: int = 500
+    """episodes of each evaluation at the end"""
+    max_new_tokens: int = 96
+    """longest answer in tokens, in the evaluation at the end; 256 with --model"""
+
+
+@dataclass
+class SftConfig(  # fields of the last base come first
+    EvaluationSettings, LoraSettings, TinySettings, DataSettings, RunSettings
+):
+    """Make a warm start from expert traces: the tiny model from scratch, or any other by LoRA."""
 
 
 # Measured in docs/LOG.md: enough to begin reinforcement learning, far from the optimum.

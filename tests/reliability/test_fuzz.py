@@ -19,11 +19,12 @@ from hypothesis.extra import numpy as arrays
 
 from examples.corrector_server import Expert
 from turbo import checkpoint
-from turbo.config import TrainConfig, check, from_saved
+from turbo.config import TrainConfig, check
 from turbo.envs.cards import evaluate, tokenize
 from turbo.envs.make import make, tiny_kwargs
 from turbo.log import read_jsonl
 from turbo.prompts import SPECIAL_TOKENS
+from turbo.saved import from_saved
 from turbo.tiny import GAMES
 
 pytestmark = pytest.mark.fuzz

@@ -20,11 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from turbo import checkpoint, export, train
-from turbo.config import from_saved
 from turbo.formats import Kept, loss_of_rounding, policy_matrices
 from turbo.hub import model_sha256
 from turbo.lora import effective, new_lora
 from turbo.model import load
+from turbo.saved import from_saved
 from turbo.teacher import saved_teacher
 from turbo.tiny import builtin_path
 

@@ -66,12 +66,12 @@ def test_what_is_right_is_read():
         ("here --learning-rat=3", "flag --learning-rat is unknown: did you mean --learning-rate?"),
         ("here --lora_rnk 3", "flag --lora-rnk is unknown: did you mean --lora-rank?"),
         ("here --no-is-fst", "flag --no-is-fst is unknown: did you mean --no-is-fast?"),
-        ("here --prest 3", "flag --prest is unknown: did you mean --preset?"),
         ("here --xyzzy", "flag --xyzzy is unknown (see"),
         ("here -x", "flag -x is unknown"),
         ("--sed 3", "flag --sed is unknown: did you mean --seed?"),  # RUN is missing too
         ("", "Missing from cmd: RUN what is read (required)"),
-        ("here there", "there"),
+        ("here there", "too many words: there"),
+        ("here --lora-rank 3 4", "too many words: 4"),
         ("here --kind three", "'three'"),
         ("here --kind", "--kind"),
         ("here --learning-rate fast", "--learning-rate: could not convert string to float: 'fast'"),
@@ -83,10 +83,51 @@ def test_a_mistake_is_told_in_one_line(argv, message, encoding, monkeypatch):
     with open(os.devnull, "w", encoding=encoding) as out:
         monkeypatch.setattr(sys, "stdout", out)
         with pytest.raises(ValueError) as told:
-            read_flags(Outer, argv.split(), "cmd", also=["--preset"])
+            read_flags(Outer, argv.split(), "cmd")
     text = str(told.value)
     assert message in text and text.endswith(" (see cmd --help)")
     assert "\n" not in text and not set(text) & set("│╭╮╰╯─\x1b") and "---" not in text
+
+
+@dataclass
+class RunSettings:
+    """Where and what."""
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RUN]")] = "newest"
+    """what is read"""
+    seed: int = 0
+    """a seed"""
+
+
+@dataclass
+class RateSettings:
+    """How fast."""
+
+    learning_rate: float = 0.1
+    """a rate"""
+
+
+@dataclass
+class Sections(RateSettings, RunSettings):
+    """Flags of a command with many."""
+
+
+def test_dataclasses_that_one_is_made_of_are_sections_of_its_help(capsys):
+    assert flags(Sections) == ["--seed", "--learning-rate"]
+    assert read_flags(Sections, [], "cmd") == Sections()
+    default = Sections("first", seed=3)
+    read = read_flags(Sections, ["--learning-rate", "2"], "cmd", default=default)
+    assert read == Sections("first", 3, 2.0) and type(read) is Sections
+    assert read_flags(Sections, ["other", "--seed", "1"], "cmd", default) == Sections("other", 1)
+    with pytest.raises(ValueError, match="did you mean --seed"):
+        read_flags(Sections, ["--sed", "1"], "cmd")
+    with pytest.raises(SystemExit):
+        read_flags(Sections, ["--help"], "cmd", default)
+    _, out = capsys.readouterr().out.split("Flags of a command with many.")
+    said = ["(default: first)", "run options", "Where and what.", "--seed"]
+    said += ["(default: 3)", "rate options", "How fast.", "--learning-rate"]
+    places = [out.index(words) for words in said]
+    assert places == sorted(places)
 
 
 def test_help_ends_the_program(capsys):
