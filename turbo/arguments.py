@@ -10,7 +10,7 @@ from typing import Literal
 from turbo import checkpoint
 from turbo.config import TrainConfig, check
 from turbo.envs.make import find
-from turbo.flags import read_flags
+from turbo.flags import flag, read_flags
 from turbo.hub import preset_of
 from turbo.idle import check_idle
 from turbo.presets import defaults
@@ -30,11 +30,6 @@ class PresetSettings:
 @dataclass
 class TrainFlags(*TrainConfig.__bases__[:-1], PresetSettings, TrainConfig.__bases__[-1]):
     """Train a policy with PPO, guided by a teacher merged from its own past checkpoints."""
-
-
-def flag(name: str) -> str:
-    """How a setting is called on the command line."""
-    return "the environment" if name == "env" else "--" + name.replace("_", "-")
 
 
 def parse(argv: list[str]) -> TrainConfig:
@@ -61,7 +56,10 @@ def parse(argv: list[str]) -> TrainConfig:
     check(c)
     if c.resume and (odd := changed(asdict(base), c)):
         both = {name: [getattr(x, name) for x in (base, c)] for name in odd}
-        told = (f"{flag(name)} {x or repr(x)}, not {y or repr(y)}" for name, (x, y) in both.items())
+        called = {name: flag(name) for name in odd} | {"env": "the environment"}
+        told = (
+            f"{called[name]} {x or repr(x)}, not {y or repr(y)}" for name, (x, y) in both.items()
+        )
         raise ValueError(f"{c.resume} was begun with {', '.join(told)}: leave that out")
     check_idle(c, base)
     return c

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import tyro
 
 from turbo.envs.make import check_env
+from turbo.flags import flag
 
 
 @dataclass
@@ -336,10 +337,9 @@ class TrainConfig(  # fields of the last base come first
 def check(c: TrainConfig) -> None:
     """Refuse settings that cannot work, naming the flag, its value and the remedy."""
 
-    def need(ok: bool, flag: str, rule: str) -> None:
+    def need(ok: bool, name: str, rule: str) -> None:
         if not ok:
-            value = getattr(c, flag)
-            raise ValueError(f"--{flag.replace('_', '-')} must be {rule}, got {value!r}")
+            raise ValueError(f"{flag(name)} must be {rule}, got {getattr(c, name)!r}")
 
     check_env(c.env)
     for f in fields(c):
@@ -350,7 +350,7 @@ def check(c: TrainConfig) -> None:
                 need(value >= 0, f.name, "zero or more")
         elif isinstance(value, int) and not isinstance(value, bool):
             need(value >= 0, f.name, "zero or more")
-    for flag in (
+    for name in (
         "updates",
         "envs",
         "steps_per_update",
@@ -364,31 +364,31 @@ def check(c: TrainConfig) -> None:
         "keep",
         "max_faults",
     ):
-        need(getattr(c, flag) >= 1, flag, "at least 1")
-    for flag in ("temperature", "eval_temperature", "learning_rate", "grad_clip", "lora_alpha"):
-        need(getattr(c, flag) > 0, flag, "more than 0")
-    for flag in ("density", "ema_alpha", "gamma", "gae_lambda", "clip"):
-        need(getattr(c, flag) <= 1, flag, "at most 1")
+        need(getattr(c, name) >= 1, name, "at least 1")
+    for name in ("temperature", "eval_temperature", "learning_rate", "grad_clip", "lora_alpha"):
+        need(getattr(c, name) > 0, name, "more than 0")
+    for name in ("density", "ema_alpha", "gamma", "gae_lambda", "clip"):
+        need(getattr(c, name) <= 1, name, "at most 1")
     need(c.ema_alpha > 0, "ema_alpha", "more than 0")
     if c.advantage == "group":
         need(c.group_size >= 2, "group_size", "at least 2 with --advantage group (or use gae)")
     need(c.hands == 0 or c.env == "points24", "hands", "0 except with points24")
     need(c.hands <= 715, "hands", "at most 715, the number of multisets (0: all hands)")
     if c.env != "alfworld":
-        for flag in ("games", "tasks"):
-            need(getattr(c, flag) == "", flag, "left out except with alfworld")
+        for name in ("games", "tasks"):
+            need(getattr(c, name) == "", name, "left out except with alfworld")
         need(c.backend == "text", "backend", "text except with alfworld")
-    for flag in ("teacher_temperature", "teacher_timeout"):
-        need(getattr(c, flag) > 0, flag, "more than 0")
+    for name in ("teacher_temperature", "teacher_timeout"):
+        need(getattr(c, name) > 0, name, "more than 0")
     if c.imitates:
         need(c.sft_batch >= 1, "sft_batch", f"at least 1 with --guidance {c.guidance}")
     if c.guidance == "gtr":
         need(bool(c.teacher_url), "teacher_url", "the address of an endpoint with --guidance gtr")
         need(bool(c.teacher_model), "teacher_model", "a model's name with --guidance gtr")
         need(c.teacher_concurrency >= 1, "teacher_concurrency", "at least 1")
-    for flag in ("wandb", "trackio"):
-        name = getattr(c, flag)
-        need(bool(re.fullmatch(r"[\w.-]*", name)), flag, "a project's name: letters, digits, _ . -")
+    for name in ("wandb", "trackio"):
+        good = re.fullmatch(r"[\w.-]*", getattr(c, name))
+        need(bool(good), name, "a project's name: letters, digits, _ . -")
     need(not (c.quantize == "nf4" and c.play == "merged"), "play", "auto with --quantize nf4")
     need(not (c.quiet and c.json), "json", "left out with --quiet, or --quiet left out")
     if c.kl_coef != "auto":

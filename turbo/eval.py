@@ -21,7 +21,7 @@ import tyro
 from turbo import checkpoint
 from turbo.config import TrainConfig
 from turbo.envs.make import check_env, is_name
-from turbo.flags import conclude, read_flags
+from turbo.flags import conclude, flag, read_flags
 from turbo.hub import is_hub_id, model_sha256, open_model, own_workers, preset_of
 from turbo.lora import new_lora
 from turbo.measure import evaluate
@@ -100,14 +100,12 @@ class EvalConfig:
 
 def check(c: EvalConfig) -> TrainConfig:
     """Refuse what cannot be evaluated; the settings of the run, or the defaults for a model."""
-    for flag in ("episodes", "samples", "temperature"):
-        if not 0 < getattr(c, flag) < math.inf:
-            name = "--" + flag.replace("_", "-")
-            raise ValueError(f"{name} must be more than 0, got {getattr(c, flag)}")
-    for flag in ("seed", "max_new_tokens"):
-        if getattr(c, flag) < 0:
-            name = "--" + flag.replace("_", "-")
-            raise ValueError(f"{name} must be zero or more, got {getattr(c, flag)}")
+    for name in ("episodes", "samples", "temperature"):
+        if not 0 < getattr(c, name) < math.inf:
+            raise ValueError(f"{flag(name)} must be more than 0, got {getattr(c, name)}")
+    for name in ("seed", "max_new_tokens"):
+        if getattr(c, name) < 0:
+            raise ValueError(f"{flag(name)} must be zero or more, got {getattr(c, name)}")
     path = Path(c.source)
     trained = checkpoint.run_of(path)
     if c.source != "tiny" and not trained and not path.is_dir() and not is_hub_id(c.source):

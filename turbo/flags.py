@@ -83,6 +83,11 @@ def _read(kind: type[Settings], argv: Sequence[str], default: Settings | None, *
     return kind(**{k: v for name in names for k, v in vars(getattr(read, name)).items()})
 
 
+def flag(name: str) -> str:
+    """How a field is called on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 def flags(kind: type) -> list[str]:
     """The names of the flags that a dataclass makes, those of dataclasses inside it included."""
     names = []
@@ -92,8 +97,7 @@ def flags(kind: type) -> list[str]:
         if dataclasses.is_dataclass(plain):
             names += flags(plain)
         elif POSITIONAL not in marks:
-            flag = name.replace("_", "-")
-            names += [f"--{flag}", f"--no-{flag}"] if plain is bool else [f"--{flag}"]
+            names += [flag(name), flag(f"no_{name}")] if plain is bool else [flag(name)]
     return names
 
 

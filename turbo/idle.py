@@ -5,6 +5,7 @@ that cannot work (`turbo.config`).
 """
 
 from turbo.config import TrainConfig
+from turbo.flags import flag
 
 
 def check_idle(c: TrainConfig, base: TrainConfig) -> None:
@@ -31,4 +32,4 @@ def check_idle(c: TrainConfig, base: TrainConfig) -> None:
     for name, (used, why) in rules.items():
         value = getattr(c, name)
         if value != getattr(base, name) and not used:
-            raise ValueError(f"--{name.replace('_', '-')} {value} {why}")
+            raise ValueError(f"{flag(name)} {value} {why}")

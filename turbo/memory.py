@@ -33,7 +33,7 @@ from rich.table import Table
 
 from turbo import footprint as size
 from turbo.batch import MICRO_ROWS, BatchSizes
-from turbo.flags import conclude, read_flags
+from turbo.flags import conclude, flag, read_flags
 from turbo.shapes import TextShape, find_config, text_shape
 
 PHASES = ("read", "decode", "score", "train", "step", "merge")
@@ -134,7 +134,7 @@ def check(s: Settings) -> None:
     for f in fields(s):
         value = getattr(s, f.name)
         if type(value) is int and value < 1:
-            raise ValueError(f"--{_flag(f.name)} must be at least 1, got {value}")
+            raise ValueError(f"{flag(f.name)} must be at least 1, got {value}")
     if s.micro_tokens < s.row:
         raise ValueError(
             f"--micro-tokens must hold one row, --prompt-tokens + --suffix-tokens + "
@@ -306,15 +306,11 @@ def refuse(p: Plan) -> str:
     )
 
 
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
-
-
 def _changes(old: Settings, new: Settings) -> str:
     """The flags that lead from one to the other, the most harmful first."""
     order = ("lora_rank", "quantize", "optimizer", "gradient_checkpointing", "envs", "micro_tokens")
     changed = [name for name in order if getattr(old, name) != getattr(new, name)]
-    words = {n: f"--{_flag(n)} {getattr(new, n)}" for n in changed}
+    words = {n: f"{flag(n)} {getattr(new, n)}" for n in changed}
     if "gradient_checkpointing" in words:  # it is only ever turned on
         words["gradient_checkpointing"] = "--gradient-checkpointing"
     return " ".join(words.values())

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from turbo.envs.make import check_env, find
+from turbo.flags import flag
 
 
 @dataclass
@@ -162,23 +163,20 @@ def too_long(longest: int, limit: int) -> str:
 def check_sft(c: SftConfig) -> None:
     """Refuse settings that cannot work."""
     rates = ("learning_rate", "muon_learning_rate", "lora_learning_rate", "lora_rank")
-    for flag in ("steps", "deals", "solutions", "read_out_steps", *rates, "eval_episodes"):
-        if not getattr(c, flag) > 0:
-            name = "--" + flag.replace("_", "-")
-            raise ValueError(f"{name} must be more than 0, got {getattr(c, flag)}")
-    for flag in ("seed", "states", "workers", "history_length", "save_every", "micro_tokens"):
-        if getattr(c, flag) < 0:
-            name = "--" + flag.replace("_", "-")
-            raise ValueError(f"{name} must be zero or more, got {getattr(c, flag)}")
+    for name in ("steps", "deals", "solutions", "read_out_steps", *rates, "eval_episodes"):
+        if not getattr(c, name) > 0:
+            raise ValueError(f"{flag(name)} must be more than 0, got {getattr(c, name)}")
+    for name in ("seed", "states", "workers", "history_length", "save_every", "micro_tokens"):
+        if getattr(c, name) < 0:
+            raise ValueError(f"{flag(name)} must be zero or more, got {getattr(c, name)}")
     plain = sft_defaults(c.env, bool(c.model))
-    for flag in OF_A_NEW_MODEL if c.model else OF_ANY_MODEL:
-        if getattr(c, flag) != getattr(plain, flag):
-            name = "--" + flag.replace("_", "-")
+    for name in OF_A_NEW_MODEL if c.model else OF_ANY_MODEL:
+        if getattr(c, name) != getattr(plain, name):
             if not c.model:
-                raise ValueError(f"{name} is a setting with --model: leave it out")
-            hint = "; that of its factors is --lora-learning-rate" * flag.endswith("rate")
+                raise ValueError(f"{flag(name)} is a setting with --model: leave it out")
+            hint = "; that of its factors is --lora-learning-rate" * name.endswith("rate")
             raise ValueError(
-                f"{name} is a setting of a new model, without --model: leave it out{hint}"
+                f"{flag(name)} is a setting of a new model, without --model: leave it out{hint}"
             )
     if not 0 <= c.stray < 1:
         raise ValueError(f"--stray must be a share from 0 to below 1, got {c.stray}")
