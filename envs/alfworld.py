@@ -299,7 +299,7 @@ class ALFWorld(gym.Env):
     def judge(self, answer: Answer) -> Verdict:
         """It names what is seen and held; the command it aims at leads on; it is the action."""
         if self.frame is not None:
-            return Verdict(None, None, None)
+            return Verdict(None, None, None, judged=False)
         thoughts = answer.fields.get("thoughts")
         text = thoughts if isinstance(thoughts, str) else ""
         read = text.startswith(expert.perception(self.seen) + expert.WANT)

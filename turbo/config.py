@@ -38,7 +38,8 @@ class RunSettings:
     updates: int = 42
     """policy updates; each one is a rollout, its PPO epochs, and a new checkpoint in the history"""
     minutes: float = 0.0
-    """stop after so many minutes even if updates are left (0: no limit)"""
+    """stop after so many minutes of training even if updates are left; evaluations and saving come
+    on top (0: no limit)"""
 
 
 @dataclass
@@ -154,12 +155,14 @@ class ObjectiveSettings:
     minibatch: int = 256
     """environment steps per optimiser step"""
     target_kl: float = 0.0
-    """end an update's epochs at so many nats of approximate KL to the rollout policy (0: never)"""
+    """end an update's epochs at so many nats of approximate KL to the rollout policy, of answers
+    whose thoughts are weighted by --thought-coef (0: never)"""
     rescore: bool = False
     """take the log-probabilities of what was sampled from a pass like that which trains, not from
     decoding: in 16 bits the two may disagree (sampling_kl tells). It costs a forward pass"""
     skip_certain: float = 0.02
-    """skip steps whose answer is surer than so many nats (-log p): next to no gradient"""
+    """group: skip steps whose answer is surer than so many nats (-log p): next to no gradient (a
+    critic learns of all steps)"""
 
 
 @dataclass
@@ -196,9 +199,11 @@ class GuidanceSettings:
     """where the KL enters: as a loss with a true gradient, in the reward, or, less its mean, in the
     advantage"""
     kl_estimator: Literal["full", "forward", "clip", "abs", "k1", "k3"] = "full"
-    """full and forward: exact over the vocabulary; the others from the sampled token"""
+    """full and forward: exact over the vocabulary; the others from the sampled token, for the
+    reward and the advantage; in the loss k3 alone, whose gradient is that of forward"""
     kl_coef: str = "5"
-    """strength of the guidance, or `auto`: steered to be --kl-share of what it stands beside"""
+    """strength of the guidance, or `auto`: begins at 1, and is steered to be --kl-share of what it
+    stands beside"""
     kl_share: float = 0.1
     """with --kl-coef auto: the KL as a share of the spread of returns (--kl-placement reward) or of
     advantages, which is 1 (its deviation with advantage, its mean with loss)"""
@@ -236,7 +241,7 @@ class MergeSettings:
     checkpoint_each: Literal["update", "epoch"] = "update"
     """a checkpoint enters the history after each update, or after each of its epochs"""
     merge_every: int = 1
-    """rebuild the teacher every so many updates"""
+    """rebuild the teacher every so many checkpoints"""
     history_max: int = 0
     """checkpoints that are merged at most (0: all)"""
 
@@ -389,6 +394,9 @@ def check(c: TrainConfig) -> None:
     for name in ("wandb", "trackio"):
         good = re.fullmatch(r"[\w.-]*", getattr(c, name))
         need(bool(good), name, "a project's name: letters, digits, _ . -")
+    if c.guidance == "kl" and c.kl_placement == "loss":  # others have no KL's gradient, k1 none
+        rule = "full, forward or k3 with --kl-placement loss"
+        need(c.kl_estimator in ("full", "forward", "k3"), "kl_estimator", rule)
     need(not (c.quantize == "nf4" and c.play == "merged"), "play", "auto with --quantize nf4")
     need(not (c.quiet and c.json), "json", "left out with --quiet, or --quiet left out")
     if c.kl_coef != "auto":

@@ -177,7 +177,9 @@ def _sum_backwards(x: Tensor, decay: Tensor) -> Tensor:
     y, width = x.clone(), 1
     while width < len(y):
         # y_t <- y_t + decay_t * y_{t+width};   decay_t <- decay_t * decay_{t+width}
-        y = torch.cat([y[:-width] + decay[:-width] * y[width:], y[-width:]])
+        # A NaN behind an end is not carried over it: 0 * NaN is one too.
+        more = torch.where(decay[:-width] == 0, 0, decay[:-width] * y[width:])
+        y = torch.cat([y[:-width] + more, y[-width:]])
         decay = torch.cat([decay[:-width] * decay[width:], torch.zeros_like(decay[-width:])])
         width *= 2
     return y

@@ -24,6 +24,10 @@ def check_idle(c: TrainConfig, base: TrainConfig) -> None:
             "--teacher initial",
         ),
         "history_length": (c.env == "alfworld", "is for alfworld alone: leave it out"),
+        "skip_certain": (
+            c.advantage != "gae" or c.skip_certain == 0,
+            "has no use with --advantage gae: a critic learns of all steps",
+        ),
         "critic_learning_rate": (
             c.advantage == "gae",
             "is for the critic: add --advantage gae, or leave it out",

@@ -79,7 +79,7 @@ def auto_coefficient(
         # 1e-30 does not hold beta at its bound for many updates.
         log_target = math.log(share) + math.log(spread) - math.log(size)
         log_target = min(max(log_target, math.log(LOWEST)), math.log(HIGHEST))
-        rises = known and log_target > log_previous  # the first one is taken as it is
+        rises = known and log_target > log_previous  # where none came before, it is taken as it is
         weight = SMOOTHING if rises else 0.0
         log_beta = weight * log_previous + (1.0 - weight) * log_target
     return min(max(math.exp(log_beta), LOWEST), HIGHEST)

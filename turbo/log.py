@@ -36,7 +36,9 @@ METRICS: dict[str, Metric] = {
     ),
     "env_steps": Metric("environment steps played since the start of the run", "steps"),
     "episodes": Metric("episodes that ended in this update's rollout", "episodes"),
-    "elapsed": Metric("wall-clock time since the start of the run, resumed parts included", "s"),
+    "elapsed": Metric(
+        "time that the updates took since the start of the run, without evaluations and saving", "s"
+    ),
     # What the agent achieves
     "episode_return": Metric("mean undiscounted sum of the environment's rewards", "reward"),
     "success_rate": Metric("share of the episodes that reached the goal", "0..1"),
@@ -69,8 +71,14 @@ METRICS: dict[str, Metric] = {
     # The optimisation
     "policy_loss": Metric("clipped PPO objective, mean over the steps trained on", "1"),
     "value_loss": Metric("half the squared error of the critic, mean over the steps", "reward^2"),
-    "explained_variance": Metric("1 - Var(returns - values) / Var(returns)", "<= 1"),
-    "approx_kl": Metric("k3 estimate of KL(rollout policy || current policy) of a step", "nats"),
+    "explained_variance": Metric(
+        "1 - Var(returns - values) / Var(returns), of the first worker's steps", "<= 1"
+    ),
+    "approx_kl": Metric(
+        "k3 estimate of KL(rollout policy || current policy) of a step, from log-probabilities in "
+        "which a thought counts --thought-coef, as in the ratio that is clipped",
+        "nats",
+    ),
     "sampling_kl": Metric(
         "approx_kl before the first step: what sampling and training disagree by", "nats"
     ),
@@ -81,12 +89,14 @@ METRICS: dict[str, Metric] = {
         "minibatches skipped since their loss or gradient was not finite", "minibatches"
     ),
     "faulty_steps": Metric(
-        "environment steps left out since a sampled log-probability was not finite", "steps"
+        "environment steps left out since a log-probability, KL or advantage was not finite",
+        "steps",
     ),
     "learning_rate": Metric("learning rate of the update's last optimiser step", "1"),
     "trained_rows": Metric("environment steps that entered the PPO epochs", "steps"),
     "dropped_rows": Metric(
-        "environment steps left out, such as answers without an action", "steps"
+        "environment steps left out: without an advantage, sure (--skip-certain), or not finite",
+        "steps",
     ),
     # Evaluation on fresh deals, where it was run
     **{
@@ -105,7 +115,11 @@ METRICS: dict[str, Metric] = {
         )
     },
     # The guidance
-    "teacher_kl": Metric("mean KL estimate between policy and teacher at thought tokens", "nats"),
+    "teacher_kl": Metric(
+        "mean KL estimate between policy and teacher at guided tokens (--guidance-range), of the "
+        "steps trained on where it is in the loss, else of all",
+        "nats",
+    ),
     "teacher_kl_coef": Metric("coefficient beta with which the teacher's KL was applied", "1"),
     "teacher_age": Metric("checkpoints taken since the teacher was merged", "checkpoints"),
     **{
@@ -126,6 +140,7 @@ METRICS: dict[str, Metric] = {
     "sft_examples": Metric("thoughts in the dataset", "thoughts"),
     "teacher_requests": Metric("requests sent to the external teacher so far", "requests"),
     "teacher_failed": Metric("questions that it left unanswered so far, retries included", "1"),
+    "teacher_unreadable": Metric("answers of it that could not be read so far", "1"),
     "teacher_prompt_tokens": Metric("prompt tokens that it counted so far", "tokens"),
     "teacher_completion_tokens": Metric("answer tokens that it counted so far", "tokens"),
     "teacher_cost": Metric("their price at --teacher-price-in and -out", "dollars"),
@@ -137,7 +152,7 @@ METRICS: dict[str, Metric] = {
     "seconds_write": Metric("time spent by the teacher writing thoughts", "s"),
     "seconds_train": Metric("time spent in PPO epochs", "s"),
     "seconds_merge": Metric("time spent merging checkpoints and rebuilding weights", "s"),
-    "seconds_other": Metric("the rest of the update: logging, checkpoints", "s"),
+    "seconds_other": Metric("the rest of the update", "s"),
     "peak_memory_gb": Metric("most memory held so far: of the GPU, or of worker 0", "GB"),
     "draft_accept_rate": Metric("share of the drafted tokens that decoding accepted", "0..1"),
 }

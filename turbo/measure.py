@@ -21,7 +21,7 @@ from turbo.rollout import Episode, RolloutOptions, Step, Table
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
-def interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def interval(successes: float, n: float, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's 95 % interval of a proportion (Wilson 1927); (0, 1) when nothing was counted."""
     if n == 0:
         return 0.0, 1.0
@@ -29,6 +29,22 @@ def interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def interval_of_deals(solved: Sequence[int], samples: int) -> tuple[float, float]:
+    """95 % interval of a success rate, where each deal was played `samples` times.
+
+    Samples of a deal resemble each other: Wilson's interval for as many independent episodes as
+    have the variance that the deals' own rates show (the design effect, Kish 1965), between the
+    number of deals and that of episodes.
+    """
+    deals, rates = len(solved), [count / samples for count in solved]
+    p = mean(rates)
+    n = float(deals)
+    if samples > 1 and deals > 1 and 0 < p < 1:
+        spread = sum((rate - p) ** 2 for rate in rates) / (deals - 1)
+        n = min(max(n, p * (1 - p) * deals / spread), n * samples) if spread else n * samples
+    return interval(p * n, n)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -39,7 +55,7 @@ def mean(values: Sequence[float]) -> float:
 def rate(steps: Sequence[Step], part: str) -> float:
     """Share of the steps whose verdict on `part` is true, among those that have one.
 
-    An illegal answer counts as wrong.
+    An illegal answer that has none counts as wrong.
     """
     marks = [getattr(s.verdict, part) for s in steps]
     if all(m is None for m in marks):
@@ -193,11 +209,11 @@ def evaluate(
     rollout = table.collect(vlm.merged(weights), (seed, 2**31), deals=deals, patient=patient)
     played = all_episodes(rollout.episodes, crew)
     steps = [s for e in played for s in e.steps]
-    low, high = interval(sum(e.success for e in played), len(played))
     own = [(crew.rank + e.group * crew.size, e.success) for e in rollout.episodes]
     solved = [0] * episodes
     for deal, success in (pair for part in crew.share(own) for pair in part):
         solved[deal] += success
+    low, high = interval_of_deals(solved, samples)
     return {
         **outcomes(played),
         **certainty(steps),

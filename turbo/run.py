@@ -15,7 +15,7 @@ import torch
 
 from turbo import checkpoint
 from turbo.config import TrainConfig
-from turbo.corrector import Corrector
+from turbo.corrector import Corrector, Usage
 from turbo.envs.alfworld import find_games, games_folder
 from turbo.envs.alfworld_engine import check_engine
 from turbo.envs.base import VisualEnv
@@ -57,6 +57,9 @@ class Run:
         self.faults = FaultLog(path / checkpoint.FAULTS, config.max_faults, crew.rank)
         self.examples = Examples(config.sft_max)
         self.corrector = new_corrector(config, crew.size) if config.guidance == "gtr" else None
+        # What an external teacher was asked by all workers until now
+        names = ("requests", "failed", "unreadable", "prompt_tokens", "completion_tokens")
+        self.asked = dict.fromkeys(names, 0)
         self.phases = Phases()  # of the update under way
         make_env, options = env_maker(config), rollout_options(config)
         self.table = Table(self.vlm, make_env, options, crew, self.phases)
@@ -85,6 +88,7 @@ class Run:
             "env_steps": self.env_steps,
             "elapsed": self.elapsed,
             "beta": self.beta,
+            "asked": self.asked,
             "moments": sum(k.startswith("optimizer/") for k in state),
             "teacher": teacher_data,
         }
@@ -187,6 +191,9 @@ class Run:
         self.teacher.load_state_dict(checkpoint.section(state, "teacher/"), teacher)
         self.update, self.env_steps = meta["update"], meta["env_steps"]
         self.elapsed, self.beta = meta["elapsed"], meta["beta"]
+        self.asked |= meta.get("asked", {})  # older runs began anew
+        if self.corrector is not None and self.crew.leads:
+            self.corrector.usage = Usage(**self.asked)
         self.saved = saved.folder
 
     def _take_owed(self, records: list[dict]) -> list[dict]:

@@ -44,7 +44,8 @@ class Scribe:
         self.interrupt = Interrupt(ask, tell) if self.leads else None
         self.interrupted = 0  # the signal that ended the run
         self.unsaved = False  # whether the last attempt to save failed
-        self.unanswered = 0  # questions that an external teacher left, as far as told
+        # Questions that an external teacher left unanswered, as far as told
+        self.unanswered = run.asked["failed"]
 
     def __enter__(self) -> "Scribe":
         run, c = self.run, self.run.config

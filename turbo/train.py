@@ -91,7 +91,7 @@ def train_update(run: Run) -> tuple[dict, list[dict]]:
     # remember: this checkpoint becomes part of the teacher
     phases.begin("merge")
     if c.teaches and c.checkpoint_each == "update":
-        run.teacher.push(update, run.lora, run.score())
+        run.teacher.push(update + 1, run.lora, run.score())
     phases.end()
 
     steps = [s for e in episodes for s in e.steps]
@@ -171,16 +171,12 @@ def teacher_thoughts(run: Run, rollout: Rollout) -> dict[str, float]:
 
 def usage(run: Run) -> dict[str, float]:
     """What the external teacher has been asked so far, by all workers, and what it cost."""
-    c, own = run.config, run.corrector.usage
-    counts = (own.requests, own.failed, own.prompt_tokens, own.completion_tokens)
-    requests, failed, prompt, completion = run.crew.total(*counts)
-    return {
-        "teacher_requests": requests,
-        "teacher_failed": failed,
-        "teacher_prompt_tokens": prompt,
-        "teacher_completion_tokens": completion,
-        "teacher_cost": (prompt * c.teacher_price_in + completion * c.teacher_price_out) / 1e6,
-    }
+    c, own, names = run.config, run.corrector.usage, list(run.asked)
+    totals = run.crew.total(*(getattr(own, name) for name in names))
+    run.asked = dict(zip(names, map(int, totals), strict=True))
+    prompt, completion = run.asked["prompt_tokens"], run.asked["completion_tokens"]
+    cost = (prompt * c.teacher_price_in + completion * c.teacher_price_out) / 1e6
+    return {f"teacher_{name}": n for name, n in run.asked.items()} | {"teacher_cost": cost}
 
 
 def learn(
@@ -195,8 +191,9 @@ def learn(
     count = max(1, min(max(sizes), round(sum(sizes) / c.minibatch)))  # minibatches of an epoch
     totals: dict[str, float] = {}
     batches, faults, before, first = 0, run.faults, run.faults.total, 0.0
-    run.phases.expect(c.epochs * count if sum(sizes) else 0)
-    for epoch_batch in range(run.phases.total):
+    total = c.epochs * count if sum(sizes) else 0
+    run.phases.expect(total)
+    for epoch_batch in range(total):
         b, run.phases.done = epoch_batch % count, epoch_batch
         if b == 0:
             rows = [data.rows[i] for i in torch.randperm(len(data.rows), generator=order)]
@@ -218,9 +215,11 @@ def learn(
             name = f"{run.update + 1:08d}-{epoch_batch:04d}"
             args = (rollout, data, rows[b::count], teacher, run.beta, found)
             faults.note(name, run.learner, *args)
-        if c.checkpoint_each == "epoch" and c.teaches and b == count - 1:
-            run.teacher.push(run.update, run.lora)
-        if c.target_kl and found["approx_kl"] > c.target_kl:
+        is_last = c.target_kl > 0 and found["approx_kl"] > c.target_kl
+        if c.checkpoint_each == "epoch" and c.teaches and (b == count - 1 or is_last):
+            run.teacher.push(run.update + 1, run.lora, run.score())
+            run.phases.expect(total)  # to be scored, it may have played
+        if is_last:
             break
     for p in run.learner.parameters():
         p.grad = None  # nothing but the next minibatch needs them

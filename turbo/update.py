@@ -91,7 +91,9 @@ def prepare(
     old = old_logprobs(steps, c.thought_coef)
     surprise = torch.tensor([-sum(s.logprobs) for s in steps])
     finite = old.isfinite() & surprise.isfinite() & advantages.isfinite()
-    kept = finite & (surprise >= c.skip_certain)
+    kept = finite
+    if c.advantage != "gae":  # a critic learns of sure steps too: they are the later ones
+        kept = kept & (surprise >= c.skip_certain)
     if c.objective == "rejection":
         kept &= torch.tensor(first_successes(rollout))
     else:
@@ -188,20 +190,21 @@ class Learner:
     ) -> dict[str, Tensor]:
         """Set the `.grad` of LoRA factors and critic, summed over the crew; figures for the log."""
         sums = {name: torch.zeros((), device=self.vlm.device) for name in FIGURES}
+        examples = imitated if imitated and imitated.rows else None  # another worker may have all
 
         def accumulate() -> None:
             for p in self.parameters():
                 p.grad = torch.zeros_like(p)
             for value in sums.values():
                 value.zero_()
-            if not (rows or imitated):
+            if not (rows or examples):
                 return
             weights = self.vlm.weights(self.lora)
             part = _Minibatch(self, rollout, data, rows, total, teacher, beta, weights.cut(), sums)
             if rows:
                 part.run()
-            if imitated:
-                part.imitate(imitated)
+            if examples:
+                part.imitate(examples)
             weights.backward(part.weights)
 
         while not fits(accumulate):  # sums that are half done are begun anew

@@ -33,6 +33,8 @@ def test_a_game_is_won_in_frames_of_the_simulator(alfworld_games, tmp_path):
     assert info["admissible"] == wanted["admissible"] and info["goal_rate"] == 0.0
     assert made.task in json.loads((source / "game.tw-pddl").read_text())["grammar"]
     assert made.expert_answer(np.random.default_rng(0)) is None  # it has no facts to go by
+    verdict = made.judge(made.read_answer('{"thoughts": "I look.", "action": "look"}'))
+    assert not verdict.judged  # and none is right or wrong
     assert made.guess_answer('{"thou', None).startswith('{"thou')
 
     _, reward, _, _, info = made.step_illegal()

@@ -92,6 +92,23 @@ def test_nothing_crosses_a_reset(ending):
     assert torch.equal(before[:2], after[:2])
 
 
+def test_a_nan_stays_in_its_episode():
+    rewards = torch.rand(7, generator=torch.Generator().manual_seed(0))
+    end = torch.tensor([False, True, False, False, True, False, True])
+    never = torch.zeros(7, dtype=torch.bool)
+    values = torch.zeros(7)
+    whole = gae(rewards, values, values, end, never, 0.9, 0.95).advantages
+    to_go = discounted_returns(rewards, end, 0.9)
+    rewards[3] = torch.nan
+    for wanted, got in (
+        (whole, gae(rewards, values, values, end, never, 0.9, 0.95).advantages),
+        (to_go, discounted_returns(rewards, end, 0.9)),
+    ):
+        assert got.isnan().tolist() == [False, False, True, True, False, False, False]
+        others = ~got.isnan()
+        assert torch.equal(got[others], wanted[others])
+
+
 def test_the_next_value_of_a_terminated_step_is_never_read():
     rewards, values = torch.ones(2), torch.zeros(2)
     next_values = torch.tensor([0.0, torch.nan])

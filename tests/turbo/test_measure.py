@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import tiny_models
 from hypothesis import given
@@ -16,6 +17,7 @@ from turbo.measure import (
     distinct,
     evaluate,
     interval,
+    interval_of_deals,
     mean,
     outcomes,
     rate,
@@ -194,12 +196,33 @@ def test_evaluate_plays_every_deal_once_and_repeats(fitted):
     assert figures(fitted, episodes=1)["episodes"] == 1
 
 
+def test_the_interval_of_deals_that_are_played_more_than_once():
+    # One sample each, or samples that tell as much as new deals would: Wilson's.
+    assert interval_of_deals([1, 0, 1, 1], 1) == interval(3, 4)
+    assert interval_of_deals([2, 2, 2], 4) == interval(6, 12)
+    # All samples of a deal alike: no more than the deals themselves, but for n / (n - 1).
+    got = interval_of_deals([32] * 250 + [0] * 250, 32)
+    assert got == pytest.approx(interval(250, 500), abs=1e-4)
+    assert interval_of_deals([0, 0, 0], 8) == interval(0, 3)
+    assert interval_of_deals([8, 8], 8) == interval(2, 2)
+    assert interval_of_deals([3], 8) == pytest.approx(interval(0.375, 1))
+    # In between: it holds the rate of all deals as often as it says.
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        rates = rng.beta(0.5, 0.5, 100)  # of a mean of a half
+        low, high = interval_of_deals(rng.binomial(8, rates).tolist(), 8)
+        held += low <= 0.5 <= high
+    assert 0.92 < held / 400 < 0.98
+
+
 def test_samples_of_a_deal_are_counted_by_deal(fitted):
     got = figures(fitted, episodes=5, samples=4, envs=8)
     assert got["episodes"] == 20 and len(got["solved"]) == 5
     assert sum(got["solved"]) == round(20 * got["success_rate"])
     assert got["pass_at_k"] == sum(n > 0 for n in got["solved"]) / 5
     assert got["pass_at_k"] >= got["success_rate"]
+    bounds = got["success_low"], got["success_high"]
+    assert bounds == interval_of_deals(got["solved"], 4)
     assert max(got["solved"]) > 0 and min(got["solved"]) < 4  # the samples of a deal differ
 
 

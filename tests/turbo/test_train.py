@@ -215,6 +215,9 @@ def test_other_runs_resume_bit_for_bit(tmp_path, options):
         meta = json.loads((whole / "checkpoints/00000003/meta.json").read_text())
         scores = [e["score"] for e in meta["teacher"]["history"]["entries"]]
         assert len(scores) == 7 and all(0 <= s <= 1 for s in scores)
+        assert len(set(scores)) > 1  # each has played
+        updates = [e["update"] for e in meta["teacher"]["history"]["entries"]]
+        assert updates == [0, 1, 1, 2, 2, 3, 3]
     if "--weighting score" in options:  # with a history, of which a checkpoint writes what is new
         for path in (whole, resumed):
             links = [f.stat().st_nlink for f in path.glob("checkpoints/00000003/history-*")]
@@ -288,6 +291,36 @@ def test_a_run_with_an_external_corrector(tmp_path, monkeypatch, capsys):
     _, state = checkpoint_of(tmp_path / "run", 2)
     assert not any(k.startswith("teacher/") for k in state)
     assert "right" not in (tmp_path / "run" / "config.json").read_text()  # the key is not kept
+
+
+def test_what_a_corrector_was_asked_is_known_after_a_resume(tmp_path, capsys):
+    options = [
+        "--guidance",
+        "gtr",
+        "--teacher-model",
+        "expert",
+        "--sft-rows",
+        "6",
+        "--teacher-price-in",
+        "1",
+    ]
+    with serve("numberline") as url:
+        whole = tmp_path / "whole"
+        assert start(whole, *options, "--teacher-url", url, "--workers", "1") == 0
+        resumed = rewind(whole, tmp_path / "resumed", 1)
+        assert train.main(["numberline", "--resume", str(resumed)]) == 0
+    assert [r["teacher_requests"] for r in plain(resumed)[1:3]] == [6, 12]
+    names = [n for n in plain(whole)[2] if n.startswith("teacher_")]
+    assert {"teacher_unreadable", "teacher_prompt_tokens", "teacher_cost"} < set(names)
+    assert [plain(resumed)[2][n] for n in names] == [plain(whole)[2][n] for n in names]
+
+
+def test_a_limit_on_the_step_leaves_its_checkpoint_to_the_teacher(tmp_path):
+    options = "--checkpoint-each epoch --epochs 4 --target-kl 1e-9 --weighting score"
+    assert start(tmp_path / "run", *options.split()) == 0
+    meta = json.loads((tmp_path / "run/checkpoints/00000002/meta.json").read_text())
+    entries = meta["teacher"]["history"]["entries"]
+    assert [e["update"] for e in entries] == [0, 1, 2]  # an update ends with its first step
 
 
 def test_a_corrector_that_fails_is_told_of_and_stops_nothing(tmp_path, capsys, monkeypatch):
@@ -475,6 +508,14 @@ def test_a_run_of_another_model_is_refused(run, tmp_path, capsys):
         (["numberline", "--temperature", "0"], "--temperature must be more than 0, got 0.0"),
         (["numberline", "--density", "nan"], "--density must be a finite number, got nan"),
         (["numberline", "--group-size", "1"], "--group-size must be at least 2"),
+        (
+            ["numberline", "--kl-estimator", "k1"],
+            "--kl-estimator must be full, forward or k3 with --kl-placement loss, got 'k1'",
+        ),
+        (
+            ["numberline", "--advantage", "gae", "--skip-certain", "0.1"],
+            "--skip-certain 0.1 has no use with --advantage gae",
+        ),
         (["numberline", "--hands", "5"], "--hands must be 0 except with points24"),
         (["numberline", "--preset", "huge"], "preset 'huge' is unknown: use tiny or paper"),
         (["numberline", "--guidance", "gtr"], "--teacher-url must be the address of an endpoint"),

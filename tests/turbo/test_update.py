@@ -182,6 +182,9 @@ def test_the_gradient_of_imitation_is_that_of_its_cross_entropy(fitted, played, 
     assert sums["sft_loss"].item() == pytest.approx(total.item(), rel=1e-4)
     for p, want in zip(lora.parameters(), wanted, strict=True):
         torch.testing.assert_close(p.grad, want, rtol=1e-3, atol=1e-6)
+    sums = learner.gradients(rollout, data, [], 1, None, 0.0, Imitated(examples, [], 5, 2.0))
+    assert sums["sft_loss"] == 0  # all examples are other workers'
+    assert not any(p.grad.any() for p in lora.parameters())
     both = [g.clone() for g in wanted]
     learner.gradients(rollout, data, rows, len(rows), None, 0.0)
     both = [g + p.grad for g, p in zip(both, lora.parameters(), strict=True)]
@@ -454,6 +457,18 @@ def test_steps_that_teach_nothing_are_left_out():
     assert data.advantages[:2].tolist() == [0, 0] and data.advantages[3] > 0
     everything = dataclasses.replace(config, skip_certain=0.0)
     assert prepare(None, None, rollout, None, 0.0, None, Crew(), everything).rows == [2, 3, 4, 5]
+
+
+def test_a_critic_learns_of_steps_that_are_sure(fitted, played):
+    surprise = [-sum(s.logprobs) for s in played[0].steps]
+    bound = sorted(surprise)[len(surprise) // 2]
+    sure = {i for i, s in enumerate(surprise) if s < bound}
+    grouped = prepared(fitted, played, skip_certain=bound)
+    assert grouped.rows and not sure & set(grouped.rows)
+    weighed = prepared(
+        fitted, played, head=trained_head(fitted), advantage="gae", skip_certain=bound
+    )
+    assert sure < set(weighed.rows)
 
 
 def test_old_logprobs_weigh_the_thoughts():
