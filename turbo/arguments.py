@@ -3,7 +3,7 @@
 Left out: what each setting is (`turbo.config`), how flags are read (`turbo.flags`).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,17 +18,19 @@ from turbo.saved import changed, from_saved
 
 
 @dataclass
-class PresetSettings:
+class DefaultsSettings:
     """Where the settings that are not given come from."""
 
     preset: Literal["auto", "tiny", "paper"] = "auto"
     """tiny: what suits the built-in model; paper: the hyper-parameters of the paper's code; auto:
     paper for a model of more than 200 MB, else tiny. --help shows those of the game and the preset
     that stand before it"""
+    like: str = ""
+    """run directory: its settings, for a new run, such as one with another --seed"""
 
 
 @dataclass
-class TrainFlags(*TrainConfig.__bases__[:-1], PresetSettings, TrainConfig.__bases__[-1]):
+class TrainFlags(*TrainConfig.__bases__[:-1], DefaultsSettings, TrainConfig.__bases__[-1]):
     """Train a policy with PPO, guided by a teacher merged from its own past checkpoints."""
 
 
@@ -42,17 +44,24 @@ def parse(argv: list[str]) -> TrainConfig:
         return read_flags(TrainFlags, argv, "turbo.train", default=TrainFlags(**asdict(base)))
 
     given = read(defaults(*named(argv)))
+    source = given.resume or given.like
+    if source:
+        base = from_saved(checkpoint.read_run(Path(source))["config"], source)
     if given.resume:
-        fresh = f"--out {given.out}" if given.out else ""
+        for name, plain in (("out", ""), ("like", ""), ("preset", "auto")):
+            if (value := getattr(given, name)) != plain:
+                told = f"{flag(name)} {value} is for a new run"
+                raise ValueError(f"{told}: leave it out with --resume")
+    elif given.like:
         if given.preset != "auto":
-            fresh = fresh or f"--preset {given.preset}"
-        if fresh:
-            raise ValueError(f"{fresh} is for a new run: leave it out with --resume")
-        base = from_saved(checkpoint.read_run(Path(given.resume))["config"], given.resume)
+            raise ValueError(f"--preset {given.preset} and --like {source}: give one of the two")
+        base = replace(base, out="", overwrite=False)
     else:  # the environment may not be named first, and the model may be large
         model = settings(given)
         base = defaults(given.env, preset_of(model) if given.preset == "auto" else given.preset)
     c = settings(read(base))
+    if c.learning_rate != base.learning_rate and not is_given(argv, "--final-learning-rate"):
+        c.final_learning_rate = base.final_learning_rate * (c.learning_rate / base.learning_rate)
     check(c)
     if c.resume and (odd := changed(asdict(base), c)):
         both = {name: [getattr(x, name) for x in (base, c)] for name in odd}
@@ -75,6 +84,11 @@ def named(argv: list[str]) -> tuple[str, str]:
     return env, "tiny" if preset == "auto" else preset
 
 
+def is_given(argv: list[str], name: str) -> bool:
+    """Whether a flag is on the command line."""
+    return any(word.partition("=")[0].replace("_", "-") == name for word in argv)
+
+
 def settings(given: TrainFlags) -> TrainConfig:
-    """What was given, without the preset."""
-    return TrainConfig(**{k: v for k, v in asdict(given).items() if k != "preset"})
+    """What was given, without what tells where the rest comes from."""
+    return TrainConfig(**{f.name: getattr(given, f.name) for f in fields(TrainConfig)})

@@ -14,8 +14,10 @@ from string import Template
 from turbo.config import TrainConfig
 from turbo.families import Frame
 from turbo.formats import is_far_from_all, loss_of_rounding
+from turbo.hub import BUILT_IN
 
-PROJECT = "[gtr-turbo](https://github.com/gtr-turbo/gtr-turbo)"
+PLACE = "https://github.com/gtr-turbo/gtr-turbo"
+PROJECT = f"[gtr-turbo]({PLACE})"
 PAPER = "[GTR-Turbo](https://arxiv.org/abs/2512.13043)"
 COLUMNS = ("success_rate", "success_low", "success_high", "episode_return", "reasoning_score")
 HEAD = "| | success | 95 % interval | mean return | right thoughts |\n|---|---|---|---|---|"
@@ -195,6 +197,8 @@ def row(name: str, figures: Mapping[str, float]) -> str:
 def usage(f: Facts) -> str:
     """What to install, one example that runs as it stands, and what to beware of."""
     install = "pip install torch transformers pillow" + " peft" * (f.what == "adapter")
+    if f.what == "adapter" and f.base.startswith(BUILT_IN):
+        install += f"\npip install git+{PLACE}  # the base is one of its built-in models"
     hub = '`huggingface_hub.snapshot_download("owner/name")` fetches it from the Hub'
     text = (
         f"```bash\n{install}\n```\n\nRun this in the folder of this file ({hub}); `example.png` "
@@ -223,10 +227,14 @@ def example(f: Facts) -> str:
     picture = f"{frame.image_token!r} * places"
     if frame.opening or frame.closing:
         picture = f"{frame.opening!r} + {picture} + {frame.closing!r}"
-    return Template(program).substitute(
+    first, base = "", repr(f.base)
+    if f.base.startswith(BUILT_IN):
+        base = f"str(files('turbo') / {f.base.removeprefix('turbo/')!r})"
+        first = "from importlib.resources import files\n\n" * (f.what == "adapter")
+    return first + Template(program).substitute(
         peft="from peft import PeftModel\n" * (f.what == "adapter"),
         classes=", ".join(wanted),
-        base=repr(f.base),
+        base=base,
         question=repr(f.question),
         holder=repr(frame.image_token),
         picture=picture,

@@ -117,6 +117,15 @@ def create_run(path: Path, config: TrainConfig, model_sha256: str) -> None:
     write_json(path / CONFIG, record)
 
 
+def keep_settings(path: Path, config: TrainConfig) -> None:
+    """Write a resumed run's settings where they are read: of those that are free to change, such as
+    its length, the new ones count from now on."""
+    record = read_run(path)
+    own = {name: record["config"].get(name, "") for name in ("out", "resume", "overwrite")}
+    record["config"] = asdict(config) | own
+    write_json(path / CONFIG, record)
+
+
 def read_run(path: Path) -> dict:
     """The contents of a run's config.json."""
     if not (path / CONFIG).is_file():

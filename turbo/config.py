@@ -172,7 +172,8 @@ class OptimizerSettings:
     learning_rate: float = 7e-4
     """peak learning rate of AdamW"""
     final_learning_rate: float = 3e-4
-    """learning rate at the end of the cosine"""
+    """learning rate at the end of the cosine; where --learning-rate alone is given, as large a
+    share of it as by default"""
     critic_learning_rate: float = 0.0
     """gae: peak learning rate of the critic, whose cosine ends at the same share of it (0: the
     policy's)"""
@@ -375,6 +376,11 @@ def check(c: TrainConfig) -> None:
     for name in ("density", "ema_alpha", "gamma", "gae_lambda", "clip"):
         need(getattr(c, name) <= 1, name, "at most 1")
     need(c.ema_alpha > 0, "ema_alpha", "more than 0")
+    need(
+        c.final_learning_rate <= c.learning_rate,
+        "final_learning_rate",
+        f"at most --learning-rate {c.learning_rate:g}, at which it begins",
+    )
     if c.advantage == "group":
         need(c.group_size >= 2, "group_size", "at least 2 with --advantage group (or use gae)")
     need(c.hands == 0 or c.env == "points24", "hands", "0 except with points24")

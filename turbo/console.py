@@ -12,7 +12,8 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -233,6 +234,37 @@ def summary(m: Mapping) -> str:
         f"{kl}entropy {m.get('thought_entropy') or 0.0:.4f} "
         f"{m['steps_per_second']:.0f} steps/s {m.get('peak_memory_gb') or 0.0:.1f} GB"
     )
+
+
+def evaluated(e: Mapping, temperature: float) -> str:
+    """The figures of an evaluation that matter, in one line."""
+    return (
+        f"success {e['success_rate']:.1%} [{e['success_low']:.1%}, {e['success_high']:.1%}], "
+        f"return {e['episode_return']:.2f}, legal {e['legal_rate']:.1%}, "
+        f"thoughts right {percent(e['reasoning_score'])} "
+        f"({e['episodes']} fresh episodes at T {temperature})"
+    )
+
+
+def when(update: int) -> str:
+    """How far a policy is."""
+    return f"after {update} update{'s' * (update != 1)}" if update else "before training"
+
+
+@contextmanager
+def counting(name: str, phases: Phases) -> Iterator[None]:
+    """A bar on standard error, where that is a terminal, of the phase that is under way."""
+    console = Console(stderr=True, **PLAIN)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield
+        return
+
+    def bar() -> Table:
+        done, total = min(phases.done, phases.total), phases.total
+        return gauge(name, done, total or None, f"{done / total:.0%}" if total else "")
+
+    with Live(get_renderable=bar, console=console, refresh_per_second=2, transient=True):
+        yield
 
 
 def bounds(m: Mapping) -> tuple[float, float]:

@@ -67,6 +67,10 @@ class Question:
     answer: str  # what the student answered
 
 
+class TurnedAway(ValueError):
+    """An endpoint refuses all that is asked; the message says why, and the remedy."""
+
+
 @dataclass
 class Usage:
     """Running totals. A question without an answer is in `failed`, or twice in `unreadable`."""
@@ -148,7 +152,7 @@ class Corrector:
             finally:
                 self.usage.seconds += time.perf_counter() - started
         if self._turned_away():
-            raise ValueError(
+            raise TurnedAway(
                 f"--teacher-url {self.url!r} refuses model {self.model!r}: {self._refusal}"
             )
         return answers

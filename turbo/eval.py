@@ -11,6 +11,7 @@ Left out: evaluation during training (`turbo.scribe`), plots.
 import json
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,6 +21,7 @@ import tyro
 
 from turbo import checkpoint
 from turbo.config import TrainConfig
+from turbo.console import counting, evaluated, when
 from turbo.envs.make import check_env, is_name
 from turbo.flags import conclude, flag, read_flags
 from turbo.hub import is_hub_id, model_sha256, open_model, own_workers, preset_of
@@ -27,6 +29,7 @@ from turbo.lora import new_lora
 from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew, run_crew
+from turbo.phases import Phases
 from turbo.presets import defaults
 from turbo.run import env_maker, find_alfworld, held_out, prompt_style
 from turbo.saved import from_saved
@@ -108,6 +111,8 @@ def check(c: EvalConfig) -> TrainConfig:
             raise ValueError(f"{flag(name)} must be zero or more, got {getattr(c, name)}")
     path = Path(c.source)
     trained = checkpoint.run_of(path)
+    if trained and not checkpoint.checkpoints(trained[0]):
+        raise ValueError(f"{c.source} has no checkpoint yet: train it first")
     if c.source != "tiny" and not trained and not path.is_dir() and not is_hub_id(c.source):
         if is_name(c.source):
             raise ValueError(f"{c.source} is an environment: `turbo.eval tiny --env {c.source}`")
@@ -172,19 +177,22 @@ def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
         make_env = env_maker(run)
     else:
         make_env = env_maker(replace(run, hands=0), c.split or held_out(run.env))
-    figures = evaluate(
-        vlm,
-        weights,
-        make_env,
-        episodes=c.episodes,
-        seed=c.seed,
-        temperature=c.temperature,
-        max_new_tokens=run.max_new_tokens,
-        crew=crew,
-        envs=c.envs or (run.envs if vlm.text.small else min(run.envs, 64)),
-        prompt_style=prompt_style(run),
-        samples=c.samples,
-    )
+    phases = Phases()
+    with counting("episodes", phases) if crew.leads and not c.json else nullcontext():
+        figures = evaluate(
+            vlm,
+            weights,
+            make_env,
+            episodes=c.episodes,
+            seed=c.seed,
+            temperature=c.temperature,
+            max_new_tokens=run.max_new_tokens,
+            crew=crew,
+            envs=c.envs or (run.envs if vlm.text.small else min(run.envs, 64)),
+            prompt_style=prompt_style(run),
+            samples=c.samples,
+            phases=phases,
+        )
     asked = {key: getattr(c, key) for key in ("samples", "seed", "temperature")}
     split, who = c.split or held_out(run.env), "teacher" if c.teacher else "policy"
     told = dict(split=split, source=c.source, env=run.env, who=who, update=update)
@@ -213,10 +221,18 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(clean))
         return 0
     who = "merged teacher" if c.teacher else "policy"
-    deals = f"{figures['split']} deals"
-    print(f"{c.source} ({who}) on {run.env}, {deals}, T {c.temperature}, seed {c.seed}")
-    for key in JSON_KEYS[: JSON_KEYS.index("seed")]:
-        print(f"  {key:18} {figures[key]:.4g}")
+    if figures["update"] is not None:
+        who += f" {when(figures['update'])}"
+    print(f"{c.source} ({who}) on {run.env}, {figures['split']} deals, seed {c.seed}")
+    print(evaluated(figures, c.temperature))
+    details = {
+        "success_solvable": "of the episodes that can be won",
+        "card_rate": "of the steps name what the picture shows",
+        "pass_at_k": f"of the deals are won by one of {c.samples} samples",
+    }
+    for name, of in details.items():
+        if figures[name] == figures[name] and (c.samples > 1 or name != "pass_at_k"):
+            print(f"  {figures[name]:6.1%} {of}")
     for task, found in figures["tasks"].items():
         low, high = found["success_low"], found["success_high"]
         print(

@@ -29,6 +29,13 @@ WRAPPING = {
 WHOLE = {"smolvlm": {"do_image_splitting": False}, "idefics3": {"do_image_splitting": False}}
 
 
+def without_bars() -> None:
+    """Let transformers load and save without progress bars of its own, from now on."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 @dataclass(frozen=True)
 class Frame:
     """The chat template around a picture and a text."""

@@ -33,6 +33,7 @@ from turbo.demos import (
     longest_answer,
     pictures_of,
 )
+from turbo.flags import flag
 from turbo.formats import (
     Kept,
     copy_processor_files,
@@ -72,10 +73,14 @@ def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> i
     """Train, evaluate, write; the exit status."""
     run, started = settings(c), time.perf_counter()
     say = say if crew.leads else lambda text: None
+    vlm, problem = None, ""
     try:
         vlm = open_model(run)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        problem = str(error)
+    if problem := crew.problem(problem):  # maybe of one worker alone
+        if crew.leads:
+            print(f"error: {problem}", file=sys.stderr)
         return 2
     lora = new_lora(vlm.matrices, c.lora_rank, 2.0 * c.lora_rank, c.seed)
     trained = sum(p.numel() for p in lora.parameters())
@@ -231,9 +236,9 @@ class Progress:
         theirs = found.meta["about"]
         for name, own in self.about.items():
             if theirs.get(name) != own:
-                flag = "another model" if name == "base" else f"--{name.replace('_', '-')}"
-                told = "" if name == "base" else f" {theirs.get(name)}, now {own}"
-                raise ValueError(f"it was begun with {flag}{told}: give the same, or --overwrite")
+                other = f"{flag(name)} {theirs.get(name)}, now {own}"
+                told = "another model" if name == "base" else other
+                raise ValueError(f"it was begun with {told}: give the same, or --overwrite")
         self.lora.load_state_dict(found.adapter)
         load_optimizer(self.optimizer, found.state)
         return found.meta["step"], found.meta["recent"]

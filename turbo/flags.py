@@ -30,6 +30,25 @@ import tyro
 Settings = TypeVar("Settings")
 POSITIONAL = get_args(tyro.conf.Positional[int])[1]  # how tyro marks such a field
 TYRO = ("-h", "--help", "--tyro-print-completion", "--tyro-write-completion")
+# What other trainers call it -> what it is called here
+ALIASES = {
+    "--lr": "--learning-rate",
+    "--batch-size": "--minibatch",
+    "--mini-batch-size": "--minibatch",
+    "--beta": "--kl-coef",
+    "--output-dir": "--out",
+    "--max-steps": "--updates",
+    "--iterations": "--updates",
+    "--num-envs": "--envs",
+    "--num-epochs": "--epochs",
+    "--num-train-epochs": "--epochs",
+    "--max-tokens": "--max-new-tokens",
+    "--max-grad-norm": "--grad-clip",
+    "--lam": "--gae-lambda",
+    "--load-in-4bit": "--quantize",
+    "--resume-from-checkpoint": "--resume",
+    "--config": "--like",
+}
 _FLAG = re.compile(r"-[A-Za-z]|--\w")  # and no negative number
 _FRAME = re.compile(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]|-{4,}")
 
@@ -46,7 +65,7 @@ def read_flags(
     `default` stands for what is not given; `options` go to tyro. With --help the help is printed
     and the program ends.
     """
-    if told := unknown_flag(argv, flags(kind)):
+    if told := unknown_flag(argv, flags(kind), alone(kind)):
         raise ValueError(f"{told} (see {prog} --help)")
     said = io.StringIO()
     try:
@@ -101,13 +120,26 @@ def flags(kind: type) -> list[str]:
     return names
 
 
-def unknown_flag(argv: Sequence[str], known: Sequence[str]) -> str:
-    """What is wrong with the first flag that is not among the `known`; nothing where all are."""
+def alone(kind: type) -> list[str]:
+    """What would be the flags of the fields that stand alone, without a name."""
+    hints = get_type_hints(kind, include_extras=True)
+    return [flag(name) for name, hint in hints.items() if POSITIONAL in get_args(hint)[1:]]
+
+
+def unknown_flag(argv: Sequence[str], known: Sequence[str], alone: Sequence[str] = ()) -> str:
+    """What is wrong with the first flag that is not among the `known`; nothing where all are.
+
+    Those in `alone` are no flags: what they would name stands by itself.
+    """
     for word in argv:
         name = word.partition("=")[0].replace("_", "-")
-        if _FLAG.match(name) and name not in known and name not in TYRO:
-            near = difflib.get_close_matches(name, known, n=1)
-            return f"flag {name} is unknown" + (f": did you mean {near[0]}?" if near else "")
+        if not _FLAG.match(name) or name in known or name in TYRO:
+            continue
+        if name in alone:
+            return f"{name} is no flag: what it names comes first, by itself"
+        near = [ALIASES[name]] if ALIASES.get(name) in known else []
+        near += difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+        return f"flag {name} is unknown" + (f": did you mean {near[0]}?" if near else "")
     return ""
 
 

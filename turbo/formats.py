@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from turbo.checkpoint import try_folder, writing
 from turbo.coded import read_dense
+from turbo.families import without_bars
 from turbo.lora import Lora
 from turbo.model import VisionLanguageModel
 
@@ -104,6 +105,7 @@ def save_model(
     for name in module.config.sub_configs:  # else they go on telling how the base was loaded
         if (part := getattr(module.config, name, None)) is not None:
             part.dtype = dtype
+    without_bars()
     module.to(dtype).save_pretrained(folder)
 
 

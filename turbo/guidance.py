@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from turbo.batch import run_batches
-from turbo.corrector import Corrector, Question
+from turbo.corrector import Corrector, Question, TurnedAway
 from turbo.decode import Decoder, Request
 from turbo.envs.base import action_key
 from turbo.memory import KEPT
@@ -92,9 +92,16 @@ def write_answers(
 
 
 def ask_corrector(
-    vlm: VisionLanguageModel, corrector: Corrector, rollout: Rollout, rows: Sequence[int]
+    vlm: VisionLanguageModel,
+    corrector: Corrector,
+    rollout: Rollout,
+    rows: Sequence[int],
+    crew: Crew,
 ) -> list[Episode]:
-    """The steps `rows` as an external model corrects them; those it did not answer are left out."""
+    """The steps `rows` as an external model corrects them; those it did not answer are left out.
+
+    TurnedAway in all workers where it refuses one.
+    """
     steps = rollout.select(rows)
     questions = [
         Question(s.asked.render(), s.asked.prompt("full").text, s.answer.text) for s in steps
@@ -103,7 +110,13 @@ def ask_corrector(
     def readable(number: int, text: str) -> bool:
         return steps[number].asked.read_answer(text).action is not None
 
-    texts = corrector.correct(questions, readable)
+    problem = ""
+    try:
+        texts = corrector.correct(questions, readable)
+    except TurnedAway as error:
+        problem = str(error)
+    if problem := crew.problem(problem):
+        raise TurnedAway(problem)
     answered = [
         None if text is None else _answered(vlm, step, [*vlm.encode(text), vlm.end], [])
         for step, text in zip(steps, texts, strict=True)

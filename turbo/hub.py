@@ -32,6 +32,7 @@ from turbo.parallel import cores
 from turbo.sft_config import SftConfig
 from turbo.tiny import builtin_path
 
+BUILT_IN = "turbo/models/"  # within the repository
 WHOLE = 1 << 30  # bytes of weights that are hashed whole
 
 
@@ -96,6 +97,9 @@ def no_model(folder: Path) -> str:
     """What a path leads to in place of a model, and the remedy; nothing where it may be one."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
+        if known := shapes.PUBLISHED.get(str(folder)):
+            ways = "or measure its shapes, with --random-weights"
+            return f"{what}: its weights are {known.hugging_face_id} on the Hub; {ways}"
         return f"{what}: give a folder with a model, the id of one on the Hub, or `tiny`"
     if (folder / "checkpoints").is_dir() and (folder / "config.json").is_file():
         return (
@@ -112,7 +116,7 @@ def no_model(folder: Path) -> str:
 
 def model_name(c: TrainConfig) -> str:
     """What the model of a run is called outside of it."""
-    return f"turbo/models/{c.env}" if c.model == "tiny" else c.model  # within the repository
+    return BUILT_IN + c.env if c.model == "tiny" else c.model
 
 
 def is_hub_id(name: str) -> bool:

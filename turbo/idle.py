@@ -1,7 +1,8 @@
 """What a run is asked for and would do nothing, refused before it starts.
 
 What a preset sets is left alone, and so is what an older run was saved with. Left out: settings
-that cannot work (`turbo.config`).
+that cannot work (`turbo.config`); those that stand in a row of runs of which one has no teacher,
+such as `--kl-coef 20` beside `--guidance none`.
 """
 
 from turbo.config import TrainConfig
@@ -10,6 +11,7 @@ from turbo.flags import flag
 
 def check_idle(c: TrainConfig, base: TrainConfig) -> None:
     """Refuse what is not as in `base`, a preset or a run's own settings, and would do nothing."""
+    critic = "is for the critic: add --advantage gae, or leave it out"
     external = "is for --guidance gtr: add that, or leave it out"
     rules = {
         "teacher": (
@@ -24,13 +26,16 @@ def check_idle(c: TrainConfig, base: TrainConfig) -> None:
             "--teacher initial",
         ),
         "history_length": (c.env == "alfworld", "is for alfworld alone: leave it out"),
+        "kl_share": (c.kl_coef == "auto", "is for --kl-coef auto: add that, or leave it out"),
+        "gamma": (c.advantage == "gae", critic),
+        "gae_lambda": (c.advantage == "gae", critic),
+        "value_coef": (c.advantage == "gae", critic),
+        "critic_learning_rate": (c.advantage == "gae", critic),
+        "ema_alpha": (c.weighting == "ema", "is for --weighting ema: leave it out"),
+        "score_episodes": (c.weighting == "score", "is for --weighting score: add that"),
         "skip_certain": (
             c.advantage != "gae" or c.skip_certain == 0,
             "has no use with --advantage gae: a critic learns of all steps",
-        ),
-        "critic_learning_rate": (
-            c.advantage == "gae",
-            "is for the critic: add --advantage gae, or leave it out",
         ),
     }
     for name, (used, why) in rules.items():

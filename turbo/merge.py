@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from turbo import checkpoint
 from turbo.adapters import TARGETS, Adapter, check_same_base, read_adapter
+from turbo.families import without_bars
 from turbo.flags import conclude, read_flags
 from turbo.formats import (
     ADAPTER_CONFIG,
@@ -253,6 +254,7 @@ def open_base(name: str, dtype: str) -> tuple[nn.Module, Path]:
     if kind is None:
         raise ValueError(f"--base {name!r}: transformers has no class {config.architectures}")
     own = saved_dtype(folder) if dtype == "auto" else getattr(torch, dtype)
+    without_bars()
     # Merged in the dtype in which it is saved, or a wider one: nothing is rounded twice.
     module = kind.from_pretrained(folder, dtype=own, use_safetensors=True, local_files_only=True)
     return module.requires_grad_(False), folder

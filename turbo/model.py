@@ -278,9 +278,8 @@ def load(folder: Path, dtype: torch.dtype, engine: Engine = Engine()) -> VisionL
 def loaded_parts(folder: Path, dtype: torch.dtype) -> tuple:
     """Module, tokenizer and image processor of a folder; the module is transformers' own."""
     from transformers import AutoConfig
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    families.without_bars()
     kind = _model_class(AutoConfig.from_pretrained(folder, **LOCAL), folder)
     module = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, **LOCAL)
     return module, *_processors(folder)

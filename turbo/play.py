@@ -26,7 +26,7 @@ from turbo.checkpoint import run_of
 from turbo.config import TrainConfig
 from turbo.decode import Decoder, Request
 from turbo.envs.base import Answer, Verdict, VisualEnv, action_key
-from turbo.envs.make import check_env
+from turbo.envs.make import check_env, is_name
 from turbo.eval import EvalConfig, open_source
 from turbo.eval import check as check_source
 from turbo.flags import conclude, read_flags
@@ -267,6 +267,9 @@ def summary(env: VisualEnv, played: list[Played]) -> str:
 
 def check(c: PlayConfig) -> None:
     """Refuse what cannot be played; without a run, an environment that is not named is points24."""
+    if c.env and not is_name(c.env) and (run_of(c.env) or c.env == "tiny"):
+        way = "--model tiny" if c.env == "tiny" else f"--checkpoint {c.env}"
+        raise ValueError(f"{c.env} is no environment: to watch it play, use {way}")
     if not c.checkpoint:
         c.env = c.env or "points24"
     if c.env:

@@ -336,22 +336,24 @@ def find_alfworld(c: TrainConfig | SftConfig, *splits: str) -> None:
 def check_prompts(vlm: VisionLanguageModel, env: VisualEnv, c: TrainConfig) -> Plan | None:
     """The plan of a run's memory by the prompts that `env` gives; None where none is made.
 
-    ValueError where it does not fit, or where the longest prompt of ALFWorld's largest games, and
-    its answer, have no place in the model. Prompts grow with the history; better to learn so before
-    the first step than after an hour. What comes longer all the same is refused where it comes
-    (`turbo.decode`).
+    ValueError where it does not fit, or where a prompt, in ALFWorld the longest of its largest
+    games, and its answer have no place in the model. Prompts grow with the history; better to learn
+    so before the first step than after an hour. What comes longer all the same is refused where it
+    comes (`turbo.decode`).
     """
     is_planned = not vlm.text.small and has_card(c)
-    is_bound = c.env == "alfworld" and vlm.positions is not None
-    if not (is_planned or is_bound):
+    if not is_planned and vlm.positions is None:
         return None
     prefix, suffix = prompt_tokens(vlm, env, c)
     tokens = prefix + suffix
-    if is_bound and tokens + c.max_new_tokens > vlm.positions:
+    if vlm.positions is not None and tokens + c.max_new_tokens > vlm.positions:
+        what, ways = "a prompt has", "--max-new-tokens, or take --observation small"
+        if c.env == "alfworld":
+            what = f"a prompt with {min(c.history_length, env.max_history)} commands has up to"
+            ways = "--history-length or --max-new-tokens, or take smaller games"
         raise ValueError(
-            f"a prompt with {min(c.history_length, env.max_history)} commands has up to {tokens:,} "
-            f"tokens and its answer {c.max_new_tokens}: more than the {vlm.positions:,} positions "
-            "of the model. Lower --history-length or --max-new-tokens, or take smaller games"
+            f"{what} {tokens:,} tokens and its answer {c.max_new_tokens}: more than the "
+            f"{vlm.positions:,} positions of the model. Lower {ways}"
         )
     return plan_prompts(vlm, c, prefix, suffix) if is_planned else None
 

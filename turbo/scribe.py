@@ -16,7 +16,7 @@ from collections.abc import Callable
 from turbo import checkpoint
 from turbo.advice import Watch
 from turbo.config import TrainConfig
-from turbo.console import Display, percent
+from turbo.console import Display, evaluated, when
 from turbo.log import JsonlLogger, read_jsonl
 from turbo.measure import task_figures
 from turbo.rollout import Abandoned
@@ -144,18 +144,11 @@ class Scribe:
 
     def _evaluations(self) -> dict:
         run, record = self.run, {}
-        when = f"after {run.update} updates" if run.update else "before training"
         for who in ("policy", "teacher") if run.config.eval_episodes else ():
             if who == "teacher" and (run.teacher.weights is None or run.update == 0):
                 continue
             e = run.evaluate(who == "teacher")
-            self.say(
-                f"{who} {when}: success {e['success_rate']:.1%} "
-                f"[{e['success_low']:.1%}, {e['success_high']:.1%}], "
-                f"return {e['episode_return']:.2f}, legal {e['legal_rate']:.1%}, "
-                f"thoughts right {percent(e['reasoning_score'])} "
-                f"({e['episodes']} fresh episodes at T {run.config.eval_temperature})"
-            )
+            self.say(f"{who} {when(run.update)}: {evaluated(e, run.config.eval_temperature)}")
             if not run.update and e["legal_rate"] < LEGAL:
                 self.display.warn(lost_for_words(run.config, e["legal_rate"]))
             prefix = "eval_" if who == "policy" else "eval_teacher_"

@@ -33,8 +33,9 @@ from turbo.demos import (
     pictures_of,
 )
 from turbo.envs.make import make
+from turbo.families import without_bars
 from turbo.finetune import UNFINISHED, fine_tune
-from turbo.flags import conclude, read_flags
+from turbo.flags import conclude, flag, read_flags
 from turbo.hub import own_workers
 from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel, Weights, pick_dtype
@@ -251,12 +252,13 @@ def env_maker(c: SftConfig) -> Callable:
 def save(vlm: VisionLanguageModel, c: SftConfig, figures: dict) -> None:
     """Write model (bfloat16 safetensors), tokenizer, image processor, and how they were made."""
     out = Path(c.out)
+    without_bars()
     vlm.module.to(torch.bfloat16).save_pretrained(out)
     vlm.tokenizer.save_pretrained(out)
     vlm.processor.save_pretrained(out)
     config = {k: v for k, v in asdict(c).items() if k not in ("out", "overwrite")}
     plain = asdict(sft_defaults(c.env))
-    flags = [f"--{k.replace('_', '-')} {v}" for k, v in config.items() if v != plain[k]]
+    flags = [f"{flag(k)} {v}" for k, v in config.items() if v != plain[k]]
     short_name = c.env.rpartition(":")[2]
     record = {
         "command": " ".join([f"python -m turbo.sft {c.env} --out {short_name}", *flags]),

@@ -28,7 +28,7 @@ from turbo import checkpoint, lock
 from turbo.arguments import parse
 from turbo.batch import evenly
 from turbo.config import TrainConfig
-from turbo.corrector import check_url
+from turbo.corrector import TurnedAway, check_url
 from turbo.faults import NumericalFault, diagnosis
 from turbo.flags import conclude
 from turbo.guidance import ask_corrector, write_answers
@@ -146,7 +146,7 @@ def teacher_thoughts(run: Run, rollout: Rollout) -> dict[str, float]:
         return {}
     rows = evenly(len(rollout.steps), -(-wanted // run.crew.size))
     if c.guidance == "gtr":
-        written = ask_corrector(run.vlm, run.corrector, rollout, rows)
+        written = ask_corrector(run.vlm, run.corrector, rollout, rows, run.crew)
     else:
         written = write_answers(
             run.vlm,
@@ -333,8 +333,11 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
             return fail(crew, error, 2)
         if run.is_over:
             if crew.leads and not (c.quiet or c.json):
-                print(f"{path} is complete: {run.update} updates; add some with --updates N")
+                more = f"go on to a larger number, such as --updates {2 * run.update}"
+                print(f"{path} is complete: {run.update} updates; {more}")
             return 0
+        if crew.leads:
+            checkpoint.keep_settings(path, c)
     if c.teaches and c.guide_first and run.teacher.count == run.update == 0:
         run.teacher.push(0, run.lora, run.score())  # the warm start itself
     with Scribe(run) as scribe:
@@ -357,13 +360,16 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
             scribe.must_stop()
         except NumericalFault as error:
             return fail(crew, f"{error}; the last checkpoint can be resumed", 1)
+        except TurnedAway as error:
+            return fail(crew, error, 1)
         if scribe.interrupted:
             scribe.save()
             scribe.end(f"continue with: python -m turbo.train {c.env} --resume {path}")
             return 128 + scribe.interrupted
         if scribe.unsaved:
             return 1
-        scribe.end(f"evaluate it with: python -m turbo.eval {path} --env {c.env}")
+        ways = f"python -m turbo.eval {path}; look at it with: python -m turbo.view {path}"
+        scribe.end(f"evaluate it with: {ways}")
     return 0
 
 

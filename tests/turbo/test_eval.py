@@ -1,7 +1,6 @@
 """turbo/eval.py from the command line: figures, their names, and refusals in one line."""
 
 import json
-import re
 import shutil
 
 import pytest
@@ -120,11 +119,17 @@ def test_what_does_not_apply_is_null(capsys, monkeypatch):
 
 
 def test_the_table(runs, capsys):
+    got = figures(capsys, runs["kl"], *FAST.split(), "--teacher", "--json")
     assert eval.main([str(runs["kl"]), *FAST.split(), "--teacher"]) == 0
-    out = capsys.readouterr().out
-    assert "(merged teacher) on numberline, all deals, T 0.2, seed 0" in out
-    for key in JSON_KEYS[:11]:
-        assert re.search(rf"^  {key} +\S+$", out, re.M)
+    first, second, *more = capsys.readouterr().out.splitlines()
+    assert first.endswith(" update) on numberline, all deals, seed 0")
+    assert "(merged teacher after " in first
+    low, high = got["success_low"], got["success_high"]
+    assert second.startswith(f"success {got['success_rate']:.1%} [{low:.1%}, {high:.1%}], return ")
+    assert f"({got['episodes']} fresh episodes at T 0.2)" in second
+    assert not any("samples" in line or "nan" in line for line in more)
+    assert eval.main([str(runs["kl"]), *FAST.split(), "--samples", "2"]) == 0
+    assert "of the deals are won by one of 2 samples" in capsys.readouterr().out
 
 
 def refused(capsys, *argv):
@@ -159,7 +164,7 @@ def test_a_run_is_played_in_its_own_environment(runs, capsys):
     got = figures(capsys, runs["kl"], *fast, "--json")
     assert got == figures(capsys, runs["kl"], *FAST.split(), "--json")
     assert eval.main([str(runs["kl"]), *fast]) == 0
-    assert "(policy) on numberline, all deals" in capsys.readouterr().out
+    assert "(policy after 1 update) on numberline, all deals" in capsys.readouterr().out
     assert "not points24" in refused(capsys, runs["kl"], *fast, "--env", "points24")
     assert "environment 'chess' is unknown" in refused(capsys, "tiny", "--env", "chess")
 

@@ -66,6 +66,9 @@ def test_what_is_right_is_read():
         ("here --learning-rat=3", "flag --learning-rat is unknown: did you mean --learning-rate?"),
         ("here --lora_rnk 3", "flag --lora-rnk is unknown: did you mean --lora-rank?"),
         ("here --no-is-fst", "flag --no-is-fst is unknown: did you mean --no-is-fast?"),
+        ("here --lr 3", "flag --lr is unknown: did you mean --learning-rate?"),
+        ("here --load-in-4bit", "flag --load-in-4bit is unknown (see"),  # this one has no such
+        ("--source here", "--source is no flag: what it names comes first, by itself"),
         ("here --xyzzy", "flag --xyzzy is unknown (see"),
         ("here -x", "flag -x is unknown"),
         ("--sed 3", "flag --sed is unknown: did you mean --seed?"),  # RUN is missing too

@@ -1,5 +1,6 @@
 """A run's memory is planned by its own prompts, on a card that --gpu names, without a GPU."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -64,6 +65,15 @@ def test_what_does_not_fit_with_the_real_prompts_is_refused(model, tmp_path, cap
     assert "the card has 1.2 GB: it fits with --envs " in err and not out.exists()
 
 
+def test_prompts_beyond_the_model_are_refused_before_they_are_played(model, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["points24", "--model", model, *FLAGS.split(), "--max-new-tokens", "40000"]
+    assert train.main([*flags, "--out", str(out)]) == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"error: a prompt has 736 tokens and its answer 40000: more .*\n", err)
+    assert "--observation small" in err and not out.exists()
+
+
 def test_without_a_card_nothing_is_planned(model, tmp_path):
     run = Run(settings(model), tmp_path, Crew())
     assert run.plan is None and run.vlm.batches.tokens == memory.Settings.micro_tokens
@@ -89,6 +99,7 @@ def test_the_longest_prompts_of_alfworld_are_planned_for(model, alfworld_games):
 def test_a_resumed_run_is_planned_again(model, tmp_path, monkeypatch):
     """It goes on in the same pieces, or in those of another card."""
     monkeypatch.setattr("turbo.run.prompt_tokens", lambda *_: (4000, 22))
+    monkeypatch.setattr("turbo.model.VisionLanguageModel.positions", None)  # has place for them
     seen = []
 
     class Noted(Run):

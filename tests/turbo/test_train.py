@@ -5,7 +5,7 @@ import re
 import shutil
 import signal
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import tiny_models
@@ -15,6 +15,7 @@ from kept_signals import kept_signals
 from examples.corrector_server import serve
 from turbo import checkpoint, train
 from turbo.config import TrainConfig
+from turbo.faults import NumericalFault
 from turbo.log import METRICS, read_jsonl
 from turbo.parallel import Crew, run_crew
 from turbo.presets import GAME_DEFAULTS, defaults
@@ -277,8 +278,12 @@ def test_a_run_with_an_external_corrector(tmp_path, monkeypatch, capsys):
     with serve("numberline", key="right") as url:
         asked = [*options, "--teacher-url", url, "--teacher-key-env", "OWN_KEY"]
         assert start(tmp_path / "run", *asked) == 0
-        with pytest.raises(ValueError, match=r"refuses model 'expert'.*401.*valid key"):
-            start(tmp_path / "other", *options, "--teacher-url", url)
+        capsys.readouterr()
+        assert start(tmp_path / "other", *options, "--teacher-url", url) == 1
+        err = capsys.readouterr().err
+        assert re.fullmatch(r"error: .* refuses model 'expert'.*401.*valid key.*\n", err)
+        assert start(tmp_path / "two", *options, "--teacher-url", url, "--workers", "2") == 1
+        assert capsys.readouterr().err == err  # once
     records = read_jsonl(tmp_path / "run" / "metrics.jsonl")[1:3]
     assert (
         [r["sft_examples"] for r in records] == [10, 20] == [r["teacher_requests"] for r in records]
@@ -516,6 +521,14 @@ def test_a_run_of_another_model_is_refused(run, tmp_path, capsys):
             ["numberline", "--advantage", "gae", "--skip-certain", "0.1"],
             "--skip-certain 0.1 has no use with --advantage gae",
         ),
+        (
+            ["numberline", "--learning-rate", "1e-4", "--final-learning-rate", "1e-3"],
+            "--final-learning-rate must be at most --learning-rate 0.0001, at which it begins",
+        ),
+        (
+            ["numberline", "--model", "qwen2.5-vl-7b"],
+            "does not exist: its weights are Qwen/Qwen2.5-VL-7B-Instruct on the Hub",
+        ),
         (["numberline", "--hands", "5"], "--hands must be 0 except with points24"),
         (["numberline", "--preset", "huge"], "preset 'huge' is unknown: use tiny or paper"),
         (["numberline", "--guidance", "gtr"], "--teacher-url must be the address of an endpoint"),
@@ -583,6 +596,58 @@ def test_the_preset_is_that_of_the_model(tmp_path):
         assert c == replace(defaults("numberline", "tiny"), model=str(model))
     with pytest.raises(ValueError, match="preset '' is unknown"):
         train.parse(["numberline", "--preset"])
+
+
+def test_a_rate_alone_brings_its_end_along():
+    base = TrainConfig()
+    share = base.final_learning_rate / base.learning_rate
+    for argv in (["--learning-rate", "1e-4"], ["--learning_rate=1e-2"]):
+        c = train.parse(["points24", *argv])
+        assert c.final_learning_rate == pytest.approx(share * c.learning_rate)
+    c = train.parse(["points24", "--learning-rate", "1e-3", "--final-learning-rate", "3e-4"])
+    assert (c.learning_rate, c.final_learning_rate) == (1e-3, 3e-4)
+    assert train.parse(["points24", "--final-learning-rate", "1e-5"]).learning_rate == 7e-4
+
+
+def test_a_run_with_the_settings_of_another(run, tmp_path, capsys):
+    theirs = json.loads((run / "config.json").read_text())["config"]
+    c = train.parse(["--like", str(run), "--seed", "5", "--updates", "1"])
+    assert (c.env, c.seed, c.updates, c.out, c.resume) == ("numberline", 5, 1, "", "")
+    same = {k: v for k, v in asdict(c).items() if k not in ("seed", "updates", "out", "overwrite")}
+    assert same == {k: theirs[k] for k in same}
+    out = tmp_path / "again"
+    assert train.main(["--like", str(run), "--out", str(out)]) == 0
+    assert plain(out) == plain(run)
+    for more, told in (
+        (["--preset", "paper"], "--preset paper and --like"),
+        (["--resume", str(run)], "is for a new run: leave it out with --resume"),
+    ):
+        assert told in refused(capsys, ["numberline", "--like", run, *more])
+    assert "is not a run directory" in refused(capsys, ["--like", tmp_path / "absent"])
+
+
+def test_what_a_resumed_run_is_given_counts_from_then_on(tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    assert start(run, "--updates", "1") == 0
+    real, seen = train.train_update, []
+
+    def once(state):
+        seen.append(state.update)
+        if len(seen) > 1:
+            raise NumericalFault("stopped")
+        return real(state)
+
+    monkeypatch.setattr(train, "train_update", once)
+    assert train.main(["numberline", "--resume", str(run), "--updates", "3"]) == 1
+    monkeypatch.setattr(train, "train_update", real)
+    capsys.readouterr()
+    assert train.main(["numberline", "--resume", str(run)]) == 0  # to the third one
+    assert plain(run)[-1]["update"] == 3
+    saved = json.loads((run / "config.json").read_text())["config"]
+    assert (saved["updates"], saved["out"], saved["resume"]) == (3, str(run), "")
+    capsys.readouterr()
+    assert train.main(["numberline", "--resume", str(run)]) == 0
+    assert "3 updates; go on to a larger number, such as --updates 6" in capsys.readouterr().out
 
 
 def test_learning_rate_is_a_cosine():
