@@ -248,7 +248,12 @@ def evaluated(e: Mapping, temperature: float) -> str:
 
 def when(update: int) -> str:
     """How far a policy is."""
-    return f"after {update} update{'s' * (update != 1)}" if update else "before training"
+    return f"after {count(update, 'update')}" if update else "before training"
+
+
+def count(number: int, thing: str) -> str:
+    """1 update, 2 updates"""
+    return f"{number} {thing}" + "s" * (number != 1)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from turbo import checkpoint
 from turbo.advice import Watch
 from turbo.config import TrainConfig
-from turbo.console import Display, evaluated, when
+from turbo.console import Display, count, evaluated, when
 from turbo.log import JsonlLogger, read_jsonl
 from turbo.measure import task_figures
 from turbo.rollout import Abandoned
@@ -58,6 +58,9 @@ class Scribe:
         self.logger = JsonlLogger(metrics, sinks, self.display.warn)
         self.display.open(run.update)
         at_once = "" if run.vlm.text.small else f", {run.vlm.batches.tokens:,} tokens at once"
+        playing = len(run.table.envs) * run.crew.size
+        if playing != c.envs:  # whole groups in every worker
+            at_once += f", {playing} of {c.envs} environments"
         self.say(
             f"{c.env}: {count(c.updates, 'update')} on {count(run.crew.size, 'worker')}{at_once}, "
             f"into {run.path}"
@@ -171,11 +174,6 @@ class Scribe:
                 )
                 if pause is not None:
                     time.sleep(pause)
-
-
-def count(number: int, thing: str) -> str:
-    """1 update, 2 updates"""
-    return f"{number} {thing}" + "s" * (number != 1)
 
 
 def lost_for_words(c: TrainConfig, legal: float) -> str:
