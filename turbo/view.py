@@ -1,7 +1,7 @@
 """A run as one page: `python -m turbo.view RUN [RUN2]` writes RUN/view.html.
 
 Learning curves, and the sampled episodes with their pictures, prompts, thoughts and verdicts, of
-one run or of two side by side. The file holds all that it shows: no server, no network. With
+one run or of several side by side. The file holds all that it shows: no server, no network. With
 `--serve` the same page is served on this machine alone, and follows a run that still trains.
 
 What a model wrote is data: it is escaped where it is embedded, the page makes text nodes of it, and
@@ -31,11 +31,12 @@ from turbo.view_data import read_run, state_of
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("draw.js", "charts.js", "episodes.js", "main.js")
 HOST = "127.0.0.1"
+MOST, BROWSED = 6, 2  # runs of a page, as many as there are colours; those with episodes
 
 
 @dataclass
 class ViewConfig:
-    """Show a run, or two side by side, as one HTML file that needs no network: learning curves,
+    """Show a run, or several side by side, as one HTML file that needs no network: learning curves,
     and a browser of sampled episodes with pictures, thoughts, KL to the teacher and verdicts.
 
     python -m turbo.view runs/first
@@ -45,9 +46,9 @@ class ViewConfig:
     python -m turbo.view runs/first --serve 8000
     """
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN2]")]
-    """one run directory of `turbo.train`, or two to compare; they are only read, and may still be
-    training"""
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """run directories of `turbo.train`, up to six to compare, such as seeds, of which the first two
+    show their episodes; they are only read, and may still be training"""
     out: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """file to write (empty: view.html in the first run's directory)"""
     serve: Annotated[int | None, tyro.conf.arg(metavar="PORT")] = None
@@ -61,8 +62,8 @@ class ViewConfig:
 
 def check(c: ViewConfig) -> list[Path]:
     """Refuse what cannot be shown; the run directories."""
-    if not 1 <= len(c.runs) <= 2:
-        raise ValueError(f"give one run directory, or two to compare, got {len(c.runs)}")
+    if not 1 <= len(c.runs) <= MOST:
+        raise ValueError(f"give a run directory, or up to {MOST} to compare, got {len(c.runs)}")
     if c.episodes < 1:
         raise ValueError(f"--episodes must be at least 1, got {c.episodes}")
     if c.serve is not None and not 0 <= c.serve <= 65_535:
@@ -80,7 +81,7 @@ def gather(runs: list[Path], most: int) -> dict:
     state = ",".join(map(state_of, runs))  # before the files are read: what comes then is news
     return {
         "state": state,
-        "runs": [read_run(run, most) for run in runs],
+        "runs": [read_run(run, most if i < BROWSED else 0) for i, run in enumerate(runs)],
         "metrics": {k: {"meaning": m.meaning, "unit": m.unit} for k, m in METRICS.items()},
     }
 

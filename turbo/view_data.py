@@ -32,13 +32,13 @@ NUMBERS = ("thought_tokens", "reward", "format_reward")
 
 
 def read_run(path: Path, most: int) -> dict:
-    """One run, with at most so many of its episodes, at even distances."""
+    """One run, with at most so many of its episodes, at even distances; 0: with none."""
     record = checkpoint.read_run(path)
     settings = {str(k): v for k, v in record["config"].items()}
     metrics = read_records(path / checkpoint.METRICS)
     episodes = read_records(path / checkpoint.EPISODES)
     marks = collapsed(episodes)
-    chosen = evenly(len(episodes), most)
+    chosen = evenly(len(episodes), most) if most else []
     shown = [episode(episodes[i]) | {"collapsed": marks[i]} for i in chosen]
     versions = record.get("versions")
     return {

@@ -68,6 +68,14 @@ def test_scripts_of_the_page_alone_may_run(run):
         assert f"{kind} 'sha256-{digest}'" in policy
 
 
+def test_of_several_runs_the_first_two_show_their_episodes(run):
+    data = view.gather([run] * 3, 10)
+    assert [len(r["episodes"]) > 0 for r in data["runs"]] == [True, True, False]
+    first, _, third = data["runs"]
+    assert third["frames"] == {} and third["recorded"] == first["recorded"] > 0
+    assert third["curves"] == first["curves"] != {}
+
+
 def test_what_a_model_writes_stays_data(run, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run, other)
@@ -91,8 +99,8 @@ def test_the_pages_scripts_make_no_markup_of_text():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "one run directory, or two"),
-        (["a", "b", "c"], "got 3"),
+        ([], "give a run directory, or up to 6"),
+        (list("abcdefg"), "got 7"),
         (["nowhere"], "nowhere is not a run directory"),
         (["{run}", "nowhere"], "nowhere is not a run directory"),
         (["{run}", "--episodes", "0"], "--episodes must be at least 1, got 0"),

@@ -329,6 +329,19 @@ def test_two_runs_side_by_side(driver, run, tmp_path):
     assert driver.get_log("browser") == []
 
 
+def test_three_runs_share_their_charts(driver, run, tmp_path):
+    out = tmp_path / "three.html"
+    assert view.main([str(run)] * 3 + ["--out", str(out)]) == 0
+    open_page(driver, out)
+    for letter in "ABC":
+        assert f"{letter} while training" in text(driver, ".keys")[0]
+    assert len(find(driver, ".run h1")) == 3 and len(find(driver, ".pane")) == 2
+    titles = text(driver, ".card h3")
+    assert {"Step of an update", "Gradient norm", "Loss"} < set(titles)
+    press(driver, "j", "x", "k")
+    assert driver.get_log("browser") == []
+
+
 @pytest.fixture(scope="module")
 def many(run, tmp_path_factory):
     """2,000 episodes: real ones, repeated as those of later updates."""

@@ -1,5 +1,5 @@
 // Learning curves: one small SVG for each question. Colour tells series apart in one run, and the
-// runs where there are two; then dashes tell the series.
+// runs where there are several; then dashes tell the series.
 
 const CHARTS = [
   {
@@ -71,6 +71,31 @@ const CHARTS = [
     ],
     needs: /teacher/,
   },
+  {
+    title: "Step of an update",
+    note: "KL of the policy to the one that played, and to itself before the first step: what " +
+      "sampling and training disagree by.",
+    form: plain, floor: 0,
+    series: [
+      { name: "approx_kl", label: "approximate KL" },
+      { name: "sampling_kl", label: "before the first step" },
+    ],
+  },
+  {
+    title: "Gradient norm", note: "Before clipping, mean over the minibatches.", form: plain, floor: 0,
+    series: [
+      { name: "grad_norm", label: "policy" },
+      { name: "critic_grad_norm", label: "critic" },
+    ],
+  },
+  {
+    title: "Loss", note: "Mean over the minibatches of an update.", form: plain,
+    series: [
+      { name: "policy_loss", label: "policy" },
+      { name: "value_loss", label: "critic", unused: 0 },
+      { name: "sft_loss", label: "imitation", unused: 0 },
+    ],
+  },
 ];
 const PHASES = ["rollout", "score", "write", "train", "merge", "other"];
 const BOX = { width: 400, height: 190, left: 44, right: 12, top: 8, bottom: 26 };
@@ -81,7 +106,8 @@ const someKnown = (values) => Boolean(values) && values.some(known);
 
 // What a chart has of a run: its lines and its points that hold any number.
 function present(chart, run) {
-  const lines = (chart.series || []).filter((s) => someKnown(run.curves[s.name]));
+  const used = (s) => !("unused" in s && run.curves[s.name].every((v) => v === s.unused));
+  const lines = (chart.series || []).filter((s) => someKnown(run.curves[s.name]) && used(s));
   const points = (chart.points || []).filter((s) => someKnown(run.evaluations[s.name]));
   const all = [...lines, ...points];
   const enough = chart.needs ? all.some((s) => chart.needs.test(s.name)) : all.length;
@@ -230,7 +256,7 @@ function drawCeiling(picture, keys, axes, chart, top) {
 }
 
 function drawRun(picture, keys, axes, run, r, count, part) {
-  const name = count > 1 ? `${"AB"[r]} ` : "";
+  const name = count > 1 ? `${LETTERS[r]} ` : "";
   part.lines.forEach((s, place) => {
     const xs = run.curves.update, style = look(r, place, count);
     if (s.band) {
@@ -281,7 +307,7 @@ function hover(chart, picture, axes, runs, parts, choose) {
     const rows = runs.flatMap((run, r) => {
       const i = (run.curves.update || []).indexOf(u);
       const there = i < 0 ? [] : parts[r].lines.filter((s) => known(run.curves[s.name][i]));
-      const name = runs.length > 1 ? `${"AB"[r]} ` : "";
+      const name = runs.length > 1 ? `${LETTERS[r]} ` : "";
       return there.map((s) => h("div", {}, `${name}${s.label}: ${chart.form(run.curves[s.name][i])}`));
     });
     refill(tip, h("b", {}, `update ${u}`), rows);
@@ -309,7 +335,7 @@ function drawPhases(runs) {
   });
   const highest = totals.flatMap((t) => t.sums.at(-1));
   return totals.filter((t) => t.phases.length).map((t) => {
-    const letter = runs.length > 1 ? `, ${"AB"[runs.indexOf(t.run)]}` : "";
+    const letter = runs.length > 1 ? `, ${LETTERS[runs.indexOf(t.run)]}` : "";
     const chart = {
       title: `Time of an update${letter}`, note: "Seconds, phase by phase.", form: plain, floor: 0,
     };

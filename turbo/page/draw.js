@@ -25,6 +25,7 @@ function refill(node, ...children) {
 const h = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
 const g = (tag, attributes, ...children) =>
   fill(document.createElementNS(SVG, tag), attributes, children);
+const LETTERS = "ABCDEF"; // of the runs, where there are several
 const known = (x) => typeof x === "number" && Number.isFinite(x);
 
 const percent = (x) => `${(100 * x).toFixed(Math.abs(x) < 0.1 && x !== 0 ? 1 : 0)}%`;

@@ -40,7 +40,7 @@ class Pane {
       "aria-label": `Episodes of ${run.name}`,
     }, this.space);
     this.detail = h("article", { class: "detail" });
-    const title = several ? h("h3", { class: `c${number}` }, `${"AB"[number]} ${run.name}`) : null;
+    const title = several ? h("h3", { class: `c${number}` }, `${LETTERS[number]} ${run.name}`) : null;
     this.root = h("div", { class: "pane", onpointerdown: () => browser.activate(number) },
       title, this.count, h("div", { class: "columns" }, this.list, this.detail));
   }

@@ -6,10 +6,13 @@ const KEYS = [
   ["l, → and h, ←", "next and previous step"],
   ["Page Down, Page Up, Home, End", "further in the list"],
   ["/", "search; Escape leaves it"],
-  ["x", "the other run, where there are two"],
+  ["x", "the other run, where there are several"],
   ["c", "clear the filters"],
   ["?", "this help"],
 ];
+
+// Runs whose episodes are shown.
+const browsed = (runs) => runs.slice(0, 2);
 
 function showHelp() {
   const dialog = document.getElementById("help");
@@ -42,16 +45,16 @@ function drawHead(data, live) {
         `${plain(last(run.curves.env_steps))} steps, ${duration(last(run.curves.elapsed))}`,
       own ? `success on fresh deals ${own}` : null, teacher ? `merged teacher ${teacher}` : null,
     ];
-    const letter = data.runs.length > 1 ? h("span", { class: `letter c${i}` }, "AB"[i]) : null;
+    const letter = data.runs.length > 1 ? h("span", { class: `letter c${i}` }, LETTERS[i]) : null;
     return h("div", { class: "run" }, h("h1", {}, letter, run.name),
       h("p", {}, facts.filter(Boolean).join(" · ")));
   });
   const state = live ? h("p", { id: "live", role: "status" }, "live") : null;
   refill(document.getElementById("head"), runs, state);
-  document.title = `${data.runs.map((r) => r.name).join(" and ")} – gtr-turbo`;
+  document.title = `${data.runs.map((r) => r.name).join(", ")} – gtr-turbo`;
 }
 
-// All settings, those first in which two runs differ.
+// All settings, those first in which runs differ.
 function drawSettings(runs) {
   const both = runs.map((run) => ({ ...run.settings, ...prefixed("version of ", run.versions) }));
   const names = [...new Set(both.flatMap(Object.keys))];
@@ -101,7 +104,7 @@ async function follow(state) {
         const data = await answer.json();
         state = data.state;
         draw(data, true);
-        window.browser.setRuns(data.runs);
+        window.browser.setRuns(browsed(data.runs));
       } else if (answer.status !== 204) throw new Error(await answer.text());
       told("live");
     } catch (error) {
@@ -117,7 +120,7 @@ function start() {
   holder.remove();
   drawHelp();
   window.browser = new Browser(
-    document.getElementById("filters"), document.getElementById("panes"), data.runs);
+    document.getElementById("filters"), document.getElementById("panes"), browsed(data.runs));
   draw(data, live);
   if (location.hash) window.browser.recall(location.hash);
   listen(window.browser);
