@@ -144,8 +144,9 @@ def save(
     meta: dict,
     keep: int,
     before: Path | None = None,
+    best: int | None = None,
 ) -> Path:
-    """Write the checkpoint of `update`, then drop all but the newest `keep`.
+    """Write the checkpoint of `update`, then drop all but the newest `keep` and that of `best`.
 
     `before` is the checkpoint that this run was at last, loaded or saved: entries of the history
     that are there are shared with it. One of `update` that is there and whole is left as it is.
@@ -176,7 +177,8 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)  # makes room
         raise
     for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if int(old.name) != best:
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 

@@ -278,7 +278,8 @@ class EvaluationSettings:
     eval_temperature: float = 0.2
     """sampling temperature of evaluation (the paper's)"""
     eval_every: int = 0
-    """evaluate every so many updates as well (0: only at both ends)"""
+    """evaluate every so many updates as well, and keep the checkpoint of the best evaluation (0:
+    only at both ends)"""
 
 
 @dataclass
@@ -288,7 +289,7 @@ class OutputSettings:
     save_every: int = 10
     """checkpoint every so many updates, and at the end"""
     keep: int = 2
-    """checkpoints kept in the run directory"""
+    """newest checkpoints that are kept in the run directory"""
     max_faults: int = 5
     """stop after so many minibatches in a row without a finite gradient; single ones are skipped"""
     quiet: bool = False

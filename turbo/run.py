@@ -66,6 +66,7 @@ class Run:
         self.plan = check_prompts(self.vlm, self.table.scout, config)
         self.beta = 1.0 if config.kl_coef == "auto" else float(config.kl_coef)
         self.update, self.env_steps, self.elapsed = 0, 0, 0.0
+        self.best: dict | None = None  # evaluation of --eval-every: its update, success_rate
         self.saved: Path | None = None  # the checkpoint that was loaded or saved last
         # What an interrupted evaluation owes: the record of its update, {} before the first one
         self.owed: dict | None = {} if config.eval_start else None
@@ -89,13 +90,13 @@ class Run:
             "elapsed": self.elapsed,
             "beta": self.beta,
             "asked": self.asked,
+            "best": self.best,
             "moments": sum(k.startswith("optimizer/") for k in state),
             "teacher": teacher_data,
         }
         where, keep = (self.path, self.update), self.config.keep
-        self.saved = checkpoint.save(
-            *where, self.lora.state_dict(), state, meta, keep, before=self.saved
-        )
+        others = dict(before=self.saved, best=self.best and self.best["update"])
+        self.saved = checkpoint.save(*where, self.lora.state_dict(), state, meta, keep, **others)
 
     def checkpoint_bytes(self) -> tuple[int, int, int]:
         """About what a checkpoint takes at the end of the run: without the history, the history,
@@ -128,7 +129,8 @@ class Run:
     def lack_of_space(self) -> str:
         """What is missing where the disk has no room for this run's checkpoints; else nothing."""
         keep = self.config.keep
-        count = keep + 1  # a new one is whole before the oldest goes
+        # A new one is whole before the oldest goes; the best one may be older.
+        count = keep + 1 + (self.config.eval_every > 0)
         own, history, fresh = self.checkpoint_bytes()
         needed, free = count * own + history, shutil.disk_usage(self.path).free
         if self.config.history_max:  # what it drops stays in the older ones
@@ -191,6 +193,7 @@ class Run:
         self.teacher.load_state_dict(checkpoint.section(state, "teacher/"), teacher)
         self.update, self.env_steps = meta["update"], meta["env_steps"]
         self.elapsed, self.beta = meta["elapsed"], meta["beta"]
+        self.best = meta.get("best")
         self.asked |= meta.get("asked", {})  # older runs began anew
         if self.corrector is not None and self.crew.leads:
             self.corrector.usage = Usage(**self.asked)

@@ -154,6 +154,9 @@ class Scribe:
             self.say(f"{who} {when(run.update)}: {evaluated(e, run.config.eval_temperature)}")
             if not run.update and e["legal_rate"] < LEGAL:
                 self.display.warn(lost_for_words(run.config, e["legal_rate"]))
+            best, rate = run.best, e["success_rate"]
+            if who == "policy" and run.update and (not best or rate > best["success_rate"]):
+                run.best = {"update": run.update, "success_rate": rate}
             prefix = "eval_" if who == "policy" else "eval_teacher_"
             own = {k: e[k] for k in EVAL_KEYS} | task_figures(e["tasks"])
             record |= {prefix + name: value for name, value in own.items()}

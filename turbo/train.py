@@ -351,7 +351,8 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
                     scribe.report(metrics)
                 else:
                     scribe.write(metrics)
-                if run.update % c.save_every == 0:
+                is_best = run.best is not None and run.best["update"] == run.update
+                if run.update % c.save_every == 0 or is_best:
                     scribe.save()
             if not scribe.interrupted:
                 scribe.save()
@@ -368,6 +369,9 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
             return 128 + scribe.interrupted
         if scribe.unsaved:
             return 1
+        if run.best and run.best["update"] != run.update:
+            kept = path / checkpoint.CHECKPOINTS / str(run.best["update"])
+            scribe.say(f"best evaluation: {run.best['success_rate']:.1%}, kept as {kept}")
         ways = f"python -m turbo.eval {path}; look at it with: python -m turbo.view {path}"
         scribe.end(f"evaluate it with: {ways}")
     return 0

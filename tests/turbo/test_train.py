@@ -650,6 +650,26 @@ def test_what_a_resumed_run_is_given_counts_from_then_on(tmp_path, capsys, monke
     assert "3 updates; go on to a larger number, such as --updates 6" in capsys.readouterr().out
 
 
+def test_the_checkpoint_of_the_best_evaluation_is_kept(tmp_path, capsys, monkeypatch):
+    run, rates, real = tmp_path / "run", [0.9, 0.2, 0.6, 0.6, 0.1, 0.3, 0.5], Run.evaluate
+
+    def told(state, teacher=False):
+        return real(state, teacher) | {"success_rate": rates[state.update]}
+
+    monkeypatch.setattr(Run, "evaluate", told)
+    flags = "--eval-every 1 --eval-episodes 4 --updates 4 --save-every 10 --keep 1"
+    assert start(run, *flags.split(), "--guidance", "none") == 0
+    assert [int(p.name) for p in checkpoint.checkpoints(run)] == [2, 4]  # not of the warm start
+    said = f"best evaluation: 60.0%, kept as {run / 'checkpoints' / '2'}\n"
+    assert said in capsys.readouterr().out
+    assert train.main(["numberline", "--resume", str(run), "--updates", "6"]) == 0
+    assert [int(p.name) for p in checkpoint.checkpoints(run)] == [2, 6]
+    assert said in capsys.readouterr().out
+    rates += [0.7, 0.4]
+    assert train.main(["numberline", "--resume", str(run), "--updates", "8"]) == 0
+    assert [int(p.name) for p in checkpoint.checkpoints(run)] == [7, 8]  # a better one
+
+
 def test_learning_rate_is_a_cosine():
     c = TrainConfig(updates=10, learning_rate=1.0, final_learning_rate=0.1)
     rates = [train.learning_rate(c, u) for u in range(12)]
