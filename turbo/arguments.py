@@ -57,10 +57,11 @@ def parse(argv: list[str]) -> TrainConfig:
             raise ValueError(f"--preset {given.preset} and --like {source}: give one of the two")
         base = replace(base, out="", overwrite=False)
     else:  # the environment may not be named first, and the model may be large
-        model = settings(given)
-        base = defaults(given.env, preset_of(model) if given.preset == "auto" else given.preset)
+        own = given.preset == "auto"
+        base = defaults(given.env, preset_of(settings(given)) if own else given.preset)
     c = settings(read(base))
-    if c.learning_rate != base.learning_rate and not is_given(argv, "--final-learning-rate"):
+    alone = not (c.resume or is_given(argv, "--final-learning-rate"))
+    if alone and c.learning_rate != base.learning_rate:
         c.final_learning_rate = base.final_learning_rate * (c.learning_rate / base.learning_rate)
     check(c)
     if c.resume and (odd := changed(asdict(base), c)):

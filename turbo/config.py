@@ -377,11 +377,6 @@ def check(c: TrainConfig) -> None:
     for name in ("density", "ema_alpha", "gamma", "gae_lambda", "clip"):
         need(getattr(c, name) <= 1, name, "at most 1")
     need(c.ema_alpha > 0, "ema_alpha", "more than 0")
-    need(
-        c.final_learning_rate <= c.learning_rate,
-        "final_learning_rate",
-        f"at most --learning-rate {c.learning_rate:g}, at which it begins",
-    )
     if c.advantage == "group":
         need(c.group_size >= 2, "group_size", "at least 2 with --advantage group (or use gae)")
     need(c.hands == 0 or c.env == "points24", "hands", "0 except with points24")

@@ -175,7 +175,7 @@ def test_the_corrector_answers_from_the_solver(fitted, rollout):
     rows = evenly(len(rollout.steps), 12)
     with serve("numberline") as url:
         corrector = Corrector(url, "expert")
-        episodes = ask_corrector(fitted, corrector, rollout, rows)
+        episodes = ask_corrector(fitted, corrector, rollout, rows, Crew())
         corrector.close()
     assert len(episodes) == len(rows) and corrector.usage.requests == len(rows)
     assert all(s.verdict.right for e in episodes for s in e.steps)
@@ -190,6 +190,6 @@ def test_the_corrector_answers_from_the_solver(fitted, rollout):
 def test_questions_without_an_answer_are_left_out(fitted, rollout):
     with serve("numberline", fail=1.0) as url:
         corrector = Corrector(url, "expert", attempts=1)
-        assert ask_corrector(fitted, corrector, rollout, [0, 1, 2]) == []
+        assert ask_corrector(fitted, corrector, rollout, [0, 1, 2], Crew()) == []
         corrector.close()
     assert corrector.usage.failed == 3

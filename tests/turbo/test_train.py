@@ -522,10 +522,6 @@ def test_a_run_of_another_model_is_refused(run, tmp_path, capsys):
             "--skip-certain 0.1 has no use with --advantage gae",
         ),
         (
-            ["numberline", "--learning-rate", "1e-4", "--final-learning-rate", "1e-3"],
-            "--final-learning-rate must be at most --learning-rate 0.0001, at which it begins",
-        ),
-        (
             ["numberline", "--model", "qwen2.5-vl-7b"],
             "does not exist: its weights are Qwen/Qwen2.5-VL-7B-Instruct on the Hub",
         ),
