@@ -257,18 +257,22 @@ def count(number: int, thing: str) -> str:
 
 
 @contextmanager
-def counting(name: str, phases: Phases) -> Iterator[None]:
-    """A bar on standard error, where that is a terminal, of the phase that is under way."""
-    console = Console(stderr=True, **PLAIN)
+def counting(phases: Phases, stderr: bool = False) -> Iterator[None]:
+    """A bar of the phase that is under way, where standard output, or error, is a terminal.
+
+    What is printed to standard output meanwhile appears above that of standard output alone.
+    """
+    console = Console(stderr=stderr, **PLAIN)
     if not console.is_terminal or console.is_dumb_terminal:
         yield
         return
 
     def bar() -> Table:
         done, total = min(phases.done, phases.total), phases.total
-        return gauge(name, done, total or None, f"{done / total:.0%}" if total else "")
+        return gauge(phases.name, done, total or None, f"{done / total:.0%}" if total else "")
 
-    with Live(get_renderable=bar, console=console, refresh_per_second=2, transient=True):
+    options = dict(refresh_per_second=2, transient=True, redirect_stdout=not stderr)
+    with Live(get_renderable=bar, console=console, **options):
         yield
 
 

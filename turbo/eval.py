@@ -178,7 +178,8 @@ def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
     else:
         make_env = env_maker(replace(run, hands=0), c.split or held_out(run.env))
     phases = Phases()
-    with counting("episodes", phases) if crew.leads and not c.json else nullcontext():
+    phases.begin("episodes")
+    with counting(phases, stderr=True) if crew.leads and not c.json else nullcontext():
         figures = evaluate(
             vlm,
             weights,

@@ -50,7 +50,7 @@ from turbo.model import VisionLanguageModel
 from turbo.optimizer import load_optimizer, optimizer_tensors
 from turbo.parallel import Crew
 from turbo.run import env_maker, held_out, prompt_style
-from turbo.sft_config import SftConfig, expert_options, too_long
+from turbo.sft_config import SftConfig, expert_options, too_long, written
 from turbo.versions import versions
 
 ENVS = 64  # that the evaluation plays at once
@@ -116,7 +116,7 @@ def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> i
                 shutil.rmtree(Path(c.out) / UNFINISHED, ignore_errors=True)
             if is_far_from_all(figures["kept"]):
                 say(f"{loss_of_rounding(figures['kept'])}: --dtype float32 keeps all")
-        say(f"written to {c.out}: train it with python -m turbo.train {c.env} --model {c.out}")
+        say(written(c, e["legal_rate"]))
     return 0
 
 

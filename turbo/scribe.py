@@ -21,6 +21,7 @@ from turbo.log import JsonlLogger, read_jsonl
 from turbo.measure import task_figures
 from turbo.rollout import Abandoned
 from turbo.run import Run, space
+from turbo.sft_config import LEGAL
 from turbo.sinks import open_sinks
 
 EVAL_KEYS = (
@@ -30,7 +31,6 @@ EVAL_KEYS = (
     "episode_return",
     "reasoning_score",
 )
-LEGAL = 0.5  # share of legal answers below which a model does not know its game
 SAVE_PAUSES = (1.0, 5.0)  # seconds between the attempts to save
 
 

@@ -15,6 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from torch import nn
 
 from turbo import tiny
 from turbo.checkpoint import checkpoints, try_folder, write_json, writing
+from turbo.console import counting
 from turbo.demos import (
     Demonstration,
     backward_demos,
@@ -40,8 +42,16 @@ from turbo.hub import own_workers
 from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel, Weights, pick_dtype
 from turbo.parallel import Crew, cores, run_crew
+from turbo.phases import Phases
 from turbo.run import alfworld_options, find_alfworld
-from turbo.sft_config import SftConfig, check_sft, expert_options, sft_defaults, too_long
+from turbo.sft_config import (
+    SftConfig,
+    check_sft,
+    expert_options,
+    sft_defaults,
+    too_long,
+    written,
+)
 from turbo.versions import versions
 
 SPLIT_GAMES = ("points24", "alfworld")  # some deals are kept from the warm start
@@ -71,6 +81,7 @@ def train_read_out(
     seed: int,
     stray: float = 0.0,
     pictures: int = 64,
+    phases: Phases | None = None,
 ) -> float:
     """Train the vision tower to name what is in the picture through a linear read-out.
 
@@ -93,8 +104,11 @@ def train_read_out(
     head = nn.Linear(size, slots * classes)
     parameters = [*vlm.module.model.visual.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    accuracy = 0.0
+    accuracy, phases = 0.0, phases or Phases()
+    phases.begin("read-out")
+    phases.expect(steps)
     for step in range(steps):
+        phases.done = step
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
         demos = [
             demonstrate(env, vlm, int(s), states=1, stray=stray)
@@ -119,8 +133,11 @@ def names_of(demos: list[Demonstration]) -> dict[str, int]:
     return {name: number for number, name in enumerate(sorted(found))}
 
 
-def warm_start(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> dict | None:
+def warm_start(
+    crew: Crew, c: SftConfig, say: Callable[[str], None] = print, phases: Phases | None = None
+) -> dict | None:
     """The whole of it: read-out, language model, evaluation, files. Figures on worker 0."""
+    phases = phases or Phases()
     started = time.perf_counter()
     make_env = env_maker(c)
     env = make_env("seen")
@@ -128,12 +145,13 @@ def warm_start(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> 
     size = c.size or tiny.SIZE_OF_GAME.get(c.env, "small")
     module = tiny.new_model(size, tokenizer, c.seed, tiny.positions_of(c.env))
     vlm = VisionLanguageModel(module, tokenizer, tiny.image_processor(), pick_dtype(c.dtype))
-    read = train_read_out(vlm, env, crew, steps=c.read_out_steps, seed=c.seed, stray=c.stray)
+    options = dict(steps=c.read_out_steps, seed=c.seed, stray=c.stray, phases=phases)
+    read = train_read_out(vlm, env, crew, **options)
     if crew.leads:
         say(f"{parameter_count(module):,} parameters; read-out of the picture {read:.1%}")
         if told := too_long(longest_answer(env, vlm), c.max_new_tokens):
             say(told)
-    losses = train_language(vlm, env, crew, c, say if crew.leads else lambda _: None)
+    losses = train_language(vlm, env, crew, c, say if crew.leads else lambda _: None, phases)
     minutes = (time.perf_counter() - started) / 60
     module.to(torch.bfloat16).to(torch.float32)  # evaluated as it will be saved
     figures = {"minutes": round(minutes, 1), "loss": losses, "read_out": read}
@@ -141,15 +159,18 @@ def warm_start(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> 
         for temperature in (0.2, 1.0):
             with torch.no_grad():
                 weights = vlm.weights()
-            episodes = dict(episodes=c.eval_episodes, seed=c.seed, max_new_tokens=c.max_new_tokens)
+            phases.begin("evaluation")
             e = evaluate(
                 vlm,
                 weights,
                 lambda s=split: make_env(s),
+                episodes=c.eval_episodes,
+                seed=c.seed,
                 temperature=temperature,
+                max_new_tokens=c.max_new_tokens,
                 crew=crew,
                 envs=64 if c.env == "alfworld" else 256,
-                **episodes,
+                phases=phases,
             )
             told = {name: value for name, value in e.items() if name != "solved"}
             figures[f"{split}, temperature {temperature}"] = told
@@ -162,18 +183,30 @@ def warm_start(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> 
     if crew.leads:
         with writing(c.out):
             save(vlm, c, figures)
-        say(f"written to {c.out}: train it with python -m turbo.train {c.env} --model {c.out}")
+        legal = [e["legal_rate"] for e in figures.values() if isinstance(e, dict)]
+        say(written(c, max(legal)))
     return figures
 
 
-def train_language(vlm, env, crew: Crew, c: SftConfig, say: Callable[[str], None]) -> float:
+def train_language(
+    vlm,
+    env,
+    crew: Crew,
+    c: SftConfig,
+    say: Callable[[str], None],
+    phases: Phases | None = None,
+) -> float:
     """Cross-entropy on expert answers, cosine; the mean loss of the last 50 steps."""
+    phases = phases or Phases()
+    phases.begin("language")
+    phases.expect(c.steps)
     parameters = [p for p in vlm.module.parameters() if p.requires_grad]
     visual = list(vlm.module.model.visual.parameters())
     optimizers = language_optimizers(vlm.module, c)
     rng = np.random.default_rng([c.seed, 2, crew.rank])
     started, recent = time.perf_counter(), []
     for step in range(c.steps):
+        phases.done = step
         rate = min(1, (step + 1) / 50) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / c.steps)))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -309,8 +342,15 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if c.model:
         return run_crew(own_workers(c, 4), fine_tune, c)
-    run_crew(c.workers or cores(), warm_start, c, board=1 << 22)
+    run_crew(c.workers or cores(), watched, c, board=1 << 22)
     return 0
+
+
+def watched(crew: Crew, c: SftConfig) -> None:
+    """A warm start, with a bar where that is of use."""
+    phases = Phases()
+    with counting(phases) if crew.leads else nullcontext():
+        warm_start(crew, c, print, phases)
 
 
 if __name__ == "__main__":

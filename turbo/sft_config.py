@@ -133,6 +133,9 @@ SFT_DEFAULTS: dict[str, dict] = {
 }
 
 
+LEGAL = 0.5  # share of legal answers below which a model does not know its game
+
+
 # A large model knows how to write and to count, and splits numbers into more tokens.
 FINE_TUNING = dict(steps=300, max_new_tokens=256, other_targets=0.0)
 OF_A_NEW_MODEL = ("size", "learning_rate", "muon_learning_rate", "read_out_steps")
@@ -158,6 +161,17 @@ def too_long(longest: int, limit: int) -> str:
         return ""
     more = f"--max-new-tokens {longest + longest // 4}"
     return f"the expert's answers have up to {longest} tokens: add {more}, in training too"
+
+
+def written(c: SftConfig, legal: float) -> str:
+    """What to say at the end, of a warm start whose answers are legal as often as that."""
+    text = f"written to {c.out}: train it with python -m turbo.train {c.env} --model {c.out}"
+    if legal >= LEGAL:
+        return text
+    return (
+        f"{text}\nwarning: only {legal:.0%} of its answers are legal: it needs more --steps, or a "
+        f"longer answer than --max-new-tokens {c.max_new_tokens}"
+    )
 
 
 def check_sft(c: SftConfig) -> None:

@@ -16,6 +16,7 @@ from turbo.envs.formula import aim_of
 from turbo.flags import conclude
 from turbo.model import load
 from turbo.parallel import Crew
+from turbo.sft_config import sft_defaults, written
 
 
 @pytest.mark.parametrize("game", ["points24", "ezpoints", "numberline", "blackjack"])
@@ -192,3 +193,11 @@ def test_what_cannot_work_is_refused(tmp_path, monkeypatch, capsys, argv, messag
     out, err = capsys.readouterr()
     assert message in err and err.count("\n") == 1 and out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_warm_start_that_does_not_know_its_game_is_told_of():
+    c = sft_defaults("ezpoints")
+    assert written(c, 0.9).count("\n") == 0 and "--model warm-start" in written(c, 0.9)
+    said = written(c, 0.2).splitlines()
+    assert said[0] == written(c, 0.9)
+    assert said[1].startswith("warning: only 20% of its answers are legal: it needs more --steps")
