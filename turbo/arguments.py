@@ -56,6 +56,7 @@ def parse(argv: list[str]) -> TrainConfig:
         if given.preset != "auto":
             raise ValueError(f"--preset {given.preset} and --like {source}: give one of the two")
         base = replace(base, out="", overwrite=False)
+        check(base)
     else:  # the environment may not be named first, and the model may be large
         own = given.preset == "auto"
         base = defaults(given.env, preset_of(settings(given)) if own else given.preset)

@@ -118,11 +118,13 @@ def create_run(path: Path, config: TrainConfig, model_sha256: str) -> None:
 
 
 def keep_settings(path: Path, config: TrainConfig) -> None:
-    """Write a resumed run's settings where they are read: of those that are free to change, such as
-    its length, the new ones count from now on."""
+    """Write down what a resumed run is given that counts from now on: its length, what it keeps.
+
+    What else may change, such as its logs, is of one sitting.
+    """
     record = read_run(path)
-    own = {name: record["config"].get(name, "") for name in ("out", "resume", "overwrite")}
-    record["config"] = asdict(config) | own
+    for name in ("updates", "save_every", "keep", "max_faults"):
+        record["config"][name] = getattr(config, name)
     write_json(path / CONFIG, record)
 
 

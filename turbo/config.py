@@ -396,9 +396,6 @@ def check(c: TrainConfig) -> None:
     for name in ("wandb", "trackio"):
         good = re.fullmatch(r"[\w.-]*", getattr(c, name))
         need(bool(good), name, "a project's name: letters, digits, _ . -")
-    if c.guidance == "kl" and c.kl_placement == "loss":  # others have no KL's gradient, k1 none
-        rule = "full, forward or k3 with --kl-placement loss"
-        need(c.kl_estimator in ("full", "forward", "k3"), "kl_estimator", rule)
     need(not (c.quantize == "nf4" and c.play == "merged"), "play", "auto with --quantize nf4")
     need(not (c.quiet and c.json), "json", "left out with --quiet, or --quiet left out")
     if c.kl_coef != "auto":

@@ -236,13 +236,13 @@ def summary(m: Mapping) -> str:
     )
 
 
-def evaluated(e: Mapping, temperature: float) -> str:
-    """The figures of an evaluation that matter, in one line."""
+def evaluated(e: Mapping, of: str) -> str:
+    """The figures of an evaluation that matter, in one line; `of` says of what episodes."""
     return (
         f"success {e['success_rate']:.1%} [{e['success_low']:.1%}, {e['success_high']:.1%}], "
         f"return {e['episode_return']:.2f}, legal {e['legal_rate']:.1%}, "
         f"thoughts right {percent(e['reasoning_score'])} "
-        f"({e['episodes']} fresh episodes at T {temperature})"
+        f"({e['episodes']} {of})"
     )
 
 

@@ -84,6 +84,10 @@ class Usage:
     seconds: float = 0.0  # wall-clock time spent in correct()
 
 
+# What of it a run tells
+TOLD = ("requests", "failed", "unreadable", "prompt_tokens", "completion_tokens")
+
+
 @dataclass(frozen=True)
 class Reply:
     """What one request brought. `text` is None when it failed, and `problem` says why."""

@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     if figures["update"] is not None:
         who += f" {when(figures['update'])}"
     print(f"{c.source} ({who}) on {run.env}, {figures['split']} deals, seed {c.seed}")
-    print(evaluated(figures, c.temperature))
+    print(evaluated(figures, f"episodes at T {c.temperature}"))
     details = {
         "success_solvable": "of the episodes that can be won",
         "card_rate": "of the steps name what the picture shows",

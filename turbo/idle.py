@@ -12,6 +12,9 @@ from turbo.flags import flag
 def check_idle(c: TrainConfig, base: TrainConfig) -> None:
     """Refuse what is not as in `base`, a preset or a run's own settings, and would do nothing."""
     critic = "is for the critic: add --advantage gae, or leave it out"
+    # As a loss the other estimators do not have the gradient of a KL, and k1 has none.
+    is_loss = c.guidance == "kl" and c.kl_placement == "loss"
+    steers = not is_loss or c.kl_estimator in ("full", "forward", "k3")
     external = "is for --guidance gtr: add that, or leave it out"
     rules = {
         "teacher": (
@@ -26,6 +29,15 @@ def check_idle(c: TrainConfig, base: TrainConfig) -> None:
             "--teacher initial",
         ),
         "history_length": (c.env == "alfworld", "is for alfworld alone: leave it out"),
+        "kl_estimator": (
+            steers,
+            "has not the gradient of a KL as a loss: use full, forward or k3, or --kl-placement "
+            "advantage",
+        ),
+        "kl_placement": (
+            steers,
+            f"makes no KL of --kl-estimator {c.kl_estimator}: add --kl-estimator full",
+        ),
         "kl_share": (c.kl_coef == "auto", "is for --kl-coef auto: add that, or leave it out"),
         "gamma": (c.advantage == "gae", critic),
         "gae_lambda": (c.advantage == "gae", critic),

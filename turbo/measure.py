@@ -139,12 +139,20 @@ def outcomes(episodes: Sequence[Episode]) -> dict[str, float]:
     }
 
 
-def by_task(episodes: Sequence[Episode]) -> dict[str, dict[str, float]]:
-    """Success and goal conditions for each kind of task; empty in games that have but one."""
+def by_task(
+    episodes: Sequence[Episode], deals: Sequence[int], samples: int
+) -> dict[str, dict[str, float]]:
+    """Success and goal conditions for each kind of task; empty in games that have but one.
+
+    `deals` tells the deal of each episode, of which there are `samples`.
+    """
     found = {}
     for task in sorted({e.task for e in episodes if e.task}):
-        own = [e for e in episodes if e.task == task]
-        low, high = interval(sum(e.success for e in own), len(own))
+        own, solved = [e for e in episodes if e.task == task], Counter()
+        for episode, deal in zip(episodes, deals, strict=True):
+            if episode.task == task:
+                solved[deal] += episode.success
+        low, high = interval_of_deals(list(solved.values()), samples)
         found[task] = {
             "episodes": len(own),
             "success_rate": mean([e.success for e in own]),
@@ -209,10 +217,11 @@ def evaluate(
     rollout = table.collect(vlm.merged(weights), (seed, 2**31), deals=deals, patient=patient)
     played = all_episodes(rollout.episodes, crew)
     steps = [s for e in played for s in e.steps]
-    own = [(crew.rank + e.group * crew.size, e.success) for e in rollout.episodes]
+    own = [crew.rank + e.group * crew.size for e in rollout.episodes]
+    numbers = [deal for part in crew.share(own) for deal in part]  # in the order of `played`
     solved = [0] * episodes
-    for deal, success in (pair for part in crew.share(own) for pair in part):
-        solved[deal] += success
+    for deal, episode in zip(numbers, played, strict=True):
+        solved[deal] += episode.success
     low, high = interval_of_deals(solved, samples)
     return {
         **outcomes(played),
@@ -221,7 +230,7 @@ def evaluate(
         "success_high": high,
         "pass_at_k": mean([n > 0 for n in solved]),
         "solved": solved,
-        "tasks": by_task(played),
+        "tasks": by_task(played, numbers, samples),
     }
 
 

@@ -15,7 +15,7 @@ import torch
 
 from turbo import checkpoint
 from turbo.config import TrainConfig
-from turbo.corrector import Corrector, Usage
+from turbo.corrector import TOLD, Corrector, Usage
 from turbo.envs.alfworld import find_games, games_folder
 from turbo.envs.alfworld_engine import check_engine
 from turbo.envs.base import VisualEnv
@@ -57,16 +57,14 @@ class Run:
         self.faults = FaultLog(path / checkpoint.FAULTS, config.max_faults, crew.rank)
         self.examples = Examples(config.sft_max)
         self.corrector = new_corrector(config, crew.size) if config.guidance == "gtr" else None
-        # What an external teacher was asked by all workers until now
-        names = ("requests", "failed", "unreadable", "prompt_tokens", "completion_tokens")
-        self.asked = dict.fromkeys(names, 0)
+        self.asked = dict.fromkeys(TOLD, 0)  # of an external teacher, by all workers until now
         self.phases = Phases()  # of the update under way
         make_env, options = env_maker(config), rollout_options(config)
         self.table = Table(self.vlm, make_env, options, crew, self.phases)
         self.plan = check_prompts(self.vlm, self.table.scout, config)
         self.beta = 1.0 if config.kl_coef == "auto" else float(config.kl_coef)
         self.update, self.env_steps, self.elapsed = 0, 0, 0.0
-        self.best: dict | None = None  # evaluation of --eval-every: its update, success_rate
+        self.best: tuple[int, float] | None = None  # evaluation: its update, the success rate
         self.saved: Path | None = None  # the checkpoint that was loaded or saved last
         # What an interrupted evaluation owes: the record of its update, {} before the first one
         self.owed: dict | None = {} if config.eval_start else None
@@ -90,12 +88,11 @@ class Run:
             "elapsed": self.elapsed,
             "beta": self.beta,
             "asked": self.asked,
-            "best": self.best,
             "moments": sum(k.startswith("optimizer/") for k in state),
             "teacher": teacher_data,
         }
         where, keep = (self.path, self.update), self.config.keep
-        others = dict(before=self.saved, best=self.best and self.best["update"])
+        others = dict(before=self.saved, best=self.best[0] if self.best else None)
         self.saved = checkpoint.save(*where, self.lora.state_dict(), state, meta, keep, **others)
 
     def checkpoint_bytes(self) -> tuple[int, int, int]:
@@ -175,8 +172,11 @@ class Run:
                 records = [r for r in read_jsonl(file) if r["update"] <= self.update]
                 if name == checkpoint.METRICS:
                     records = self._take_owed(records)
+                    for record in records:
+                        self.note_evaluation(record["update"], record.get("eval_success_rate"))
                 checkpoint.write_text(file, "".join(json.dumps(r) + "\n" for r in records))
-        self.owed, self.is_over = self.crew.share((self.owed, self.is_over))[0]
+        known = self.owed, self.is_over, self.best
+        self.owed, self.is_over, self.best = self.crew.share(known)[0]
 
     def _load(self, saved: checkpoint.Checkpoint) -> None:
         state, meta = saved.state, saved.meta
@@ -193,11 +193,16 @@ class Run:
         self.teacher.load_state_dict(checkpoint.section(state, "teacher/"), teacher)
         self.update, self.env_steps = meta["update"], meta["env_steps"]
         self.elapsed, self.beta = meta["elapsed"], meta["beta"]
-        self.best = meta.get("best")
         self.asked |= meta.get("asked", {})  # older runs began anew
         if self.corrector is not None and self.crew.leads:
             self.corrector.usage = Usage(**self.asked)
         self.saved = saved.folder
+
+    def note_evaluation(self, update: int, success_rate: float | None) -> None:
+        """Hear of an evaluation of the policy; the first of the best ones counts."""
+        known = update > 0 and success_rate is not None
+        if known and (self.best is None or success_rate > self.best[1]):
+            self.best = update, success_rate
 
     def _take_owed(self, records: list[dict]) -> list[dict]:
         """The records, less the last one where its evaluation is due and was not finished."""

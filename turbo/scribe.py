@@ -151,12 +151,12 @@ class Scribe:
             if who == "teacher" and (run.teacher.weights is None or run.update == 0):
                 continue
             e = run.evaluate(who == "teacher")
-            self.say(f"{who} {when(run.update)}: {evaluated(e, run.config.eval_temperature)}")
+            told = f"fresh episodes at T {run.config.eval_temperature}"
+            self.say(f"{who} {when(run.update)}: {evaluated(e, told)}")
             if not run.update and e["legal_rate"] < LEGAL:
                 self.display.warn(lost_for_words(run.config, e["legal_rate"]))
-            best, rate = run.best, e["success_rate"]
-            if who == "policy" and run.update and (not best or rate > best["success_rate"]):
-                run.best = {"update": run.update, "success_rate": rate}
+            if who == "policy":
+                run.note_evaluation(run.update, e["success_rate"])
             prefix = "eval_" if who == "policy" else "eval_teacher_"
             own = {k: e[k] for k in EVAL_KEYS} | task_figures(e["tasks"])
             record |= {prefix + name: value for name, value in own.items()}

@@ -337,7 +337,10 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
                 print(f"{path} is complete: {run.update} updates; {more}")
             return 0
         if crew.leads:
-            checkpoint.keep_settings(path, c)
+            try:
+                checkpoint.keep_settings(path, c)
+            except OSError as error:
+                print(f"warning: --updates {c.updates} is not kept: {error}", file=sys.stderr)
     if c.teaches and c.guide_first and run.teacher.count == run.update == 0:
         run.teacher.push(0, run.lora, run.score())  # the warm start itself
     with Scribe(run) as scribe:
@@ -351,7 +354,7 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
                     scribe.report(metrics)
                 else:
                     scribe.write(metrics)
-                is_best = run.best is not None and run.best["update"] == run.update
+                is_best = run.best is not None and run.best[0] == run.update
                 if run.update % c.save_every == 0 or is_best:
                     scribe.save()
             if not scribe.interrupted:
@@ -362,16 +365,17 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
         except NumericalFault as error:
             return fail(crew, f"{error}; the last checkpoint can be resumed", 1)
         except TurnedAway as error:
-            return fail(crew, error, 1)
+            return fail(crew, f"{error}; the last checkpoint can be resumed", 1)
         if scribe.interrupted:
             scribe.save()
             scribe.end(f"continue with: python -m turbo.train {c.env} --resume {path}")
             return 128 + scribe.interrupted
         if scribe.unsaved:
             return 1
-        if run.best and run.best["update"] != run.update:
-            kept = path / checkpoint.CHECKPOINTS / str(run.best["update"])
-            scribe.say(f"best evaluation: {run.best['success_rate']:.1%}, kept as {kept}")
+        update, rate = run.best or (run.update, 0.0)
+        kept = path / checkpoint.CHECKPOINTS / f"{update:08d}"
+        if update != run.update and kept.is_dir():
+            scribe.say(f"best evaluation: {rate:.1%}, kept as {kept}")
         ways = f"python -m turbo.eval {path}; look at it with: python -m turbo.view {path}"
         scribe.end(f"evaluate it with: {ways}")
     return 0

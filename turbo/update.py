@@ -91,9 +91,9 @@ def prepare(
     old = old_logprobs(steps, c.thought_coef)
     surprise = torch.tensor([-sum(s.logprobs) for s in steps])
     finite = old.isfinite() & surprise.isfinite() & advantages.isfinite()
-    kept = finite
+    kept = finite.clone()
     if c.advantage != "gae":  # a critic learns of sure steps too: they are the later ones
-        kept = kept & (surprise >= c.skip_certain)
+        kept &= surprise >= c.skip_certain
     if c.objective == "rejection":
         kept &= torch.tensor(first_successes(rollout))
     else:

@@ -22,7 +22,7 @@ from rich.console import Console
 from turbo import train
 from turbo.advice import Advice
 from turbo.config import TrainConfig
-from turbo.console import Display, clock, phase_bar, remaining, summary
+from turbo.console import Display, clock, counting, phase_bar, remaining, summary
 from turbo.log import read_jsonl
 from turbo.phases import Phases
 
@@ -345,3 +345,20 @@ def test_what_is_left():
         "59:59",
         "1:01:01",
     ]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_counts_the_phase_under_way(monkeypatch, terminal):
+    out = io.StringIO()
+    out.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("TERM", "xterm")
+    phases = Phases()
+    phases.begin("read-out")
+    phases.expect(8)
+    with counting(phases):
+        phases.done = 2
+        print("a line above it")
+    said = out.getvalue()
+    assert "a line above it\n" in said.replace("\r", "")
+    assert ("read-out" in said and "%" in said) == terminal

@@ -126,7 +126,7 @@ def test_the_table(runs, capsys):
     assert "(merged teacher after " in first
     low, high = got["success_low"], got["success_high"]
     assert second.startswith(f"success {got['success_rate']:.1%} [{low:.1%}, {high:.1%}], return ")
-    assert f"({got['episodes']} fresh episodes at T 0.2)" in second
+    assert f"({got['episodes']} episodes at T 0.2)" in second
     assert not any("samples" in line or "nan" in line for line in more)
     assert eval.main([str(runs["kl"]), *FAST.split(), "--samples", "2"]) == 0
     assert "of the deals are won by one of 2 samples" in capsys.readouterr().out

@@ -30,6 +30,7 @@ URL = "http://127.0.0.1:9/v1"
         ("--density 0", "--density 0.0 keeps no entry.*give more than 0"),
         ("--history-length 10", "--history-length 10 is for alfworld alone"),
         ("--critic-learning-rate 1e-3", "--critic-learning-rate 0.001.*add --advantage gae"),
+        ("--preset paper --kl-placement loss", "--kl-placement loss makes no KL of .*clip: add"),
         ("--gamma 0.5", "--gamma 0.5 is for the critic: add --advantage gae"),
         ("--kl-share 0.2", "--kl-share 0.2 is for --kl-coef auto"),
         ("--weighting sma --ema-alpha 0.3", "--ema-alpha 0.3 is for --weighting ema"),
@@ -53,6 +54,8 @@ def test_a_flag_that_does_nothing_is_refused(flags, told):
         "--preset paper --guidance none numberline",
         "numberline --guidance none --kl-coef 20",  # one of several runs with the same flags
         "numberline --advantage gae --gamma 0.5 --skip-certain 0",
+        "numberline --kl-estimator k3",
+        "numberline --guidance none --kl-estimator k1",
     ],
 )
 def test_a_flag_that_does_something_is_not(flags):

@@ -515,7 +515,7 @@ def test_a_run_of_another_model_is_refused(run, tmp_path, capsys):
         (["numberline", "--group-size", "1"], "--group-size must be at least 2"),
         (
             ["numberline", "--kl-estimator", "k1"],
-            "--kl-estimator must be full, forward or k3 with --kl-placement loss, got 'k1'",
+            "--kl-estimator k1 has not the gradient of a KL as a loss: use full, forward or k3",
         ),
         (
             ["numberline", "--advantage", "gae", "--skip-certain", "0.1"],
@@ -641,6 +641,9 @@ def test_what_a_resumed_run_is_given_counts_from_then_on(tmp_path, capsys, monke
     assert plain(run)[-1]["update"] == 3
     saved = json.loads((run / "config.json").read_text())["config"]
     assert (saved["updates"], saved["out"], saved["resume"]) == (3, str(run), "")
+    assert train.main(["numberline", "--resume", str(run), "--json", "--keep", "3"]) == 0
+    saved = json.loads((run / "config.json").read_text())["config"]
+    assert not saved["json"]
     capsys.readouterr()
     assert train.main(["numberline", "--resume", str(run)]) == 0
     assert "3 updates; go on to a larger number, such as --updates 6" in capsys.readouterr().out
@@ -656,7 +659,7 @@ def test_the_checkpoint_of_the_best_evaluation_is_kept(tmp_path, capsys, monkeyp
     flags = "--eval-every 1 --eval-episodes 4 --updates 4 --save-every 10 --keep 1"
     assert start(run, *flags.split(), "--guidance", "none") == 0
     assert [int(p.name) for p in checkpoint.checkpoints(run)] == [2, 4]  # not of the warm start
-    said = f"best evaluation: 60.0%, kept as {run / 'checkpoints' / '2'}\n"
+    said = f"best evaluation: 60.0%, kept as {run / 'checkpoints' / '00000002'}\n"
     assert said in capsys.readouterr().out
     assert train.main(["numberline", "--resume", str(run), "--updates", "6"]) == 0
     assert [int(p.name) for p in checkpoint.checkpoints(run)] == [2, 6]
@@ -664,6 +667,10 @@ def test_the_checkpoint_of_the_best_evaluation_is_kept(tmp_path, capsys, monkeyp
     rates += [0.7, 0.4]
     assert train.main(["numberline", "--resume", str(run), "--updates", "8"]) == 0
     assert [int(p.name) for p in checkpoint.checkpoints(run)] == [7, 8]  # a better one
+    rates += [0.8, 0.1, 0.2]
+    for updates in (9, 11):  # the last evaluation of a sitting is the best one
+        assert train.main(["numberline", "--resume", str(run), "--updates", str(updates)]) == 0
+    assert [int(p.name) for p in checkpoint.checkpoints(run)] == [9, 11]
 
 
 def test_learning_rate_is_a_cosine():

@@ -469,6 +469,11 @@ def test_a_critic_learns_of_steps_that_are_sure(fitted, played):
         fitted, played, head=trained_head(fitted), advantage="gae", skip_certain=bound
     )
     assert sure < set(weighed.rows)
+    assert grouped.faulty == weighed.faulty == 0
+    won = prepared(
+        fitted, played, head=trained_head(fitted), advantage="gae", objective="rejection"
+    )
+    assert won.faulty == 0 and len(won.rows) < len(surprise)
 
 
 def test_old_logprobs_weigh_the_thoughts():
