@@ -10,7 +10,7 @@ from typing import Literal
 from turbo import checkpoint
 from turbo.config import TrainConfig, check
 from turbo.envs.make import find
-from turbo.flags import flag, read_flags
+from turbo.flags import flag, flag_of, read_flags
 from turbo.hub import preset_of
 from turbo.idle import check_idle
 from turbo.presets import defaults
@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> TrainConfig:
         own = given.preset == "auto"
         base = defaults(given.env, preset_of(settings(given)) if own else given.preset)
     c = settings(read(base))
-    alone = not (c.resume or is_given(argv, "--final-learning-rate"))
+    alone = not c.resume and "--final-learning-rate" not in map(flag_of, argv)
     if alone and c.learning_rate != base.learning_rate:
         c.final_learning_rate = base.final_learning_rate * (c.learning_rate / base.learning_rate)
     check(c)
@@ -84,11 +84,6 @@ def named(argv: list[str]) -> tuple[str, str]:
     after = words[words.index("--preset") + 1 :] if "--preset" in words else ["auto"]
     preset = after[0] if after else ""
     return env, "tiny" if preset == "auto" else preset
-
-
-def is_given(argv: list[str], name: str) -> bool:
-    """Whether a flag is on the command line."""
-    return any(word.partition("=")[0].replace("_", "-") == name for word in argv)
 
 
 def settings(given: TrainFlags) -> TrainConfig:

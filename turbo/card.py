@@ -194,10 +194,15 @@ def row(name: str, figures: Mapping[str, float]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def is_on_built_in(f: Facts) -> bool:
+    """Whether it needs one of the models that come with this project."""
+    return f.what == "adapter" and f.base.startswith(BUILT_IN)
+
+
 def usage(f: Facts) -> str:
     """What to install, one example that runs as it stands, and what to beware of."""
     install = "pip install torch transformers pillow" + " peft" * (f.what == "adapter")
-    if f.what == "adapter" and f.base.startswith(BUILT_IN):
+    if is_on_built_in(f):
         install += f"\npip install git+{PLACE}  # the base is one of its built-in models"
     hub = '`huggingface_hub.snapshot_download("owner/name")` fetches it from the Hub'
     text = (
@@ -227,11 +232,11 @@ def example(f: Facts) -> str:
     picture = f"{frame.image_token!r} * places"
     if frame.opening or frame.closing:
         picture = f"{frame.opening!r} + {picture} + {frame.closing!r}"
-    first, base = "", repr(f.base)
-    if f.base.startswith(BUILT_IN):
+    base = repr(f.base)
+    if is_on_built_in(f):
+        program = "from importlib.resources import files\n\n" + program
         base = f"str(files('turbo') / {f.base.removeprefix('turbo/')!r})"
-        first = "from importlib.resources import files\n\n" * (f.what == "adapter")
-    return first + Template(program).substitute(
+    return Template(program).substitute(
         peft="from peft import PeftModel\n" * (f.what == "adapter"),
         classes=", ".join(wanted),
         base=base,

@@ -41,6 +41,7 @@ from torch import Tensor
 
 from turbo.config import TrainConfig
 from turbo.log import append_whole
+from turbo.saved import LASTING
 from turbo.versions import versions
 
 CONFIG, METRICS, EPISODES, WARNINGS, LOGGER, CHECKPOINTS, FAULTS, LOCK = (
@@ -118,12 +119,12 @@ def create_run(path: Path, config: TrainConfig, model_sha256: str) -> None:
 
 
 def keep_settings(path: Path, config: TrainConfig) -> None:
-    """Write down what a resumed run is given that counts from now on: its length, what it keeps.
+    """Write down what a resumed run is given that counts from now on.
 
     What else may change, such as its logs, is of one sitting.
     """
     record = read_run(path)
-    for name in ("updates", "save_every", "keep", "max_faults"):
+    for name in LASTING:
         record["config"][name] = getattr(config, name)
     write_json(path / CONFIG, record)
 

@@ -328,11 +328,16 @@ class TrainConfig(  # fields of the last base come first
         return self.guidance in ("kl", "sft")
 
     @property
+    def checkpoints_an_update(self) -> int:
+        """How many checkpoints of an update enter the teacher's history."""
+        return self.epochs if self.checkpoint_each == "epoch" else 1
+
+    @property
     def kept_checkpoints(self) -> int:
         """Checkpoints that a run's teacher is merged from at the end; 0 where nothing is merged."""
         if not self.teaches or self.teacher != "merged":
             return 0
-        entered = self.updates * (self.epochs if self.checkpoint_each == "epoch" else 1) + 1
+        entered = self.updates * self.checkpoints_an_update + 1
         return min(self.history_max or entered, entered)
 
     @property

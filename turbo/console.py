@@ -164,7 +164,7 @@ class Display:
         c, wide = self.config, min(WIDTH, self.console.width) - 4
         parts: list[RenderableType] = [gauge("update", self.update, c.updates, self._left())]
         if self.live is not None:
-            parts.append(self._under_way())
+            parts.append(under_way(self.phases))
         if self.metrics:
             parts += [figures(self.metrics), *phase_bar(self.metrics, wide)]
         told = [(f"warning: {a.name}: {a.meaning}", "yellow") for a in self.advice]
@@ -172,10 +172,12 @@ class Display:
         parts += [Text(text, style=style, no_wrap=False, overflow="fold") for text, style in told]
         return Panel(Group(*parts), title=Text(f"{c.env}  {self.place}"), width=wide + 4)
 
-    def _under_way(self) -> RenderableType:
-        name, total = self.phases.name, self.phases.total
-        done = min(self.phases.done, total)  # whole episodes: a little more than was asked for
-        return gauge(name, done, total or None, f"{done / total:.0%}" if total else "")
+
+def under_way(phases: Phases) -> Table:
+    """A bar of the phase that is under way."""
+    name, total = phases.name, phases.total
+    done = min(phases.done, total)  # whole episodes: a little more than was asked for
+    return gauge(name, done, total or None, f"{done / total:.0%}" if total else "")
 
 
 def gauge(name: str, done: int, total: int | None, text: str) -> Table:
@@ -239,11 +241,15 @@ def summary(m: Mapping) -> str:
 def evaluated(e: Mapping, of: str) -> str:
     """The figures of an evaluation that matter, in one line; `of` says of what episodes."""
     return (
-        f"success {e['success_rate']:.1%} [{e['success_low']:.1%}, {e['success_high']:.1%}], "
-        f"return {e['episode_return']:.2f}, legal {e['legal_rate']:.1%}, "
+        f"{success(e)}, return {e['episode_return']:.2f}, legal {e['legal_rate']:.1%}, "
         f"thoughts right {percent(e['reasoning_score'])} "
         f"({e['episodes']} {of})"
     )
+
+
+def success(e: Mapping) -> str:
+    """The success of an evaluation with its interval."""
+    return f"success {e['success_rate']:.1%} [{e['success_low']:.1%}, {e['success_high']:.1%}]"
 
 
 def when(update: int) -> str:
@@ -257,22 +263,17 @@ def count(number: int, thing: str) -> str:
 
 
 @contextmanager
-def counting(phases: Phases, stderr: bool = False) -> Iterator[None]:
-    """A bar of the phase that is under way, where standard output, or error, is a terminal.
+def counting(phases: Phases, wanted: bool, stderr: bool = False) -> Iterator[None]:
+    """Where it is wanted, and standard output, or error, is a terminal, a bar of the phase.
 
     What is printed to standard output meanwhile appears above that of standard output alone.
     """
     console = Console(stderr=stderr, **PLAIN)
-    if not console.is_terminal or console.is_dumb_terminal:
+    if not wanted or not console.is_terminal or console.is_dumb_terminal:
         yield
         return
-
-    def bar() -> Table:
-        done, total = min(phases.done, phases.total), phases.total
-        return gauge(phases.name, done, total or None, f"{done / total:.0%}" if total else "")
-
     options = dict(refresh_per_second=2, transient=True, redirect_stdout=not stderr)
-    with Live(get_renderable=bar, console=console, **options):
+    with Live(get_renderable=lambda: under_way(phases), console=console, **options):
         yield
 
 

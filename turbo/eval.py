@@ -11,7 +11,6 @@ Left out: evaluation during training (`turbo.scribe`), plots.
 import json
 import math
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -179,7 +178,7 @@ def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
         make_env = env_maker(replace(run, hands=0), c.split or held_out(run.env))
     phases = Phases()
     phases.begin("episodes")
-    with counting(phases, stderr=True) if crew.leads and not c.json else nullcontext():
+    with counting(phases, crew.leads and not c.json, stderr=True):
         figures = evaluate(
             vlm,
             weights,

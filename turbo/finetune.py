@@ -12,7 +12,6 @@ Left out: the demonstrations (`turbo.demos`), the tiny model from scratch (`turb
 import math
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,6 +25,7 @@ from turbo import checkpoint
 from turbo.batch import fits
 from turbo.checkpoint import write_json, writing
 from turbo.config import TrainConfig
+from turbo.console import success
 from turbo.demos import (
     Demonstration,
     backward_demos,
@@ -48,7 +48,7 @@ from turbo.lora import Lora, new_lora
 from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel
 from turbo.optimizer import load_optimizer, optimizer_tensors
-from turbo.parallel import Crew
+from turbo.parallel import Crew, fail
 from turbo.run import env_maker, held_out, prompt_style
 from turbo.sft_config import SftConfig, expert_options, too_long, written
 from turbo.versions import versions
@@ -79,18 +79,14 @@ def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> i
     except (ValueError, OSError) as error:
         problem = str(error)
     if problem := crew.problem(problem):  # maybe of one worker alone
-        if crew.leads:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
+        return fail(crew, problem, 2)
     lora = new_lora(vlm.matrices, c.lora_rank, 2.0 * c.lora_rank, c.seed)
     trained = sum(p.numel() for p in lora.parameters())
     say(f"{c.model}: {trained:,} parameters in factors of rank {c.lora_rank}")
     try:
         loss, is_whole = train_factors(vlm, lora, run, crew, c, say)
     except ValueError as error:  # in all workers: what was saved is of something else
-        if crew.leads:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(crew, error, 2)
     figures = {"minutes": round((time.perf_counter() - started) / 60, 1), "loss": loss}
     e = evaluate(
         vlm,
@@ -104,10 +100,7 @@ def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> i
         envs=ENVS,
         prompt_style=prompt_style(run),
     )
-    say(
-        f"T {run.eval_temperature}: success {e['success_rate']:.1%} [{e['success_low']:.1%}, "
-        f"{e['success_high']:.1%}], legal {e['legal_rate']:.1%}"
-    )
+    say(f"T {run.eval_temperature}: {success(e)}, legal {e['legal_rate']:.1%}")
     figures |= {k: v for k, v in e.items() if k != "solved"}
     if crew.leads:
         with writing(c.out):

@@ -83,9 +83,9 @@ def read_flags(
 def _read(kind: type[Settings], argv: Sequence[str], default: Settings | None, **options):
     """By tyro; dataclasses that `kind` is made of are read as its sections, which have a title."""
     parts = [base for base in reversed(kind.__bases__) if dataclasses.is_dataclass(base)]
-    if default is not None and not parts:
-        options["default"] = default
     if not parts:
+        if default is not None:
+            options["default"] = default
         return tyro.cli(kind, args=list(argv), **options)
 
     def section(part: type):  # as the default has it
@@ -105,6 +105,11 @@ def _read(kind: type[Settings], argv: Sequence[str], default: Settings | None, *
 def flag(name: str) -> str:
     """How a field is called on the command line."""
     return "--" + name.replace("_", "-")
+
+
+def flag_of(word: str) -> str:
+    """The flag that a word of the command line names, if it is one."""
+    return word.partition("=")[0].replace("_", "-")
 
 
 def flags(kind: type) -> list[str]:
@@ -131,8 +136,7 @@ def unknown_flag(argv: Sequence[str], known: Sequence[str], alone: Sequence[str]
 
     Those in `alone` are no flags: what they would name stands by itself.
     """
-    for word in argv:
-        name = word.partition("=")[0].replace("_", "-")
+    for name in map(flag_of, argv):
         if not _FLAG.match(name) or name in known or name in TYRO:
             continue
         if name in alone:

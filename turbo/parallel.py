@@ -155,6 +155,13 @@ class Crew:
         raise Broken("another worker failed; its error is printed above")
 
 
+def fail(crew: Crew, why: object, status: int) -> int:
+    """Say in one line why all workers cannot go on; the exit status."""
+    if crew.leads:
+        print(f"error: {why}", file=sys.stderr)
+    return status
+
+
 def cores() -> int:
     """Workers to use when none are asked for: one a core, at most 4."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

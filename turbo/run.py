@@ -64,7 +64,7 @@ class Run:
         self.plan = check_prompts(self.vlm, self.table.scout, config)
         self.beta = 1.0 if config.kl_coef == "auto" else float(config.kl_coef)
         self.update, self.env_steps, self.elapsed = 0, 0, 0.0
-        self.best: tuple[int, float] | None = None  # evaluation: its update, the success rate
+        self.best = -1, -1.0  # evaluation of the policy: its update, the success rate
         self.saved: Path | None = None  # the checkpoint that was loaded or saved last
         # What an interrupted evaluation owes: the record of its update, {} before the first one
         self.owed: dict | None = {} if config.eval_start else None
@@ -92,7 +92,7 @@ class Run:
             "teacher": teacher_data,
         }
         where, keep = (self.path, self.update), self.config.keep
-        others = dict(before=self.saved, best=self.best[0] if self.best else None)
+        others = dict(before=self.saved, best=self.best[0])
         self.saved = checkpoint.save(*where, self.lora.state_dict(), state, meta, keep, **others)
 
     def checkpoint_bytes(self) -> tuple[int, int, int]:
@@ -108,14 +108,14 @@ class Run:
         if kept := c.kept_checkpoints:
             dense = 4 * sum(matrix.numel() for matrix in self.teacher.base.values())
             sums = (4 if c.merge == "ties" else 1) * dense
-            each = c.epochs if c.checkpoint_each == "epoch" else 1
             own += dense if self.teacher.small else 0
             if self.teacher.streaming:
                 own += sums
             else:
                 numbers = sum(p.numel() for p in self.lora.parameters())
                 entry = numbers * self.teacher.kept_dtype.itemsize
-                history, fresh = kept * entry, min(kept, each * c.save_every) * entry
+                fresh = min(kept, c.checkpoints_an_update * c.save_every) * entry
+                history = kept * entry
         if c.imitates:
             examples = c.updates * (c.sft_rows or 2 * c.steps_per_update)
             examples = min(c.sft_max or examples, examples)
@@ -200,8 +200,7 @@ class Run:
 
     def note_evaluation(self, update: int, success_rate: float | None) -> None:
         """Hear of an evaluation of the policy; the first of the best ones counts."""
-        known = update > 0 and success_rate is not None
-        if known and (self.best is None or success_rate > self.best[1]):
+        if update and success_rate is not None and success_rate > self.best[1]:
             self.best = update, success_rate
 
     def _take_owed(self, records: list[dict]) -> list[dict]:

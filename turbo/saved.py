@@ -9,6 +9,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from turbo.config import TrainConfig
 from turbo.envs.make import is_name
 
+# Of what a resumed run may change, that which counts from then on: its length, what it keeps
+LASTING = ("updates", "save_every", "keep", "max_faults")
+
 
 def from_saved(saved: object, source: str) -> TrainConfig:
     """Settings as a run saved them; ValueError names what is not of this program.
@@ -45,8 +48,8 @@ def from_saved(saved: object, source: str) -> TrainConfig:
 
 def changed(old: dict, new: TrainConfig) -> list[str]:
     """Names of the settings in which a resumed run would differ from the saved one."""
-    free = {"resume", "out", "overwrite", "updates", "minutes", "keep", "save_every"}
-    free |= {"decode_graphs", "max_faults", "quiet", "json", "tensorboard", "wandb", "trackio"}
-    free |= {"micro_tokens", "gpu"}  # of the card
+    free = {*LASTING, "resume", "out", "overwrite", "minutes"}
+    free |= {"quiet", "json", "tensorboard", "wandb", "trackio"}
+    free |= {"micro_tokens", "gpu", "decode_graphs"}  # of the card
     now = asdict(new)
     return [k for k in now if k not in free and k in old and old[k] != now[k]]

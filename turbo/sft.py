@@ -15,7 +15,6 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from torch import nn
 
 from turbo import tiny
 from turbo.checkpoint import checkpoints, try_folder, write_json, writing
-from turbo.console import counting
+from turbo.console import counting, success
 from turbo.demos import (
     Demonstration,
     backward_demos,
@@ -176,10 +175,7 @@ def warm_start(
             figures[f"{split}, temperature {temperature}"] = told
             if crew.leads:
                 parts = [f"{what} {e[key]:.1%}" for what, key in TOLD.items() if e[key] == e[key]]
-                say(
-                    f"{split} deals, T {temperature}: success {e['success_rate']:.1%} "
-                    f"[{e['success_low']:.1%}, {e['success_high']:.1%}], {', '.join(parts)}"
-                )
+                say(f"{split} deals, T {temperature}: {success(e)}, {', '.join(parts)}")
     if crew.leads:
         with writing(c.out):
             save(vlm, c, figures)
@@ -349,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
 def watched(crew: Crew, c: SftConfig) -> None:
     """A warm start, with a bar where that is of use."""
     phases = Phases()
-    with counting(phases) if crew.leads else nullcontext():
+    with counting(phases, crew.leads):
         warm_start(crew, c, print, phases)
 
 

@@ -37,7 +37,7 @@ from turbo.kl import auto_coefficient
 from turbo.machine import peak_bytes
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
 from turbo.memory import GB
-from turbo.parallel import Crew, run_crew
+from turbo.parallel import Crew, fail, run_crew
 from turbo.rollout import Abandoned, Rollout, Step, mix
 from turbo.run import Run, due, find_alfworld
 from turbo.score import TeacherReading, read_answers, rescore, teacher_kl
@@ -308,13 +308,6 @@ def main(argv: list[str] | None = None) -> int:
         return run_crew(c.workers, train, c, path)
 
 
-def fail(crew: Crew, why: object, status: int) -> int:
-    """Say in one line why the run cannot go on; the exit status."""
-    if crew.leads:
-        print(f"error: {why}", file=sys.stderr)
-    return status
-
-
 def train(crew: Crew, c: TrainConfig, path: Path) -> int:
     """What every worker runs; worker 0 also talks, logs and saves."""
     try:
@@ -354,17 +347,14 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
                     scribe.report(metrics)
                 else:
                     scribe.write(metrics)
-                is_best = run.best is not None and run.best[0] == run.update
-                if run.update % c.save_every == 0 or is_best:
+                if run.update % c.save_every == 0 or run.update == run.best[0]:
                     scribe.save()
             if not scribe.interrupted:
                 scribe.save()
                 scribe.report()
         except Abandoned:  # a rollout, when the user stops the run: what was before it counts
             scribe.must_stop()
-        except NumericalFault as error:
-            return fail(crew, f"{error}; the last checkpoint can be resumed", 1)
-        except TurnedAway as error:
+        except (NumericalFault, TurnedAway) as error:
             return fail(crew, f"{error}; the last checkpoint can be resumed", 1)
         if scribe.interrupted:
             scribe.save()
@@ -372,7 +362,7 @@ def train(crew: Crew, c: TrainConfig, path: Path) -> int:
             return 128 + scribe.interrupted
         if scribe.unsaved:
             return 1
-        update, rate = run.best or (run.update, 0.0)
+        update, rate = run.best
         kept = path / checkpoint.CHECKPOINTS / f"{update:08d}"
         if update != run.update and kept.is_dir():
             scribe.say(f"best evaluation: {rate:.1%}, kept as {kept}")

@@ -356,7 +356,7 @@ def test_a_bar_counts_the_phase_under_way(monkeypatch, terminal):
     phases = Phases()
     phases.begin("read-out")
     phases.expect(8)
-    with counting(phases):
+    with counting(phases, True):
         phases.done = 2
         print("a line above it")
     said = out.getvalue()

@@ -31,6 +31,7 @@ SMALL = """
     --advantage group --guidance kl --kl-placement loss --kl-estimator full --kl-coef 0.5
     --weighting ema --merge ties --skip-certain 0 --teacher-sample 4
 """
+GTR = ("--guidance", "gtr", "--teacher-model", "expert")
 
 
 def start(out, *more, model=None, game="numberline"):
@@ -299,16 +300,7 @@ def test_a_run_with_an_external_corrector(tmp_path, monkeypatch, capsys):
 
 
 def test_what_a_corrector_was_asked_is_known_after_a_resume(tmp_path, capsys):
-    options = [
-        "--guidance",
-        "gtr",
-        "--teacher-model",
-        "expert",
-        "--sft-rows",
-        "6",
-        "--teacher-price-in",
-        "1",
-    ]
+    options = [*GTR, "--sft-rows", "6", "--teacher-price-in", "1"]
     with serve("numberline") as url:
         whole = tmp_path / "whole"
         assert start(whole, *options, "--teacher-url", url, "--workers", "1") == 0
@@ -330,16 +322,7 @@ def test_a_limit_on_the_step_leaves_its_checkpoint_to_the_teacher(tmp_path):
 
 def test_a_corrector_that_fails_is_told_of_and_stops_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("turbo.corrector.FIRST_PAUSE", 0.01)
-    options = [
-        "--guidance",
-        "gtr",
-        "--teacher-model",
-        "expert",
-        "--sft-rows",
-        "4",
-        "--teacher-timeout",
-        "5",
-    ]
+    options = [*GTR, "--sft-rows", "4", "--teacher-timeout", "5"]
     with serve("numberline", fail=1.0) as url:
         assert start(tmp_path / "run", *options, "--teacher-url", url) == 0
     out = capsys.readouterr().out
@@ -353,7 +336,7 @@ def test_a_dead_endpoint_is_refused_before_anything_is_made(tmp_path, capsys):
     with serve("numberline") as url:
         pass
     out = tmp_path / "run"
-    asked = ["--guidance", "gtr", "--teacher-model", "expert", "--teacher-url", url, "--out", out]
+    asked = [*GTR, "--teacher-url", url, "--out", out]
     err = refused(capsys, ["numberline", "--model", tiny_models.fitted_folder(), *asked])
     assert f"--teacher-url {url!r} cannot be reached: Connection refused" in err
     assert not out.exists()
@@ -364,7 +347,7 @@ def test_an_endpoint_that_dies_after_the_start_stops_nothing(tmp_path, monkeypat
     with serve("numberline") as url:
         pass
     monkeypatch.setattr(train, "check_url", lambda url: None)  # it lived then
-    asked = ["--guidance", "gtr", "--teacher-model", "expert", "--sft-rows", "4", "--updates", "1"]
+    asked = [*GTR, "--sft-rows", "4", "--updates", "1"]
     assert start(tmp_path / "run", *asked, "--teacher-url", url) == 0
     record = read_jsonl(tmp_path / "run" / "metrics.jsonl")[1]
     assert (record["teacher_failed"], record["sft_examples"]) == (4, 0)
