@@ -19,9 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.study_runs import StudyRun
+from turbo.measure import mean_interval
 
-# Student's t, 97.5 %, for 1, 2, ... degrees of freedom
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 SUCCESS, TEACHER = "eval_success_rate", "eval_teacher_success_rate"
 
 
@@ -222,16 +221,9 @@ def value_of(run: StudyRun, figure: str) -> float | None:
     return float(np.mean(np.abs(np.diff(values)))) if len(values) > 2 else None
 
 
-def mean_interval(values: Sequence[float]) -> Finding:
-    """Mean of some values with its 95 % interval by Student's t; no interval for one value."""
-    n = len(values)
-    if n == 0:
-        return Finding(0, math.nan, math.nan, math.nan)
-    mean = float(np.mean(values))
-    if n == 1:
-        return Finding(1, mean, math.nan, math.nan)
-    half = T975[min(n - 1, len(T975)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return Finding(n, mean, mean - half, mean + half)
+def finding(values: Sequence[float]) -> Finding:
+    """Mean of some values with its 95 % interval; no interval for one value."""
+    return Finding(len(values), *mean_interval([float(v) for v in values]))
 
 
 def compare(runs: Sequence[StudyRun], c: Comparison) -> Finding:
@@ -241,10 +233,10 @@ def compare(runs: Sequence[StudyRun], c: Comparison) -> Finding:
         seeds = sorted(set.intersection(*map(set, found)))
         x = np.arange(len(found)) - (len(found) - 1) / 2
         values = np.array([[of_method[s] for of_method in found] for s in seeds])
-        return mean_interval([float(x @ row / (x @ x)) for row in values])
+        return finding([float(x @ row / (x @ x)) for row in values])
     first = final(runs, c.regime, c.better, c.figure)
     second = final(runs, c.regime, c.worse, c.against or c.figure)
-    return mean_interval([first[s] - second[s] for s in sorted(first.keys() & second.keys())])
+    return finding([first[s] - second[s] for s in sorted(first.keys() & second.keys())])
 
 
 def compare_passes(

@@ -66,6 +66,7 @@ NOT_SETTINGS = {
     *("quiet", "json", "tensorboard", "wandb", "trackio"),
     *("teacher_url", "teacher_key_env", "teacher_price_in", "teacher_price_out"),
     *("teacher_concurrency", "teacher_timeout"),
+    *("micro_tokens", "gpu", "decode_graphs"),  # of the card: what is computed at once
 }
 
 

@@ -29,6 +29,7 @@ from turbo.hub import model_sha256
 from turbo.log import read_jsonl
 from turbo.parallel import cores
 
+SFT = "python -m turbo.sft"
 # What a training's exit status means; -SIGTERM: it was stopped before it listened to signals.
 SAVED = "saved, to be resumed"
 ENDS = {0: "complete", 130: SAVED, 143: SAVED, -signal.SIGTERM: "stopped, to be begun again"}
@@ -63,7 +64,8 @@ class Planned:
     seed: int
     flags: str
     config: TrainConfig
-    model: str  # hash of the model that it starts from
+    model: str  # hash of the model that it starts from, or the command that makes it
+    start: str  # flags of `turbo.sft` for a model of the regime's own
 
     @property
     def name(self) -> str:
@@ -74,14 +76,23 @@ class Planned:
         """What decides its outcome."""
         return {**decisive(self.config), "model": self.model}
 
+    def start_folder(self, runs: Path) -> Path:
+        """Where the regime's own model is."""
+        return runs / f"start-{self.regime}"
+
+    def arguments(self, runs: Path) -> str:
+        """Its flags, with that model."""
+        return f"{self.flags} --model {self.start_folder(runs)}" if self.start else self.flags
+
     def folder(self, runs: Path) -> Path:
         known = digest(self.config, self.model)
         return runs / f"{self.regime}-{self.method}-seed{self.seed}-{known}"
 
-    def is_like(self, recorded: dict) -> bool:
-        """Whether recorded settings are this run's, settings that are newer than it aside."""
+    def differs(self, recorded: dict) -> list[str]:
+        """In what recorded settings are not this run's, settings that are newer than it aside."""
         plain = asdict(TrainConfig())
-        return all(recorded.get(k, plain.get(k)) == v for k, v in self.settings.items())
+        theirs = {k: recorded.get(k, plain.get(k)) for k in self.settings}
+        return [f"{k} {theirs[k]}, now {v}" for k, v in self.settings.items() if theirs[k] != v]
 
 
 def plan(table: dict) -> list[Planned]:
@@ -100,8 +111,9 @@ def plan(table: dict) -> list[Planned]:
                 config = replace(read[flags], seed=seed)
                 if config.env not in models:
                     models[config.env] = model_sha256(config)
-                model = models[config.env]
-                planned.append(Planned(group["regime"], method, seed, flags, config, model))
+                start = regime.get("start", "")  # whose weights are not the same on all machines
+                model = f"{SFT} {start}" if start else models[config.env]
+                planned.append(Planned(group["regime"], method, seed, flags, config, model, start))
     return list({p.name: p for p in planned}.values())
 
 
@@ -115,7 +127,7 @@ def gather(planned: Sequence[Planned], runs: Path, known: dict[str, StudyRun]) -
             run = StudyRun(p.regime, p.method, p.seed, commit, p.settings)
             run.records = read_jsonl(path / checkpoint.METRICS)
             found.append(run)
-        elif p.name in known and p.is_like(known[p.name].settings):
+        elif p.name in known and not p.differs(known[p.name].settings):
             found.append(known[p.name])
     return found
 
@@ -169,7 +181,7 @@ class Workshop:
         print(f"training {planned.name}: {path}", flush=True)
         with Path(f"{path}.log").open("a", encoding="utf-8") as log:
             process = subprocess.Popen(
-                command(path, planned.flags, planned.seed),
+                command(path, planned.arguments(self.runs), planned.seed),
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is passed on once, as a request to save
@@ -185,6 +197,15 @@ class Workshop:
                 print(f"{name}: {state or 'FAILED'} after {minutes:.1f} minutes", flush=True)
                 if state is None:
                     self.failed.append(name)
+
+
+def make_starts(planned: Sequence[Planned], runs: Path) -> None:
+    """The models of those regimes that have one of their own, where they are not there yet."""
+    for start, folder in {p.start: p.start_folder(runs) for p in planned if p.start}.items():
+        if not (folder / "warm_start.json").is_file():
+            print(f"making {folder}: {SFT} {start}", flush=True)
+            program = [sys.executable, *SFT.split()[1:], *start.split(), "--out", str(folder)]
+            subprocess.run([*program, "--overwrite"], check=True, stdout=subprocess.DEVNULL)
 
 
 def chosen(p: Planned, only: str) -> bool:
@@ -203,7 +224,8 @@ def main(argv: list[str] | None = None) -> int:
         known = ", ".join(sorted(names))
         print(f"error: --only {sorted(odd)[0]!r} is not in the table: {known}", file=sys.stderr)
         return 2
-    found = gather(planned, runs, read_runs(out))
+    known = read_runs(out)
+    found = gather(planned, runs, known)
     done = {run.name for run in found}
     if c.list:
         for p in planned:
@@ -214,14 +236,24 @@ def main(argv: list[str] | None = None) -> int:
     if c.train:
         todo = [p for p in planned if chosen(p, c.only) and p.name not in done]
         workshop = Workshop(runs, c.jobs or cores(), c.minutes)
+        make_starts(todo, runs)
         with corrector(any(p.config.guidance == "gtr" for p in todo)):
             workshop.train(iter(todo))
-        found = gather(planned, runs, read_runs(out))
+        found = gather(planned, runs, known)
         status = 130 if workshop.asked else 1 if workshop.failed else 0
         for name in workshop.failed:
             print(f"error: {name} failed: see its log in {runs}", file=sys.stderr)
     if not found:
         print("error: no run is complete: leave --no-train out", file=sys.stderr)
+        return 1
+    if lost := known.keys() - {run.name for run in found}:
+        name = min(lost)
+        now = next((p.differs(known[name].settings)[0] for p in planned if p.name == name), "gone")
+        print(
+            f"error: nothing is written: {len(lost)} runs of {out} are not of the table any more, "
+            f"such as {name} ({now}): train them, or remove them from runs.csv and settings.json",
+            file=sys.stderr,
+        )
         return 1
     write_runs(out, found)
     write_page(out, found, len(planned))

@@ -18,7 +18,7 @@ from bench.claims import (
     compare,
     compare_passes,
     final,
-    mean_interval,
+    finding,
 )
 from bench.plot import curve, pyplot
 from bench.study_runs import StudyRun, read_table
@@ -62,7 +62,7 @@ def band(runs: Sequence[StudyRun], name: str) -> tuple[np.ndarray, np.ndarray, n
     curves = [curve(run, name) for run in runs]
     grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 50)
     values = np.array([np.interp(grid, x, y) for x, y in curves])  # [seeds, 50]
-    found = [mean_interval(column) for column in values.T]
+    found = [finding(column) for column in values.T]
     half = np.array([0.0 if math.isnan(f.low) else f.high - f.mean for f in found])
     return grid, values.mean(0), half
 
@@ -180,7 +180,7 @@ def regime_table(methods: dict[str, list[StudyRun]]) -> list[str]:
         cells = [
             method,
             str(len(runs)),
-            *(percent(mean_interval(list(values.values()))) for values in ends),
+            *(percent(finding(list(values.values()))) for values in ends),
             f"{last('self_bleu'):.2f}",
             f"{last('thought_entropy'):.3f}",
             f"{last('thought_length'):.1f}",
@@ -251,7 +251,8 @@ def write_page(out: Path, runs: Sequence[StudyRun], planned: int) -> None:
         if name == HEADLINE and set(HEADLINE_METHODS) <= set(methods):
             draw_headline(methods, out / "headline.png")
         lines += [f"## {regime['title']}", "", regime["about"], ""]
-        lines += [f"`{regime['flags']} {table['common']}`", ""]
+        start = f" from `python -m turbo.sft {regime['start']}`" if "start" in regime else ""
+        lines += [f"`{regime['flags']} {table['common']}`{start}", ""]
         shown = {m: r for m, r in methods.items() if m in regime.get("drawn", [])} or methods
         draw_regime(regime["title"], shown, out / f"{name}.png")
         lines += [f"![{regime['title']}]({name}.png)", "", *regime_table(methods), ""]

@@ -40,7 +40,7 @@ MODULES = {
         rollout run score scribe teacher trajectory update
     """,
     # 4: what is run
-    4: "__main__ eval export merge play replay sft train view view_data",
+    4: "__main__ eval export merge play replay sft train view view_data view_seeds",
 }
 LAYERS = {f"turbo.{name}": layer for layer, names in MODULES.items() for name in names.split()}
 LAYERS["turbo"] = 0

@@ -49,6 +49,7 @@ from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel
 from turbo.optimizer import load_optimizer, optimizer_tensors
 from turbo.parallel import Crew, fail
+from turbo.phases import Phases
 from turbo.run import env_maker, held_out, prompt_style
 from turbo.sft_config import SftConfig, expert_options, too_long, written
 from turbo.versions import versions
@@ -69,9 +70,12 @@ def settings(c: SftConfig) -> TrainConfig:
     return TrainConfig(engine="modules", lora_rank=c.lora_rank, envs=ENVS, **own)
 
 
-def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> int:
+def fine_tune(
+    crew: Crew, c: SftConfig, say: Callable[[str], None] = print, phases: Phases | None = None
+) -> int:
     """Train, evaluate, write; the exit status."""
-    run, started = settings(c), time.perf_counter()
+    run, started, phases = settings(c), time.perf_counter(), phases or Phases()
+    phases.begin("model")
     say = say if crew.leads else lambda text: None
     vlm, problem = None, ""
     try:
@@ -84,10 +88,11 @@ def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> i
     trained = sum(p.numel() for p in lora.parameters())
     say(f"{c.model}: {trained:,} parameters in factors of rank {c.lora_rank}")
     try:
-        loss, is_whole = train_factors(vlm, lora, run, crew, c, say)
+        loss, is_whole = train_factors(vlm, lora, run, crew, c, say, phases)
     except ValueError as error:  # in all workers: what was saved is of something else
         return fail(crew, error, 2)
     figures = {"minutes": round((time.perf_counter() - started) / 60, 1), "loss": loss}
+    phases.begin("evaluation")
     e = evaluate(
         vlm,
         vlm.weights(lora),
@@ -99,6 +104,7 @@ def fine_tune(crew: Crew, c: SftConfig, say: Callable[[str], None] = print) -> i
         crew=crew,
         envs=ENVS,
         prompt_style=prompt_style(run),
+        phases=phases,
     )
     say(f"T {run.eval_temperature}: {success(e)}, legal {e['legal_rate']:.1%}")
     figures |= {k: v for k, v in e.items() if k != "solved"}
@@ -142,6 +148,7 @@ def train_factors(
     crew: Crew,
     c: SftConfig,
     say: Callable[[str], None],
+    phases: Phases,
 ) -> tuple[float, bool]:
     """Cross-entropy on expert answers, warm-up and cosine; the mean loss of the last 50 steps, and
     whether all were done.
@@ -157,8 +164,11 @@ def train_factors(
     if first:
         say(f"going on after step {first}")
     started, done = time.perf_counter(), first
+    phases.begin("steps")
+    phases.expect(c.steps)
     with noticed() if crew.leads else nullcontext([]) as asked:
         for step in range(first, c.steps):
+            phases.done = step
             optimizer.param_groups[0]["lr"] = rate(c, step)
             rng = np.random.default_rng([c.seed, 2, crew.rank, step])
             seeds = rng.integers(2**31, size=c.deals // crew.size)

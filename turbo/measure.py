@@ -18,6 +18,8 @@ from turbo.parallel import Crew
 from turbo.phases import Phases
 from turbo.rollout import Episode, RolloutOptions, Step, Table
 
+# Student's t, 97.5 %, for 1, 2, ... degrees of freedom
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -45,6 +47,19 @@ def interval_of_deals(solved: Sequence[int], samples: int) -> tuple[float, float
         spread = sum((rate - p) ** 2 for rate in rates) / (deals - 1)
         n = min(max(n, p * (1 - p) * deals / spread), n * samples) if spread else n * samples
     return interval(p * n, n)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of independent values, such as seeds', with its 95 % interval by Student's t.
+
+    One value has no interval, nothing not even a mean: NaN.
+    """
+    n, middle = len(values), mean(values)
+    if n < 2:
+        return middle, math.nan, math.nan
+    spread = math.sqrt(sum((v - middle) ** 2 for v in values) / (n - 1))
+    half = T975[min(n - 1, len(T975)) - 1] * spread / math.sqrt(n)
+    return middle, middle - half, middle + half
 
 
 def mean(values: Sequence[float]) -> float:

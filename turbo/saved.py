@@ -11,6 +11,10 @@ from turbo.envs.make import is_name
 
 # Of what a resumed run may change, that which counts from then on: its length, what it keeps
 LASTING = ("updates", "save_every", "keep", "max_faults")
+# All that it may change
+FREE = {*LASTING, "resume", "out", "overwrite", "minutes"}
+FREE |= {"quiet", "json", "tensorboard", "wandb", "trackio"}
+FREE |= {"micro_tokens", "gpu", "decode_graphs"}  # of the card
 
 
 def from_saved(saved: object, source: str) -> TrainConfig:
@@ -48,8 +52,5 @@ def from_saved(saved: object, source: str) -> TrainConfig:
 
 def changed(old: dict, new: TrainConfig) -> list[str]:
     """Names of the settings in which a resumed run would differ from the saved one."""
-    free = {*LASTING, "resume", "out", "overwrite", "minutes"}
-    free |= {"quiet", "json", "tensorboard", "wandb", "trackio"}
-    free |= {"micro_tokens", "gpu", "decode_graphs"}  # of the card
     now = asdict(new)
-    return [k for k in now if k not in free and k in old and old[k] != now[k]]
+    return [k for k in now if k not in FREE and k in old and old[k] != now[k]]

@@ -337,16 +337,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if c.model:
-        return run_crew(own_workers(c, 4), fine_tune, c)
-    run_crew(c.workers or cores(), watched, c, board=1 << 22)
+        return run_crew(own_workers(c, 4), watched, fine_tune, c)
+    run_crew(c.workers or cores(), watched, warm_start, c, board=1 << 22)
     return 0
 
 
-def watched(crew: Crew, c: SftConfig) -> None:
-    """A warm start, with a bar where that is of use."""
+def watched(crew: Crew, work: Callable, c: SftConfig) -> object:
+    """A fine-tuning or a warm start, with a bar where that is of use."""
     phases = Phases()
     with counting(phases, crew.leads):
-        warm_start(crew, c, print, phases)
+        return work(crew, c, print, phases)
 
 
 if __name__ == "__main__":

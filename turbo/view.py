@@ -15,6 +15,7 @@ import hashlib
 import json
 import sys
 import webbrowser
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +28,7 @@ from turbo import checkpoint
 from turbo.flags import conclude, read_flags
 from turbo.log import METRICS
 from turbo.view_data import read_run, state_of
+from turbo.view_seeds import by_seed, merged
 
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("draw.js", "charts.js", "episodes.js", "main.js")
@@ -43,12 +45,16 @@ class ViewConfig:
 
     python -m turbo.view runs/first runs/second --out both.html --open
 
+    python -m turbo.view runs/kl-* runs/none-* --mean       # two lines, means over seeds
+
     python -m turbo.view runs/first --serve 8000
     """
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """run directories of `turbo.train`, up to six to compare, such as seeds, of which the first two
     show their episodes; they are only read, and may still be training"""
+    mean: bool = False
+    """show runs that differ in their seed alone as one: means with 95 % intervals (Student's t)"""
     out: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """file to write (empty: view.html in the first run's directory)"""
     serve: Annotated[int | None, tyro.conf.arg(metavar="PORT")] = None
@@ -62,8 +68,11 @@ class ViewConfig:
 
 def check(c: ViewConfig) -> list[Path]:
     """Refuse what cannot be shown; the run directories."""
-    if not 1 <= len(c.runs) <= MOST:
-        raise ValueError(f"give a run directory, or up to {MOST} to compare, got {len(c.runs)}")
+    if not c.runs or (not c.mean and len(c.runs) > MOST):
+        raise ValueError(
+            f"give a run directory, or up to {MOST} to compare, got {len(c.runs)}; with --mean, "
+            "those that differ in their seed alone are one"
+        )
     if c.episodes < 1:
         raise ValueError(f"--episodes must be at least 1, got {c.episodes}")
     if c.serve is not None and not 0 <= c.serve <= 65_535:
@@ -73,15 +82,26 @@ def check(c: ViewConfig) -> list[Path]:
     runs = [Path(run) for run in c.runs]
     for run in runs:
         checkpoint.read_run(run)
+    if (found := len(grouped(runs, c.mean))) > MOST:
+        raise ValueError(f"--mean: up to {MOST} settings can be compared, these runs have {found}")
     return runs
 
 
-def gather(runs: list[Path], most: int) -> dict:
+def grouped(runs: Sequence[Path], mean: bool) -> list[list[Path]]:
+    """What is shown together: seeds of one setting, or every run for itself."""
+    return by_seed(runs) if mean else [[run] for run in runs]
+
+
+def gather(runs: Sequence[Path], most: int, mean: bool = False) -> dict:
     """All data of a page."""
     state = ",".join(map(state_of, runs))  # before the files are read: what comes then is news
+    shown = []
+    for place, (first, *others) in enumerate(grouped(runs, mean)):
+        with_episodes = read_run(first, most if place < BROWSED else 0)
+        shown.append(merged([with_episodes, *(read_run(run, 0) for run in others)]))
     return {
         "state": state,
-        "runs": [read_run(run, most if i < BROWSED else 0) for i, run in enumerate(runs)],
+        "runs": shown,
         "metrics": {k: {"meaning": m.meaning, "unit": m.unit} for k, m in METRICS.items()},
     }
 
@@ -124,8 +144,8 @@ def fingerprint(text: str) -> str:
 class Server:
     """The page of some runs on 127.0.0.1: `/` is the page, `/data.json` its data as it is now."""
 
-    def __init__(self, runs: list[Path], most: int, port: int):
-        self.runs, self.most = runs, most
+    def __init__(self, runs: list[Path], most: int, port: int, mean: bool = False):
+        self.runs, self.most, self.mean = runs, most, mean
         try:
             self.http = ThreadingHTTPServer((HOST, port), partial(_Request, self))
         except OSError as error:
@@ -142,10 +162,10 @@ class Server:
             return 404, "text/plain", "there is / and /data.json"
         try:
             if path == "/":
-                return 200, "text/html", page(gather(self.runs, self.most), live=True)
+                return 200, "text/html", page(gather(self.runs, self.most, self.mean), live=True)
             if known and known == ",".join(map(state_of, self.runs)):
                 return 204, "text/plain", ""
-            return 200, "application/json", embed(gather(self.runs, self.most))
+            return 200, "application/json", embed(gather(self.runs, self.most, self.mean))
         except (ValueError, OSError) as error:  # such as a run that is being replaced
             return 503, "text/plain", str(error)
 
@@ -183,9 +203,9 @@ def main(argv: list[str] | None = None) -> int:
         c = read_flags(ViewConfig, argv, "turbo.view")
         runs = check(c)
         if c.serve is not None:
-            return serve(Server(runs, c.episodes, c.serve), c.open)
+            return serve(Server(runs, c.episodes, c.serve, c.mean), c.open)
         out = Path(c.out) if c.out else runs[0] / "view.html"
-        shown = page(gather(runs, c.episodes))
+        shown = page(gather(runs, c.episodes, c.mean))
         with checkpoint.writing(out):
             checkpoint.write_text(out, shown)
     except (ValueError, OSError) as error:

@@ -15,13 +15,12 @@ from bench import endpoint, passes, study
 from bench.claims import (
     CLAIMS,
     SUCCESS,
-    T975,
     TEACHER,
     Comparison,
     Finding,
     compare,
     compare_passes,
-    mean_interval,
+    finding,
     rising,
     steadier,
     value_of,
@@ -29,7 +28,7 @@ from bench.claims import (
 from bench.study_page import band, draw_curves, percent, write_page
 from bench.study_runs import StudyRun, read_runs, read_table, write_runs
 from turbo.envs.make import make, tiny_kwargs
-from turbo.measure import fresh_deals
+from turbo.measure import T975, fresh_deals
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = """
@@ -82,6 +81,13 @@ def test_the_committed_table_can_be_planned():
         assert by_regime.setdefault(p.regime, budget) == budget
 
 
+def test_every_committed_run_is_one_of_the_table():
+    """A changed default would drop them from the page when it is next written."""
+    planned = {p.name: p for p in study.plan(read_table())}
+    for name, run in read_runs(ROOT / "docs" / "study").items():
+        assert planned[name].differs(run.settings) == [], name
+
+
 def test_claims_compare_what_the_table_runs():
     planned = {(p.regime, p.method): 0 for p in study.plan(read_table())}
     for p in study.plan(read_table()):
@@ -95,13 +101,14 @@ def test_claims_compare_what_the_table_runs():
 
 def test_settings_that_are_newer_than_a_run_stand_at_their_defaults(table):
     p = study.plan(table)[0]
-    assert p.is_like(p.settings)
+    assert not p.differs(p.settings)
     older = {k: v for k, v in p.settings.items() if k != "teacher_sample"}
-    assert p.is_like(older)  # 64 is the default
-    assert not p.is_like({**p.settings, "kl_coef": "0.123"})
-    assert not p.is_like({**p.settings, "model": "another"})
+    assert not p.differs(older)  # 64 is the default
+    now = p.settings["kl_coef"]
+    assert p.differs({**p.settings, "kl_coef": "0.123"}) == [f"kl_coef 0.123, now {now}"]
+    assert p.differs({**p.settings, "model": "another"})
     no_envs = {k: v for k, v in p.settings.items() if k != "envs"}
-    assert not p.is_like(no_envs)  # 8 is not
+    assert p.differs(no_envs)  # 8 is not
 
 
 def run_of(method, seed, success, regime="r"):
@@ -125,7 +132,7 @@ def test_verdicts():
     assert compare(runs, Comparison("r", "one", "absent")).verdict == "not run yet"
     single = [run_of("four", 0, 0.1)]
     assert compare(runs + single, Comparison("r", "one", "four")).verdict.startswith("one seed")
-    assert math.isnan(mean_interval([]).mean)
+    assert math.isnan(finding([]).mean)
 
 
 def test_steadiness_is_the_mean_change_between_evaluations():
@@ -143,7 +150,7 @@ def test_students_t():
     """Of samples with a known mean, 95 % of the intervals hold it."""
     rng = np.random.default_rng(0)
     for n in (2, 3, 5, 10):
-        held = [f.low <= 1.0 <= f.high for f in map(mean_interval, rng.normal(1.0, 3.0, (4000, n)))]
+        held = [f.low <= 1.0 <= f.high for f in map(finding, rng.normal(1.0, 3.0, (4000, n)))]
         assert np.mean(held) == pytest.approx(0.95, abs=0.012)
 
 
@@ -198,6 +205,21 @@ def test_what_is_not_in_the_table_is_refused(tmp_path, table, capsys):
     assert "'shorter' is not in the table: long, long/none, short" in capsys.readouterr().err
     assert main(tmp_path, "--no-train") == 1
     assert "no run is complete" in capsys.readouterr().err
+
+
+def test_data_that_the_table_no_longer_asks_for_are_not_dropped(tmp_path, table, capsys):
+    p = study.plan(table)[0]
+    run = run_of(p.method, p.seed, 0.5, p.regime)
+    run.settings = {**p.settings, "kl_coef": "0.123"}
+    fine = study.plan(table)[1]
+    good = run_of(fine.method, fine.seed, 0.5, fine.regime)
+    good.settings = fine.settings
+    write_runs(tmp_path / "out", [run, good])
+    before = (tmp_path / "out" / "runs.csv").read_bytes()
+    assert main(tmp_path, "--no-train") == 1
+    told = f"1 runs of {tmp_path / 'out'} are not of the table any more, such as {p.name} (kl_coef"
+    assert told in capsys.readouterr().err
+    assert (tmp_path / "out" / "runs.csv").read_bytes() == before
 
 
 def test_no_difference_is_not_told_as_less_than_none():

@@ -12,7 +12,7 @@ from family_models import FAMILIES, folder, load_plain
 from safetensors.torch import load_file
 from tiny_models import new_config, noisy_lora, without_times
 
-from turbo import checkpoint, demos, eval, finetune, hub, sft, shapes, train
+from turbo import checkpoint, demos, eval, finetune, hub, phases, sft, shapes, train
 from turbo.envs.make import make, tiny_kwargs
 from turbo.log import read_jsonl
 from turbo.model import Engine, load
@@ -58,6 +58,27 @@ def test_a_fine_tuned_model_is_one_of_transformers(warm):
         assert same or adapted, name
         moved += not same
     assert moved == len(base.text.linears)
+
+
+def test_a_fine_tuning_tells_how_far_it_is(tmp_path, monkeypatch):
+    """Its phases, as the bar shows them: counted where it is known how much there is to do."""
+    seen, rising = {}, []
+
+    class Watched(phases.Phases):
+        def expect(self, total):
+            super().expect(total)
+            seen[self.name] = total
+
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "done" and self.name == "steps":
+                rising.append(value)
+
+    monkeypatch.setattr(sft, "Phases", Watched)
+    arguments = ["--model", str(folder("qwen2_5_vl")), "--out", str(tmp_path / "warm")]
+    assert sft.main(["numberline", *arguments, *SFT.split()]) == 0
+    assert seen == {"model": 0, "steps": 3, "evaluation": 4}
+    assert rising[-2:] == [1, 2]
 
 
 def test_ctrl_c_writes_what_was_learned(tmp_path, monkeypatch, capsys):

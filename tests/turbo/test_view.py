@@ -101,8 +101,10 @@ def test_the_pages_scripts_make_no_markup_of_text():
     [
         ([], "give a run directory, or up to 6"),
         (list("abcdefg"), "got 7"),
+        (list("abcdefg"), "with --mean, those that differ in their seed alone are one"),
         (["nowhere"], "nowhere is not a run directory"),
         (["{run}", "nowhere"], "nowhere is not a run directory"),
+        (["{run}", "{run}", "--mean"], "have one seed, 0: give one"),
         (["{run}", "--episodes", "0"], "--episodes must be at least 1, got 0"),
         (["{run}", "--serve", "70000"], "--serve must be a port"),
         (["{run}", "--serve", "0", "--out", "x.html"], "leave --out or --serve out"),

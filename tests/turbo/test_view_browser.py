@@ -342,6 +342,36 @@ def test_three_runs_share_their_charts(driver, run, tmp_path):
     assert driver.get_log("browser") == []
 
 
+def test_seeds_as_one_line_with_a_band(driver, run, tmp_path):
+    runs = [run, *(copied(run, tmp_path / f"seed{seed}", seed=seed) for seed in (1, 2))]
+    runs.append(copied(run, tmp_path / "other", seed=1, learning_rate=0.1))
+    out = tmp_path / "mean.html"
+    assert view.main([*map(str, runs), "--mean", "--out", str(out)]) == 0
+    open_page(driver, out)
+    assert text(driver, ".run h1") == [f"A{run.name} and 2 more", "Bother"]
+    assert "mean over seeds 0, 1, 2" in text(driver, ".run p")[0]
+    notes = dict(zip(text(driver, ".card h3"), text(driver, ".card figcaption p"), strict=True))
+    assert "95 % intervals (Wilson; over seeds: Student's t)" in notes["Success"]
+    assert "95 % intervals (over seeds: Student's t)" in notes["Return"]
+    assert "intervals" not in notes["Thought collapse"]  # three lines of a run: no bands
+    bands = driver.execute_script(
+        "return [...document.querySelectorAll('.card')].map("
+        "(c) => c.querySelectorAll('path.band').length)"
+    )
+    assert bands[:3] == [2, 1, 1]
+    press(driver, "j", "x", "k")
+    assert driver.get_log("browser") == []
+
+
+def copied(run, folder, **changes):
+    """A run with other settings in its record, as if it had been trained with them."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    record = json.loads((folder / "config.json").read_text())
+    record["config"] |= changes
+    (folder / "config.json").write_text(json.dumps(record))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def many(run, tmp_path_factory):
     """2,000 episodes: real ones, repeated as those of later updates."""

@@ -4,8 +4,7 @@
 const CHARTS = [
   {
     title: "Success",
-    note: "Share of the episodes that reached the goal. The band is the 95 % interval (Wilson), " +
-      "points are evaluations on fresh deals.",
+    note: "Share of the episodes that reached the goal. Points are evaluations on fresh deals.",
     form: percent, floor: 0,
     series: [{ name: "success_rate", label: "while training", band: ["success_low", "success_high"] }],
     points: [
@@ -114,6 +113,21 @@ function present(chart, run) {
   return enough ? { lines, points } : { lines: [], points: [] };
 }
 
+// The names of a line's interval. Over seeds every metric has one, drawn where it is alone.
+function bandOf(s, run, part) {
+  if (s.band) return s.band;
+  return run.seeds && part.lines.length === 1 ? [`${s.name}_low`, `${s.name}_high`] : [];
+}
+
+// What a chart shows, and what its bands are.
+function noteOf(chart, runs, parts) {
+  const banded = runs.filter((run, r) => parts[r].lines.some((s) => bandOf(s, run, parts[r]).length));
+  const kinds = [];
+  if (banded.some((run) => !run.seeds)) kinds.push("Wilson");
+  if (banded.some((run) => run.seeds)) kinds.push("over seeds: Student's t");
+  return chart.note + (kinds.length ? ` Bands are 95 % intervals (${kinds.join("; ")}).` : "");
+}
+
 function extent(values, floor, roof) {
   const numbers = values.filter(known);
   let low = floor === undefined ? Math.min(...numbers) : Math.min(floor, ...numbers);
@@ -216,7 +230,7 @@ function drawChart(chart, runs, choose) {
   runs.forEach((run, r) => {
     for (const s of parts[r].lines) {
       updates.push(...run.curves.update);
-      values.push(...run.curves[s.name], ...(s.band || []).flatMap((n) => run.curves[n]));
+      values.push(...[s.name, ...bandOf(s, run, parts[r])].flatMap((n) => run.curves[n]));
     }
     for (const s of parts[r].points) {
       updates.push(...run.evaluations.update);
@@ -232,7 +246,8 @@ function drawChart(chart, runs, choose) {
   const keys = [];
   tops.forEach((top) => drawCeiling(picture, keys, axes, chart, top));
   runs.forEach((run, r) => drawRun(picture, keys, axes, run, r, runs.length, parts[r]));
-  return card(chart, picture, keys, hover(chart, picture, axes, runs, parts, choose));
+  const noted = { ...chart, note: noteOf(chart, runs, parts) };
+  return card(noted, picture, keys, hover(chart, picture, axes, runs, parts, choose));
 }
 
 function ceilingsOf(chart, runs) {
@@ -259,8 +274,9 @@ function drawRun(picture, keys, axes, run, r, count, part) {
   const name = count > 1 ? `${LETTERS[r]} ` : "";
   part.lines.forEach((s, place) => {
     const xs = run.curves.update, style = look(r, place, count);
-    if (s.band) {
-      const [low, high] = s.band.map((n) => run.curves[n]);
+    const band = bandOf(s, run, part);
+    if (band.length) {
+      const [low, high] = band.map((n) => run.curves[n]);
       picture.append(g("path", { d: area(xs, low, high, axes), class: `band ${style}` }));
     }
     picture.append(g("path", { d: path(xs, run.curves[s.name], axes), class: `line ${style}` }));

@@ -1,0 +1,69 @@
+"""Runs that differ in their seed alone, shown as one: means over the seeds.
+
+Every metric of an update, or of an evaluation, that all of them have is their mean; NAME_low and
+NAME_high are its 95 % interval over the seeds (Student's t), in place of what each run recorded.
+
+Left out: what is shown of one run (`turbo.view_data`).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from turbo import checkpoint
+from turbo.log import METRICS
+from turbo.measure import mean_interval
+from turbo.saved import FREE
+from turbo.view_data import number
+
+ENDS = ("_low", "_high")  # of an interval: those of single runs mean nothing over seeds
+
+
+def by_seed(runs: Sequence[Path]) -> list[list[Path]]:
+    """The run directories, those of one setting together; in the order of their first ones.
+
+    ValueError where two of a setting have the same seed, which are not independent.
+    """
+    groups: dict[str, dict[object, Path]] = {}  # setting -> seed -> run
+    for run in runs:
+        settings = {str(k): v for k, v in checkpoint.read_run(run)["config"].items()}
+        seed = settings.pop("seed", None)
+        same = sorted((k, v) for k, v in settings.items() if k not in FREE)
+        group = groups.setdefault(repr(same), {})
+        if seed in group:
+            raise ValueError(f"--mean: {group[seed]} and {run} have one seed, {seed}: give one")
+        group[seed] = run
+    return [list(group.values()) for group in groups.values()]
+
+
+def merged(runs: Sequence[dict]) -> dict:
+    """Runs of one setting as one, with the episodes of the first."""
+    first, *others = runs
+    if not others:
+        return first
+    return first | {
+        "name": f"{first['name']} and {len(others)} more",
+        "settings": first["settings"] | {"seed": [r["settings"].get("seed") for r in runs]},
+        "seeds": len(runs),
+        "curves": means([run["curves"] for run in runs]),
+        "evaluations": means([run["evaluations"] for run in runs]),
+    }
+
+
+def means(tables: Sequence[dict[str, list]]) -> dict[str, list]:
+    """Mean and interval of every column that all tables have, for the updates that all have."""
+    rows = [{u: i for i, u in enumerate(t.get("update", []))} for t in tables]
+    updates = sorted(set.intersection(*map(set, rows)))
+    out: dict[str, list] = {"update": updates}
+    for name in tables[0]:
+        if name == "update" or name.endswith(ENDS) or not all(name in t for t in tables):
+            continue
+        stem = name.removesuffix("_rate") if name.endswith("success_rate") else name
+        out[name], out[f"{stem}_low"], out[f"{stem}_high"] = [], [], []
+        for u in updates:
+            values = [t[name][row[u]] for t, row in zip(tables, rows, strict=True)]
+            found = mean_interval(values) if all(map(number, values)) else (None,) * 3
+            if METRICS[name].unit == "0..1" and found[0] is not None:
+                found = tuple(min(max(x, 0.0), 1.0) for x in found)
+            for key, value in zip((name, f"{stem}_low", f"{stem}_high"), found, strict=True):
+                out[key].append(value)
+    return out
