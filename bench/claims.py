@@ -192,6 +192,19 @@ CLAIMS = (
         ),
     ),
     Claim(
+        "far",
+        "Ours: where the policy has far to go, a fixed teacher holds it back and a merged one does "
+        "not; the longer the teacher's memory, the more.",
+        (
+            *pairs("far", "kl", "initial"),
+            *pairs("far", "linear-sma", "initial"),
+            *pairs("far", "last", "kl"),
+            *pairs("far", "kl", "linear-sma", "none"),
+            *pairs("far", "none", "initial"),
+            rising("far", "initial", "linear-sma", "kl", "last"),
+        ),
+    ),
+    Claim(
         "gtr",
         "The free teacher does as well as an external corrector, which here is always right: an "
         "endpoint that answers from the exact solver.",

@@ -29,7 +29,6 @@ from turbo.hub import model_sha256
 from turbo.log import read_jsonl
 from turbo.parallel import cores
 
-SFT = "python -m turbo.sft"
 # What a training's exit status means; -SIGTERM: it was stopped before it listened to signals.
 SAVED = "saved, to be resumed"
 ENDS = {0: "complete", 130: SAVED, 143: SAVED, -signal.SIGTERM: "stopped, to be begun again"}
@@ -64,8 +63,7 @@ class Planned:
     seed: int
     flags: str
     config: TrainConfig
-    model: str  # hash of the model that it starts from, or the command that makes it
-    start: str  # flags of `turbo.sft` for a model of the regime's own
+    model: str  # hash of the model that it starts from
 
     @property
     def name(self) -> str:
@@ -75,14 +73,6 @@ class Planned:
     def settings(self) -> dict:
         """What decides its outcome."""
         return {**decisive(self.config), "model": self.model}
-
-    def start_folder(self, runs: Path) -> Path:
-        """Where the regime's own model is."""
-        return runs / f"start-{self.regime}"
-
-    def arguments(self, runs: Path) -> str:
-        """Its flags, with that model."""
-        return f"{self.flags} --model {self.start_folder(runs)}" if self.start else self.flags
 
     def folder(self, runs: Path) -> Path:
         known = digest(self.config, self.model)
@@ -111,9 +101,8 @@ def plan(table: dict) -> list[Planned]:
                 config = replace(read[flags], seed=seed)
                 if config.env not in models:
                     models[config.env] = model_sha256(config)
-                start = regime.get("start", "")  # whose weights are not the same on all machines
-                model = f"{SFT} {start}" if start else models[config.env]
-                planned.append(Planned(group["regime"], method, seed, flags, config, model, start))
+                model = models[config.env]
+                planned.append(Planned(group["regime"], method, seed, flags, config, model))
     return list({p.name: p for p in planned}.values())
 
 
@@ -181,7 +170,7 @@ class Workshop:
         print(f"training {planned.name}: {path}", flush=True)
         with Path(f"{path}.log").open("a", encoding="utf-8") as log:
             process = subprocess.Popen(
-                command(path, planned.arguments(self.runs), planned.seed),
+                command(path, planned.flags, planned.seed),
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is passed on once, as a request to save
@@ -197,15 +186,6 @@ class Workshop:
                 print(f"{name}: {state or 'FAILED'} after {minutes:.1f} minutes", flush=True)
                 if state is None:
                     self.failed.append(name)
-
-
-def make_starts(planned: Sequence[Planned], runs: Path) -> None:
-    """The models of those regimes that have one of their own, where they are not there yet."""
-    for start, folder in {p.start: p.start_folder(runs) for p in planned if p.start}.items():
-        if not (folder / "warm_start.json").is_file():
-            print(f"making {folder}: {SFT} {start}", flush=True)
-            program = [sys.executable, *SFT.split()[1:], *start.split(), "--out", str(folder)]
-            subprocess.run([*program, "--overwrite"], check=True, stdout=subprocess.DEVNULL)
 
 
 def chosen(p: Planned, only: str) -> bool:
@@ -236,7 +216,6 @@ def main(argv: list[str] | None = None) -> int:
     if c.train:
         todo = [p for p in planned if chosen(p, c.only) and p.name not in done]
         workshop = Workshop(runs, c.jobs or cores(), c.minutes)
-        make_starts(todo, runs)
         with corrector(any(p.config.guidance == "gtr" for p in todo)):
             workshop.train(iter(todo))
         found = gather(planned, runs, known)

@@ -251,8 +251,7 @@ def write_page(out: Path, runs: Sequence[StudyRun], planned: int) -> None:
         if name == HEADLINE and set(HEADLINE_METHODS) <= set(methods):
             draw_headline(methods, out / "headline.png")
         lines += [f"## {regime['title']}", "", regime["about"], ""]
-        start = f" from `python -m turbo.sft {regime['start']}`" if "start" in regime else ""
-        lines += [f"`{regime['flags']} {table['common']}`{start}", ""]
+        lines += [f"`{regime['flags']} {table['common']}`", ""]
         shown = {m: r for m, r in methods.items() if m in regime.get("drawn", [])} or methods
         draw_regime(regime["title"], shown, out / f"{name}.png")
         lines += [f"![{regime['title']}]({name}.png)", "", *regime_table(methods), ""]

@@ -67,8 +67,8 @@ def plan_prompts(
     """
     plan = memory_plan(c, prefix, suffix)
     if plan is not None:
-        if refusal := memory.refuse(plan):
-            raise ValueError(refusal)
+        if told := refusal(c, plan):
+            raise ValueError(told)
         vlm.batches.tokens = vlm.batches.decode_tokens = c.micro_tokens or planned_tokens(plan)
     return plan
 
@@ -238,8 +238,11 @@ def lack_of_memory(c: TrainConfig) -> str:
     Its prompts are not known yet: `plan_prompts` asks again.
     """
     plan = memory_plan(c)
-    if plan is None:
-        return ""
+    return "" if plan is None else refusal(c, plan)
+
+
+def refusal(c: TrainConfig, plan: memory.Plan) -> str:
+    """Why this card cannot hold what is planned, or its host; nothing where they can."""
     here = device_of(c).type == "cuda"  # else another machine's card is planned for
     return memory.refuse(plan) or (here and memory.refuse_host(plan, host_bytes())) or ""
 

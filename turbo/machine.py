@@ -8,10 +8,15 @@ from pathlib import Path
 
 import torch
 
+# Where Linux tells what a container may use: a number of bytes, or "max"; of both its versions
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
 
 def host_bytes() -> int:
-    """Memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Memory of this machine, or of the container that this is in, where that may use less."""
+    told = [Path(name).read_text().strip() for name in LIMITS if Path(name).is_file()]
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([physical, *(int(text) for text in told if text.isdigit())])
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -216,6 +216,16 @@ def test_a_run_is_planned_for_the_prompts_that_it_has_where_they_are_longer():
     assert "it fits with --envs" in memory.refuse(hub.memory_plan(c, 450, 1500))
 
 
+def test_the_host_too_is_asked_with_the_prompts_that_there_are(monkeypatch):
+    own = dict(envs=64, max_new_tokens=256, lora_rank=128, updates=29, steps_per_update=1024)
+    c = TrainConfig(model="qwen2.5-vl-7b", random_weights=True, gpu=80, **own)
+    usual, longer = hub.memory_plan(c), hub.memory_plan(c, 900, 60)
+    monkeypatch.setattr(hub, "device_of", lambda c: torch.device("cuda"))
+    monkeypatch.setattr(hub, "host_bytes", lambda: sum(usual.host.values()))
+    assert hub.refusal(c, usual) == ""
+    assert "GB: it fits with --history-max 25" in hub.refusal(c, longer)
+
+
 def test_a_row_is_always_in_a_micro_batch():
     for tokens in (4000, 8000):
         long = replace(Settings(), envs=4, max_new_tokens=tokens)
