@@ -3,7 +3,7 @@
 RUN_OR_MODEL is a run directory of `turbo.train`, a model folder of `turbo.sft`, or `tiny` for the
 built-in warm start. Success comes with its 95 % interval (Wilson), and says which deals it is on:
 all, those whose multiset the warm start saw, those it did not, or the pool that a run was
-restricted to.
+restricted to. With `--against` another one plays the same deals, and the difference is told.
 
 Left out: evaluation during training (`turbo.scribe`), plots.
 """
@@ -25,7 +25,7 @@ from turbo.envs.make import check_env, is_name
 from turbo.flags import conclude, flag, read_flags
 from turbo.hub import is_hub_id, model_sha256, open_model, own_workers, preset_of
 from turbo.lora import new_lora
-from turbo.measure import evaluate
+from turbo.measure import evaluate, paired_interval
 from turbo.model import VisionLanguageModel, Weights
 from turbo.parallel import Crew, run_crew
 from turbo.phases import Phases
@@ -76,6 +76,9 @@ class EvalConfig:
     """seed of the deals and of sampling; never one that training draws"""
     teacher: bool = False
     """evaluate the run's merged teacher instead of its policy"""
+    against: Annotated[str, tyro.conf.arg(metavar="RUN_OR_MODEL")] = ""
+    """another run's policy, or a model, that plays the same deals: how much better the first one
+    is, with the interval of paired deals, which is narrower than those of the two suggest"""
     temperature: float = 0.2
     """sampling temperature"""
     split: Literal["", "all", "seen", "unseen", "pool"] = ""
@@ -143,6 +146,8 @@ def check(c: EvalConfig) -> TrainConfig:
         if c.teacher:
             raise ValueError(f"--teacher needs a run directory; {c.source!r} is a model")
         model_sha256(run)
+    if c.split == "pool" and c.against:
+        raise ValueError("--split pool is of one run: leave it out, or --against")
     if c.split == "pool" and not run.hands:
         raise ValueError("--split pool needs a run that was trained with --hands")
     own = {"dtype": c.dtype, "device": c.device, "workers": c.workers}
@@ -199,39 +204,49 @@ def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
     return {**figures, **asked, **told}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Evaluate; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+def opponent(c: EvalConfig, run: TrainConfig) -> tuple[EvalConfig, TrainConfig]:
+    """What plays against it, on the same deals; ValueError where there can be no such game."""
+    other = replace(c, source=c.against, against="", teacher=False, env=run.env)
+    other = replace(other, games=run.games, tasks=run.tasks)
     try:
-        c = read_flags(EvalConfig, argv, "turbo.eval")
-        run = check(c)
-        find_alfworld(run, c.split or held_out(run.env))
-        workers = own_workers(run, max(1, c.episodes // 16))
-        figures = run_crew(workers, play, c, run)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if c.json:
-        values = {k: figures[k] for k in JSON_KEYS}
-        if figures["tasks"]:
-            values["goal_rate"], values["tasks"] = figures["goal_rate"], figures["tasks"]
-        if c.samples > 1:
-            values["solved"] = figures["solved"]  # samples of each deal that succeeded
-        clean = {k: None if v != v else v for k, v in values.items()}  # NaN: does not apply
-        print(json.dumps(clean))
-        return 0
-    who = "merged teacher" if c.teacher else "policy"
+        return other, check(other)
+    except ValueError as error:
+        raise ValueError(f"--against: {error}") from error
+
+
+def compared(first: dict, second: dict) -> dict[str, float]:
+    """The difference in success on the same deals, and its 95 % interval."""
+    names = ("difference", "difference_low", "difference_high")
+    rates = [[n / f["samples"] for n in f["solved"]] for f in (first, second)]
+    return dict(zip(names, paired_interval(*rates), strict=True))
+
+
+def as_json(figures: dict) -> dict:
+    """The figures of one that played, for JSON."""
+    values = {k: figures[k] for k in JSON_KEYS}
+    if figures["tasks"]:
+        values["goal_rate"], values["tasks"] = figures["goal_rate"], figures["tasks"]
+    if figures["samples"] > 1:
+        values["solved"] = figures["solved"]  # samples of each deal that succeeded
+    return {k: None if v != v else v for k, v in values.items()}  # NaN: does not apply
+
+
+def tell(figures: dict) -> None:
+    """Print how one did that played."""
+    samples = figures["samples"]
+    who = "merged teacher" if figures["who"] == "teacher" else "policy"
     if figures["update"] is not None:
         who += f" {when(figures['update'])}"
-    print(f"{c.source} ({who}) on {run.env}, {figures['split']} deals, seed {c.seed}")
-    print(evaluated(figures, f"episodes at T {c.temperature}"))
+    game = f"{figures['env']}, {figures['split']} deals, seed {figures['seed']}"
+    print(f"{figures['source']} ({who}) on {game}")
+    print(evaluated(figures, f"episodes at T {figures['temperature']}"))
     details = {
         "success_solvable": "of the episodes that can be won",
         "card_rate": "of the steps name what the picture shows",
-        "pass_at_k": f"of the deals are won by one of {c.samples} samples",
+        "pass_at_k": f"of the deals are won by one of {samples} samples",
     }
     for name, of in details.items():
-        if figures[name] == figures[name] and (c.samples > 1 or name != "pass_at_k"):
+        if figures[name] == figures[name] and (samples > 1 or name != "pass_at_k"):
             print(f"  {figures[name]:6.1%} {of}")
     for task, found in figures["tasks"].items():
         low, high = found["success_low"], found["success_high"]
@@ -239,6 +254,44 @@ def main(argv: list[str] | None = None) -> int:
             f"  {task:31} success {found['success_rate']:6.1%} [{low:.1%}, {high:.1%}], goal "
             f"conditions {found['goal_rate']:.1%} of {found['episodes']} episodes"
         )
+
+
+def tell_difference(first: dict, second: dict) -> None:
+    """Print how much better the first one did on the same deals, and on how many."""
+    d, low, high = (100 * x for x in compared(first, second).values())
+    pairs = list(zip(first["solved"], second["solved"], strict=True))
+    more, less = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+    print(
+        f"difference: {d:+.1f} points [{low:+.1f}, {high:+.1f}] on the same {len(pairs)} deals; "
+        f"{more} are won {'more often' if first['samples'] > 1 else 'only'} by the first, {less} "
+        "by the second"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        c = read_flags(EvalConfig, argv, "turbo.eval")
+        run = check(c)
+        sides = [(c, run), *([opponent(c, run)] if c.against else [])]
+        find_alfworld(run, c.split or held_out(run.env))
+        played = []
+        for own, settings in sides:
+            workers = own_workers(settings, max(1, c.episodes // 16))
+            played.append(run_crew(workers, play, own, settings))
+            if not c.json:
+                tell(played[-1])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if c.json:
+        told = as_json(played[0])
+        if c.against:
+            told |= {"against": as_json(played[1]), **compared(*played)}
+        print(json.dumps(told))
+    elif c.against:
+        tell_difference(*played)
     return 0
 
 

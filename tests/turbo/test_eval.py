@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from turbo import checkpoint, eval
 from turbo.eval import JSON_KEYS
 from turbo.hub import model_sha256
-from turbo.measure import interval
+from turbo.measure import interval, paired_interval
 from turbo.parallel import Crew
 from turbo.run import Run
 
@@ -130,6 +130,38 @@ def test_the_table(runs, capsys):
     assert not any("samples" in line or "nan" in line for line in more)
     assert eval.main([str(runs["kl"]), *FAST.split(), "--samples", "2"]) == 0
     assert "of the deals are won by one of 2 samples" in capsys.readouterr().out
+
+
+def test_two_on_the_same_deals(runs, capsys):
+    """As each does alone, with the difference of paired deals."""
+    flags = [*FAST.split(), "--samples", "2"]
+    one = figures(capsys, runs["kl"], *flags, "--teacher", "--json")
+    two = figures(capsys, runs["none"], *flags, "--json")
+    both = figures(capsys, runs["kl"], *flags, "--teacher", "--json", "--against", runs["none"])
+    assert both["against"] == two and {k: both[k] for k in one} == one
+    assert both["difference"] == pytest.approx(one["success_rate"] - two["success_rate"])
+    rates = [[n / 2 for n in side["solved"]] for side in (one, two)]
+    wanted = paired_interval(*rates)
+    assert (both["difference"], both["difference_low"], both["difference_high"]) == wanted
+    assert eval.main([str(runs["kl"]), *flags, "--teacher", "--against", str(runs["none"])]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "(merged teacher after 1 update)" in lines[0] and "on the same 6 deals" in lines[-1]
+    assert [line for line in lines if str(runs["none"]) in line and "(policy after" in line]
+    more = sum(a > b for a, b in zip(*rates, strict=True))
+    less = sum(a < b for a, b in zip(*rates, strict=True))
+    assert f"; {more} are won more often by the first, {less} by the second" in lines[-1]
+
+
+def test_opponents_that_cannot_be_are_refused(runs, tmp_path, capsys):
+    words = "error: --against: 'nowhere' is neither a folder nor `tiny`"
+    assert refused(capsys, runs["kl"], *FAST.split(), "--against", "nowhere").startswith(words)
+    other = tmp_path / "other"
+    config = tiny_models.new_config(model="tiny", env="ezpoints")
+    checkpoint.create_run(other, config, model_sha256(config))
+    told = refused(capsys, runs["kl"], *FAST.split(), "--against", other)
+    assert told == f"error: --against: {other} has no checkpoint yet: train it first"
+    told = refused(capsys, "tiny", "--split", "pool", "--against", "tiny")
+    assert told == "error: --split pool is of one run: leave it out, or --against"
 
 
 def refused(capsys, *argv):

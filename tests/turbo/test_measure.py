@@ -20,6 +20,7 @@ from turbo.measure import (
     interval_of_deals,
     mean,
     outcomes,
+    paired_interval,
     rate,
     self_bleu,
     thought,
@@ -213,6 +214,29 @@ def test_the_interval_of_deals_that_are_played_more_than_once():
         low, high = interval_of_deals(rng.binomial(8, rates).tolist(), 8)
         held += low <= 0.5 <= high
     assert 0.92 < held / 400 < 0.98
+
+
+def test_the_interval_of_paired_deals():
+    # Agresti and Min (2005): 0.5 added to each of the four cells
+    first, second = [1] * 53 + [0] * 16 + [1] * 8 + [0] * 9, [1] * 53 + [1] * 16 + [0] * 8 + [0] * 9
+    d, low, high = paired_interval(first, second)
+    centre, n = (8 - 16) / 88, 88
+    half = 1.959964 * math.sqrt((8.5 + 16.5) - (8 - 16) ** 2 / n) / n
+    assert d == pytest.approx(-8 / 86)
+    assert (low, high) == (pytest.approx(centre - half), pytest.approx(centre + half))
+    assert paired_interval(second, first) == pytest.approx((-d, -high, -low))
+    alike = paired_interval([1, 0, 1], [1, 0, 1])
+    assert alike[0] == 0 and alike[1] == -alike[2] and 0.1 < alike[2] < 1  # three deals say little
+    assert paired_interval([1] * 4, [0] * 4)[2] <= 1.0
+    rng, held, narrower = np.random.default_rng(0), 0, 0
+    for _ in range(1000):  # two policies that win the same deals, mostly
+        ease = rng.beta(0.3, 0.3, 100)
+        one, two = (rng.binomial(4, p) / 4 for p in (ease, np.minimum(1, ease + 0.1 * (1 - ease))))
+        _, low, high = paired_interval(two.tolist(), one.tolist())
+        held += low <= 0.05 <= high
+        apart = math.sqrt(one.var() / 100 + two.var() / 100)
+        narrower += high - low < 2 * 1.96 * apart
+    assert 0.93 < held / 1000 < 0.98 and narrower == 1000
 
 
 def test_samples_of_a_deal_are_counted_by_deal(fitted):
