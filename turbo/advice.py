@@ -153,7 +153,7 @@ def large_steps(records: Records, c: TrainConfig) -> Advice | None:
 def mismatch(records: Records, c: TrainConfig) -> Advice | None:
     """Answers that were sampled with other probabilities than training gives them."""
     apart = levels(records, "sampling_kl")
-    if not apart or apart[-1] <= APART:
+    if c.rescore or not apart or apart[-1] <= APART:
         return None
     merged = "; --play unmerged plays with the products of training" * (c.play == "merged")
     return Advice(

@@ -59,8 +59,8 @@ def ppo_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, clip: floa
     loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
     with torch.no_grad():
         outside = (ratio < 1.0 - clip) | (ratio > 1.0 + clip)
-        # E_old[ratio - 1 - log ratio] = KL(old || new)
-        approx_kl = (ratio - 1.0 - log_ratio).mean()
+        # E_old[ratio - 1 - log ratio] = KL(old || new); expm1 does not cancel where they are close
+        approx_kl = (torch.expm1(log_ratio) - log_ratio).clamp(min=0.0).mean()
     return PPOLoss(loss, ratio.detach(), outside.to(ratio.dtype).mean(), approx_kl)
 
 

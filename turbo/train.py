@@ -33,10 +33,11 @@ from turbo.faults import NumericalFault, diagnosis
 from turbo.flags import conclude
 from turbo.guidance import ask_corrector, write_answers
 from turbo.hub import check_nf4, device_of, lack_of_memory, model_sha256, own_workers
-from turbo.kl import auto_coefficient
+from turbo.kl import auto_coefficient, kl_estimate
 from turbo.machine import peak_bytes
 from turbo.measure import all_episodes, certainty, outcomes, thoughts
 from turbo.memory import GB
+from turbo.model import Weights
 from turbo.parallel import Crew, fail, run_crew
 from turbo.rollout import Abandoned, Rollout, Step, mix
 from turbo.run import Run, due, find_alfworld
@@ -44,7 +45,7 @@ from turbo.score import TeacherReading, read_answers, rescore, teacher_kl
 from turbo.scribe import Scribe
 from turbo.sinks import check_packages
 from turbo.trajectory import sample_episodes
-from turbo.update import Imitated, StepData, moments, prepare
+from turbo.update import Imitated, StepData, moments, old_logprobs, prepare
 
 
 def train_update(run: Run) -> tuple[dict, list[dict]]:
@@ -60,8 +61,7 @@ def train_update(run: Run) -> tuple[dict, list[dict]]:
     # score and weigh: KL of every thought to the teacher where the reward or the advantage needs
     # it; for a loss the teacher reads the answers that are trained on
     phases.begin("score")
-    if c.rescore:
-        rescore(run.vlm, weights, rollout, c.temperature)
+    apart = scored_anew(run, weights, rollout) if c.rescore else {}
     guided = c.guidance == "kl" and run.teacher.weights is not None and run.beta > 0
     kl = teacher = None
     if guided and c.kl_placement != "loss":
@@ -84,7 +84,7 @@ def train_update(run: Run) -> tuple[dict, list[dict]]:
     episodes = all_episodes(rollout.episodes, run.crew)
     if not c.score_episodes:  # the rollout was the newest checkpoint's
         run.teacher.rate(sum(e.success for e in episodes) / len(episodes))
-    figures = learn(run, rollout, data, teacher)
+    figures = learn(run, rollout, data, teacher) | apart
     if kl is not None:
         figures["teacher_kl"] = measured[0]
 
@@ -135,6 +135,15 @@ def speed(run: Run, steps: list[Step]) -> dict[str, float]:
         "seconds_other": phases.elapsed - sum(phases.seconds.values()),
         "peak_memory_gb": peak_bytes(run.vlm.device) / GB,
     }
+
+
+def scored_anew(run: Run, weights: Weights, rollout: Rollout) -> dict[str, float]:
+    """Log-probabilities from a pass like training's, and what those of decoding were off."""
+    c = run.config
+    played = old_logprobs(rollout.steps, c.thought_coef)
+    rescore(run.vlm, weights, rollout, c.temperature)
+    apart = kl_estimate(played, old_logprobs(rollout.steps, c.thought_coef), "k3")
+    return {"sampling_kl": moments(apart, run.crew)[0]}
 
 
 def teacher_thoughts(run: Run, rollout: Rollout) -> dict[str, float]:

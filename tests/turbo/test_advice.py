@@ -149,6 +149,8 @@ def test_sampling_and_training_that_disagree(play):
     (advice,) = told(0.001, 0.03, 0.03, 0.036)
     assert "0.032 nats" in advice.meaning and "--rescore" in advice.remedy
     assert ("--play unmerged" in advice.remedy) == (play == "merged")
+    c.rescore = True  # the ratios begin at 1
+    assert not told(0.001, 0.03, 0.03, 0.036)
 
 
 def test_thoughts_that_turn_into_a_template():

@@ -94,7 +94,7 @@ def test_the_loss_and_its_gradient_are_always_finite(steps):
     result = ppo_loss(logprob, old, advantage, clip=0.2)
     result.loss.backward()
     assert result.loss.isfinite()
-    assert result.approx_kl >= -1e-6
+    assert result.approx_kl >= 0.0
     assert 0.0 <= result.clip_fraction <= 1.0
     assert logprob.grad.isfinite().all()
 

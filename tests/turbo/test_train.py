@@ -1,6 +1,7 @@
 """turbo/train.py from the command line: what a run writes, bit-exact resume, refusals."""
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -117,6 +118,19 @@ def test_metrics(run):
     assert records[1]["teacher_kl"] > 0 and records[4]["teacher_kl"] > 0  # to the warm start first
     rates = [r["learning_rate"] for r in records[1:5]]
     assert rates[0] == 0.001 and rates == sorted(rates, reverse=True) and rates[3] > 1e-4
+
+
+def test_rescoring_tells_what_decoding_was_off(tmp_path, monkeypatch):
+    """Every answer's last token is 0.1 nats less likely than recorded."""
+
+    def rescore(vlm, weights, rollout, temperature):
+        for step in rollout.steps:
+            step.logprobs = [*step.logprobs[:-1], step.logprobs[-1] - 0.1]
+
+    monkeypatch.setattr(train, "rescore", rescore)
+    assert start(tmp_path / "run", "--updates", "1", "--rescore", "--thought-coef", "1") == 0
+    (r,) = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "sampling_kl" in r]
+    assert r["sampling_kl"] == pytest.approx(math.exp(-0.1) - 1 + 0.1, abs=1e-5)
 
 
 def test_config_json(run):
