@@ -9,7 +9,6 @@ derives from (seed, step), so a fine-tuning that was killed goes on bit for bit.
 Left out: the demonstrations (`turbo.demos`), the tiny model from scratch (`turbo.sft`).
 """
 
-import math
 import shutil
 import signal
 import time
@@ -51,7 +50,7 @@ from turbo.optimizer import load_optimizer, optimizer_tensors
 from turbo.parallel import Crew, fail
 from turbo.phases import Phases
 from turbo.run import env_maker, held_out, prompt_style
-from turbo.sft_config import SftConfig, expert_options, too_long, written
+from turbo.sft_config import SftConfig, expert_options, too_long, warm_cosine, written
 from turbo.versions import versions
 
 ENVS = 64  # that the evaluation plays at once
@@ -169,7 +168,9 @@ def train_factors(
     with noticed() if crew.leads else nullcontext([]) as asked:
         for step in range(first, c.steps):
             phases.done = step
-            optimizer.param_groups[0]["lr"] = rate(c, step)
+            optimizer.param_groups[0]["lr"] = c.lora_learning_rate * warm_cosine(
+                step, c.steps, warm=20
+            )
             rng = np.random.default_rng([c.seed, 2, crew.rank, step])
             seeds = rng.integers(2**31, size=c.deals // crew.size)
             demos = [
@@ -194,12 +195,6 @@ def train_factors(
                 say(f"stopped after step {done}: what was learned is evaluated and written{more}")
                 break
     return float(np.mean(recent)), done == c.steps
-
-
-def rate(c: SftConfig, step: int) -> float:
-    """The learning rate of a step: warm-up and cosine."""
-    warm, done = min(1, (step + 1) / 20), step / c.steps
-    return c.lora_learning_rate * warm * max(0.02, 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def decisive(c: SftConfig, run: TrainConfig, crew: Crew) -> dict:

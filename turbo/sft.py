@@ -49,6 +49,7 @@ from turbo.sft_config import (
     expert_options,
     sft_defaults,
     too_long,
+    warm_cosine,
     written,
 )
 from turbo.versions import versions
@@ -203,7 +204,7 @@ def train_language(
     started, recent = time.perf_counter(), []
     for step in range(c.steps):
         phases.done = step
-        rate = min(1, (step + 1) / 50) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / c.steps)))
+        rate = warm_cosine(step, c.steps, warm=50)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate

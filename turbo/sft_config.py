@@ -3,6 +3,7 @@
 Left out: reading the command line and the work itself (`turbo.sft`).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -172,6 +173,11 @@ def written(c: SftConfig, legal: float) -> str:
         f"{text}\nwarning: only {legal:.0%} of its answers are legal: it needs more --steps, or a "
         f"longer answer than --max-new-tokens {c.max_new_tokens}"
     )
+
+
+def warm_cosine(step: int, steps: int, warm: int) -> float:
+    """The learning rate as a share of its peak: a rise over `warm` steps, a cosine down to 2 %."""
+    return min(1, (step + 1) / warm) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def check_sft(c: SftConfig) -> None:
