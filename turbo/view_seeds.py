@@ -1,7 +1,8 @@
 """Runs that differ in their seed alone, shown as one: means over the seeds.
 
 Every metric of an update, or of an evaluation, that all of them have is their mean; NAME_low and
-NAME_high are its 95 % interval over the seeds (Student's t), in place of what each run recorded.
+NAME_high are its 95 % interval over three seeds or more (Student's t), in place of what each run
+recorded.
 
 Left out: what is shown of one run (`turbo.view_data`).
 """
@@ -16,6 +17,7 @@ from turbo.saved import FREE
 from turbo.view_data import number
 
 ENDS = ("_low", "_high")  # of an interval: those of single runs mean nothing over seeds
+LEAST = 3  # seeds that have an interval
 
 
 def by_seed(runs: Sequence[Path]) -> list[list[Path]]:
@@ -58,12 +60,21 @@ def means(tables: Sequence[dict[str, list]]) -> dict[str, list]:
         if name == "update" or name.endswith(ENDS) or not all(name in t for t in tables):
             continue
         stem = name.removesuffix("_rate") if name.endswith("success_rate") else name
-        out[name], out[f"{stem}_low"], out[f"{stem}_high"] = [], [], []
-        for u in updates:
-            values = [t[name][row[u]] for t, row in zip(tables, rows, strict=True)]
-            found = mean_interval(values) if all(map(number, values)) else (None,) * 3
-            if METRICS[name].unit == "0..1" and found[0] is not None:
-                found = tuple(min(max(x, 0.0), 1.0) for x in found)
-            for key, value in zip((name, f"{stem}_low", f"{stem}_high"), found, strict=True):
-                out[key].append(value)
+        of_updates = [[t[name][r[u]] for t, r in zip(tables, rows, strict=True)] for u in updates]
+        found = [over_seeds(values, METRICS[name].unit) for values in of_updates]
+        for place, key in enumerate((name, f"{stem}_low", f"{stem}_high")):
+            out[key] = [three[place] for three in found]
     return out
+
+
+def over_seeds(values: Sequence[object], unit: str) -> tuple[float | None, ...]:
+    """Mean and interval of one metric's values; None where one is no number, and no interval of
+    two: it would fill the picture."""
+    if not all(map(number, values)):
+        return None, None, None
+    mean, low, high = mean_interval(values)
+    if len(values) < LEAST:
+        return mean, None, None
+    if min(values) >= 0:
+        low = max(low, 0.0)
+    return mean, low, min(high, 1.0) if unit == "0..1" else high

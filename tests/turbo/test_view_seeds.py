@@ -46,7 +46,10 @@ def test_means_and_intervals_of_the_updates_that_all_have():
     assert np.allclose(found["success_rate"], values.mean(0))
     assert np.allclose(found["success_low"], np.maximum(values.mean(0) - half, 0))
     assert np.allclose(found["success_high"], np.minimum(values.mean(0) + half, 1))
-    assert np.allclose(found["episode_return_low"], 10 * (values.mean(0) - half))  # may be negative
+    assert np.allclose(found["episode_return_low"], 10 * np.maximum(values.mean(0) - half, 0))
+    assert np.allclose(found["episode_return_high"], 10 * (values.mean(0) + half))
+    below = means([{"update": [1], "episode_return": [v]} for v in (-1.0, 0.0, 1.0)])
+    assert below["episode_return_low"] == [pytest.approx(-T975[1] / math.sqrt(3))]
     assert set(found) == {
         "update", "success_rate", "success_low", "success_high",
         "episode_return", "episode_return_low", "episode_return_high",
@@ -62,7 +65,7 @@ def test_what_one_of_them_lacks_has_no_mean():
     two = {"update": [5], "eval_success_rate": [0.8], "eval_teacher_success_rate": [0.7]}
     found = means([one, two])
     assert found["update"] == [5] and found["eval_success_rate"] == [pytest.approx(0.7)]
-    assert found["eval_success_low"] == [0.0] and found["eval_success_high"] == [1.0]  # two seeds
+    assert found["eval_success_low"] == [None] == found["eval_success_high"]  # of two seeds none
     assert found["eval_teacher_success_rate"] == [pytest.approx(0.65)]
     assert means([one, {"update": [0], "eval_success_rate": [0.7]}]).keys() == {
         "update", "eval_success_rate", "eval_success_low", "eval_success_high"

@@ -113,10 +113,12 @@ function present(chart, run) {
   return enough ? { lines, points } : { lines: [], points: [] };
 }
 
-// The names of a line's interval. Over seeds every metric has one, drawn where it is alone.
+// The names of a line's interval, where it has one. Over seeds every metric may, drawn where it is
+// alone.
 function bandOf(s, run, part) {
-  if (s.band) return s.band;
-  return run.seeds && part.lines.length === 1 ? [`${s.name}_low`, `${s.name}_high`] : [];
+  const alone = run.seeds && part.lines.length === 1;
+  const names = s.band || (alone ? [`${s.name}_low`, `${s.name}_high`] : []);
+  return names.length && someKnown(run.curves[names[0]]) ? names : [];
 }
 
 // What a chart shows, and what its bands are.
