@@ -5,13 +5,16 @@ gathers what the runs recorded into docs/results/<what>.csv, sums it up in <what
 <what>.png. Nothing in these files comes from elsewhere. It can be stopped and started again:
 complete runs are kept, unfinished ones are resumed. The name of a run's folder holds a hash of its
 settings and of the model it starts from, so other settings make other runs. Code is not in it:
-after a change of the program, remove the folders that it makes obsolete.
+after a change of the program, remove the folders that it makes obsolete. A run whose folder is gone
+is taken from the CSV file, where it has the same label, seed, length and evaluation: remove its
+rows to train it anew.
 
 Left out: reading the runs (`bench.records`), drawing (`bench.plot`), speed (`bench.train_step`).
 """
 
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +27,7 @@ import numpy as np
 
 from bench.harness import read_settings
 from bench.plot import draw
-from bench.records import Recorded, by_label, is_complete, pooled, recorded, write_csv
+from bench.records import Recorded, by_label, is_complete, on_record, pooled, recorded, write_csv
 from turbo import checkpoint
 from turbo.config import TrainConfig
 from turbo.envs.alfworld_games import GamesConfig
@@ -139,8 +142,20 @@ def call(arguments: list[str]) -> int:
     return 130 if asked else status
 
 
-def summary(what: str, runs: Sequence[Recorded]) -> str:
-    """What came out, as a page of Markdown."""
+def machines(run: Recorded, earlier: str) -> list[str]:
+    """Where a run was made, with what; of one that is on record, as the page before had it."""
+    v = run.versions
+    if "processor" in v:
+        named = [f"{name} {v.get(name)}" for name in ("torch", "transformers")]
+        parts = [v["processor"], f"Python {v.get('python')}", *named, f"commit {v['commit'][:12]}"]
+        return [", ".join(parts)]
+    found = re.search(r"^Made on (.*)\.$", earlier, re.MULTILINE)
+    told = found[1].split("; ") if found else []
+    return [machine for machine in told if machine.endswith(f"commit {v['commit']}")]
+
+
+def summary(what: str, runs: Sequence[Recorded], earlier: str = "") -> str:
+    """What came out, as a page of Markdown; `earlier` is the page before."""
     seeds = " ".join(str(s) for s in dict.fromkeys(r.config.seed for r in runs))
     flags = dict(DEMONSTRATIONS[what])
     c = runs[0].config
@@ -166,12 +181,7 @@ def summary(what: str, runs: Sequence[Recorded]) -> str:
         if len(group) > 1:
             lines.append(_row(label, "all", group))
     lines += task_table(runs)
-    made = {
-        f"{r.versions.get('processor')}, Python {r.versions.get('python')}, torch "
-        f"{r.versions.get('torch')}, transformers {r.versions.get('transformers')}, "
-        f"commit {r.versions.get('commit', '')[:12]}"
-        for r in runs
-    }
+    made = {machine for run in runs for machine in machines(run, earlier)}
     return "\n".join([*lines, "", "Made on " + "; ".join(sorted(made)) + ".", ""])
 
 
@@ -207,7 +217,7 @@ def task_table(runs: Sequence[Recorded]) -> list[str]:
             count = sum(run.after.get(f"eval_episodes_{task}", 0) for run in group)
             if not count:  # not played
                 continue
-            cells = [label, task, str(count)]
+            cells = [label, task, f"{count:.0f}"]
             for kind in ("success", "goal_rate"):
                 cells += [mean(group, when, kind, task) for when in ("before", "after")]
             lines.append("| " + " | ".join(cells) + " |")
@@ -249,8 +259,11 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"error: {error}", file=sys.stderr)
                 return 2
             path = run_folder(Path(c.runs), c.what, label, config, model)
+            known = on_record(out / f"{c.what}.csv", label, config)
             if is_complete(path, config):
                 print(f"complete: {path}")
+            elif known:
+                print(f"on record: {label}, seed {seed}, of commit {known.versions['commit']}")
             elif c.train:
                 print(f"training: {path}", flush=True)
                 status = call(command(path, flags, seed))
@@ -258,6 +271,8 @@ def main(argv: list[str] | None = None) -> int:
                     return status
             if is_complete(path, config):
                 runs.append(recorded(path, label, config))
+            elif known:
+                runs.append(known)
             else:
                 print(f"incomplete, left out: {path}", file=sys.stderr)
     if not runs:
@@ -265,8 +280,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / f"{c.what}.csv", runs)
-    page = summary(c.what, runs)
-    (out / f"{c.what}.md").write_text(page, encoding="utf-8")
+    file = out / f"{c.what}.md"
+    page = summary(c.what, runs, file.read_text(encoding="utf-8") if file.is_file() else "")
+    file.write_text(page, encoding="utf-8")
     draw(TITLES[c.what], runs, out / f"{c.what}.png")
     print("\n" + "\n".join(line for line in page.splitlines() if line.startswith("|")))
     print(f"\nwritten: {out}/{c.what}.csv, .md and .png")

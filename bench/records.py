@@ -27,7 +27,8 @@ TASK_COLUMNS = [  # of games with several kinds of tasks
     for who in ("", "teacher_")
     for name in ("goal_rate", *(f"{k}_{t}" for t in TASKS for k in TASK_FIGURES))
 ]
-COLUMNS = ["label", "seed", "commit", "eval_episodes", "eval_temperature", *CURVE, *EVALUATION]
+TEXTS = ("label", "seed", "commit", "eval_episodes", "eval_temperature")  # of a run, not a record
+COLUMNS = [*TEXTS, *CURVE, *EVALUATION]
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,22 @@ def recorded(path: Path, label: str, c: TrainConfig) -> Recorded:
     return Recorded(label, c, path, read_jsonl(path / checkpoint.METRICS), known)
 
 
+def on_record(path: Path, label: str, c: TrainConfig) -> Recorded | None:
+    """The run of this label and seed in a file of `write_csv`, where it was as long, and was
+    evaluated like this one; its other settings are not in the file."""
+    if not path.is_file():
+        return None
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if (r["label"], r["seed"]) == (label, str(c.seed))]
+    records = [{k: float(v) for k, v in row.items() if v and k not in TEXTS} for row in rows]
+    if not rows or records[-1]["update"] != c.updates:
+        return None
+    asked = float(rows[0]["eval_episodes"]), float(rows[0]["eval_temperature"])
+    if asked != (c.eval_episodes, c.eval_temperature):
+        return None
+    return Recorded(label, c, path, records, {"commit": rows[0]["commit"]})
+
+
 def write_csv(path: Path, runs: Sequence[Recorded]) -> None:
     """One row per recorded line: the updates, and the evaluations before and after."""
 
@@ -98,7 +115,7 @@ def write_csv(path: Path, runs: Sequence[Recorded]) -> None:
             commit = run.versions.get("commit", "")[:12]
             first = [run.label, c.seed, commit, c.eval_episodes, c.eval_temperature]
             for record in run.records:
-                writer.writerow([*first, *(text(record.get(k)) for k in columns[5:])])
+                writer.writerow([*first, *(text(record.get(k)) for k in columns[len(TEXTS) :])])
 
 
 def pooled(runs: Sequence[Recorded], when: str, who: str = "") -> tuple[float, float, float] | None:
