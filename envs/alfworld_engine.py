@@ -23,6 +23,7 @@ import re
 import subprocess
 import sys
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -97,16 +98,18 @@ def translate(game: dict) -> dict:
     """
     try:
         import_alfworld()
-        import textworld
         from alfworld.agents.utils.misc import Demangler
-        from textworld.envs import PddlEnv
+
+        stock = _textworld()
     except ImportError as error:
         raise ImportError(HINT) from error
-    stock = PddlEnv(textworld.EnvInfos())
-    try:
+    arguments = sys.argv
+    try:  # the translator reads its options from the command line
         stock.load(game)
     except KeyError as error:
         raise ValueError(f"the goal of this game cannot be reached: {error}") from error
+    finally:
+        sys.argv = arguments
     names = Demangler(game_infos=stock._entity_infos)
     for info in stock._entity_infos.values():
         info.name = names.demangle_alfred_name(info.id)
@@ -132,6 +135,16 @@ def translate(game: dict) -> dict:
         "go_to": _go_to(stock),
         "task": text.split(":", 1)[1].strip().rstrip(".") if ":" in text else text,
     }
+
+
+@cache
+def _textworld():
+    """TextWorld's environment, one for all games of a process: each maps a copy of the planner, 33
+    MB that no later call gives back."""
+    import textworld
+    from textworld.envs import PddlEnv
+
+    return PddlEnv(textworld.EnvInfos())
 
 
 def _context(stock, variables: dict, mapping: dict) -> dict:
