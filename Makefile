@@ -79,7 +79,7 @@ wheels: ## what the benchmarks need, into .whl/, for a machine with torch, trans
 	    $(foreach n,2_28 2_27 2_24 2_17,--platform manylinux_$(n)_x86_64) --platform manylinux2014_x86_64 \
 	    -d .whl $(WHEELS)
 
-results: ## train and draw what the README shows, into docs/results/; resumes
+results: ## train what the README shows and is not on record, draw it, into docs/results/; resumes
 	@set -e; for what in points24 ezpoints collapse; do python -m bench.learn --what $$what; done
 
 # Four times the usual learning rate, held to the end: without a teacher the policy is ruined

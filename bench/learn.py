@@ -6,8 +6,8 @@ gathers what the runs recorded into docs/results/<what>.csv, sums it up in <what
 complete runs are kept, unfinished ones are resumed. The name of a run's folder holds a hash of its
 settings and of the model it starts from, so other settings make other runs. Code is not in it:
 after a change of the program, remove the folders that it makes obsolete. A run whose folder is gone
-is taken from the CSV file, where it has the same label, seed, length and evaluation: remove its
-rows to train it anew.
+is taken from the CSV file, if its settings in settings.json are those of today: remove its line
+there to train it anew.
 
 Left out: reading the runs (`bench.records`), drawing (`bench.plot`), speed (`bench.train_step`).
 """
@@ -27,13 +27,24 @@ import numpy as np
 
 from bench.harness import read_settings
 from bench.plot import draw
-from bench.records import Recorded, by_label, is_complete, on_record, pooled, recorded, write_csv
+from bench.records import (
+    Recorded,
+    by_label,
+    differing,
+    is_complete,
+    on_record,
+    pooled,
+    recorded,
+    write_csv,
+    write_settings,
+)
 from turbo import checkpoint
 from turbo.config import TrainConfig
 from turbo.envs.alfworld_games import GamesConfig
 from turbo.envs.alfworld_games import run as make_games
 from turbo.envs.alfworld_scene import TASKS
 from turbo.hub import model_sha256
+from turbo.saved import INDIFFERENT
 from turbo.train import parse
 
 # About 24,000 steps; the coefficient multiplies a mean over some 40 thought tokens.
@@ -64,13 +75,6 @@ TITLES = {
     "alfworld": "ALFWorld, the easier tasks in small rooms",
     "collapse": "Points24 under a harsh learning rate",
 }
-NOT_SETTINGS = {
-    *("out", "resume", "overwrite", "workers", "save_every", "keep", "max_faults"),
-    *("quiet", "json", "tensorboard", "wandb", "trackio"),
-    *("teacher_url", "teacher_key_env", "teacher_price_in", "teacher_price_out"),
-    *("teacher_concurrency", "teacher_timeout"),
-    *("micro_tokens", "gpu", "decode_graphs"),  # of the card: what is computed at once
-}
 
 
 @dataclass
@@ -99,7 +103,7 @@ def settings(flags: str, seed: int) -> TrainConfig:
 
 def decisive(c: TrainConfig) -> dict:
     """The settings on which a run's outcome depends."""
-    return {k: v for k, v in asdict(c).items() if k not in NOT_SETTINGS}
+    return {k: v for k, v in asdict(c).items() if k not in INDIFFERENT}
 
 
 def digest(c: TrainConfig, model: str) -> str:
@@ -151,7 +155,8 @@ def machines(run: Recorded, earlier: str) -> list[str]:
         return [", ".join(parts)]
     found = re.search(r"^Made on (.*)\.$", earlier, re.MULTILINE)
     told = found[1].split("; ") if found else []
-    return [machine for machine in told if machine.endswith(f"commit {v['commit']}")]
+    named = [machine for machine in told if machine.endswith(f"commit {v['commit']}")]
+    return named or [f"commit {v['commit']}"]
 
 
 def summary(what: str, runs: Sequence[Recorded], earlier: str = "") -> str:
@@ -217,7 +222,7 @@ def task_table(runs: Sequence[Recorded]) -> list[str]:
             count = sum(run.after.get(f"eval_episodes_{task}", 0) for run in group)
             if not count:  # not played
                 continue
-            cells = [label, task, f"{count:.0f}"]
+            cells = [label, task, str(count)]
             for kind in ("success", "goal_rate"):
                 cells += [mean(group, when, kind, task) for when in ("before", "after")]
             lines.append("| " + " | ".join(cells) + " |")
@@ -247,42 +252,58 @@ def _row(label: str, seed: str, runs: Sequence[Recorded]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Train what is missing, gather, draw; returns the exit status."""
     c = read_settings(LearnConfig, argv, "bench.learn")
-    out, runs = Path(c.out), []
+    out, runs = Path(c.out), {}
+    file, known = out / "settings.json", {}
+    if file.is_file():
+        known = json.loads(file.read_text(encoding="utf-8"))
     if c.what == "alfworld" and c.train:
         print(make_games(EASY_GAMES))  # those that are there are kept
     for label, flags in DEMONSTRATIONS[c.what]:
-        for seed in c.seeds:
+        stem = f"{c.what}/{label}/"
+        seeds = {*c.seeds, *(int(n.removeprefix(stem)) for n in known if n.startswith(stem))}
+        for seed in sorted(seeds):
             try:
                 config = settings(flags, seed)
                 model = model_sha256(config)
             except (ValueError, OSError) as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 2
+            own, name = decisive(config) | {"model": model}, f"{stem}{seed}"
             path = run_folder(Path(c.runs), c.what, label, config, model)
-            known = on_record(out / f"{c.what}.csv", label, config)
+            is_known = name in known and not path.exists() and not differing(own, known[name])
+            if is_known:
+                print(f"on record: {label}, seed {seed}")
+                runs[name] = on_record(out / f"{c.what}.csv", label, config)
+                continue
             if is_complete(path, config):
                 print(f"complete: {path}")
-            elif known:
-                print(f"on record: {label}, seed {seed}, of commit {known.versions['commit']}")
-            elif c.train:
+            elif c.train and seed in c.seeds:
                 print(f"training: {path}", flush=True)
                 status = call(command(path, flags, seed))
                 if status:
                     return status
             if is_complete(path, config):
-                runs.append(recorded(path, label, config))
-            elif known:
-                runs.append(known)
+                runs[name], known[name] = recorded(path, label, config), own
             else:
                 print(f"incomplete, left out: {path}", file=sys.stderr)
     if not runs:
         print("error: no run is complete: leave --no-train out", file=sys.stderr)
         return 1
+    if lost := {n for n in known if n.startswith(f"{c.what}/")} - runs.keys():
+        print(
+            f"error: nothing is written: {min(lost)} of {out} has other settings today, or its "
+            f"folder is incomplete: train it, or remove its line from {file}",
+            file=sys.stderr,
+        )
+        return 1
+    runs = list(runs.values())
     out.mkdir(parents=True, exist_ok=True)
+    write_settings(file, known)
     write_csv(out / f"{c.what}.csv", runs)
-    file = out / f"{c.what}.md"
-    page = summary(c.what, runs, file.read_text(encoding="utf-8") if file.is_file() else "")
-    file.write_text(page, encoding="utf-8")
+    page_file = out / f"{c.what}.md"
+    before = page_file.read_text(encoding="utf-8") if page_file.is_file() else ""
+    page = summary(c.what, runs, before)
+    page_file.write_text(page, encoding="utf-8")
     draw(TITLES[c.what], runs, out / f"{c.what}.png")
     print("\n" + "\n".join(line for line in page.splitlines() if line.startswith("|")))
     print(f"\nwritten: {out}/{c.what}.csv, .md and .png")

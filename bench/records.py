@@ -4,8 +4,9 @@ Left out: running them (`bench.learn`), drawing (`bench.plot`).
 """
 
 import csv
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from turbo import checkpoint
@@ -81,20 +82,29 @@ def recorded(path: Path, label: str, c: TrainConfig) -> Recorded:
     return Recorded(label, c, path, read_jsonl(path / checkpoint.METRICS), known)
 
 
-def on_record(path: Path, label: str, c: TrainConfig) -> Recorded | None:
-    """The run of this label and seed in a file of `write_csv`, where it was as long, and was
-    evaluated like this one; its other settings are not in the file."""
-    if not path.is_file():
-        return None
+def differing(own: dict, recorded: dict) -> list[str]:
+    """In what recorded settings are not these, settings that are newer than them aside."""
+    plain = asdict(TrainConfig())
+    theirs = {k: recorded.get(k, plain.get(k)) for k in own}
+    return [f"{k} {theirs[k]}, now {v}" for k, v in own.items() if theirs[k] != v]
+
+
+def write_settings(file: Path, settings: dict[str, dict]) -> None:
+    """The settings of runs by their names, one line a run."""
+    lines = (f"{json.dumps(name)}: {json.dumps(own)}" for name, own in settings.items())
+    file.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def on_record(path: Path, label: str, c: TrainConfig) -> Recorded:
+    """The run of this label and seed in a file of `write_csv`."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = [r for r in csv.DictReader(file) if (r["label"], r["seed"]) == (label, str(c.seed))]
-    records = [{k: float(v) for k, v in row.items() if v and k not in TEXTS} for row in rows]
-    if not rows or records[-1]["update"] != c.updates:
-        return None
-    asked = float(rows[0]["eval_episodes"]), float(rows[0]["eval_temperature"])
-    if asked != (c.eval_episodes, c.eval_temperature):
-        return None
+    records = [{k: _number(v) for k, v in row.items() if v and k not in TEXTS} for row in rows]
     return Recorded(label, c, path, records, {"commit": rows[0]["commit"]})
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def write_csv(path: Path, runs: Sequence[Recorded]) -> None:

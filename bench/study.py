@@ -14,13 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.endpoint import corrector
 from bench.harness import read_settings
 from bench.learn import command, decisive, digest, settings
-from bench.records import is_complete
+from bench.records import differing, is_complete
 from bench.study_page import write_page
 from bench.study_runs import StudyRun, read_runs, read_table, write_runs
 from turbo import checkpoint
@@ -79,10 +79,8 @@ class Planned:
         return runs / f"{self.regime}-{self.method}-seed{self.seed}-{known}"
 
     def differs(self, recorded: dict) -> list[str]:
-        """In what recorded settings are not this run's, settings that are newer than it aside."""
-        plain = asdict(TrainConfig())
-        theirs = {k: recorded.get(k, plain.get(k)) for k in self.settings}
-        return [f"{k} {theirs[k]}, now {v}" for k, v in self.settings.items() if theirs[k] != v]
+        """In what recorded settings are not this run's."""
+        return differing(self.settings, recorded)
 
 
 def plan(table: dict) -> list[Planned]:
@@ -212,9 +210,18 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{'complete' if p.name in done else '        '} {p.name}: {p.flags}")
         print(f"{len(done)} of {len(planned)} complete")
         return 0
+    todo = [p for p in planned if chosen(p, c.only) and p.name not in done] if c.train else []
+    if lost := known.keys() - done - {p.name for p in todo}:
+        name = min(lost)
+        now = next((p.differs(known[name].settings)[0] for p in planned if p.name == name), "gone")
+        print(
+            f"error: {len(lost)} runs of {out} are not of the table any more, such as {name} "
+            f"({now}): train them, or remove them from runs.csv and settings.json",
+            file=sys.stderr,
+        )
+        return 1
     status = 0
     if c.train:
-        todo = [p for p in planned if chosen(p, c.only) and p.name not in done]
         workshop = Workshop(runs, c.jobs or cores(), c.minutes)
         with corrector(any(p.config.guidance == "gtr" for p in todo)):
             workshop.train(iter(todo))
@@ -225,15 +232,9 @@ def main(argv: list[str] | None = None) -> int:
     if not found:
         print("error: no run is complete: leave --no-train out", file=sys.stderr)
         return 1
-    if lost := known.keys() - {run.name for run in found}:
-        name = min(lost)
-        now = next((p.differs(known[name].settings)[0] for p in planned if p.name == name), "gone")
-        print(
-            f"error: nothing is written: {len(lost)} runs of {out} are not of the table any more, "
-            f"such as {name} ({now}): train them, or remove them from runs.csv and settings.json",
-            file=sys.stderr,
-        )
-        return 1
+    if left := known.keys() - {run.name for run in found}:
+        print(f"nothing is written yet: {len(left)} runs of {out} are to be trained anew")
+        return status
     write_runs(out, found)
     write_page(out, found, len(planned))
     print(

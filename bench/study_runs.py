@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.records import updates
+from bench.records import updates, write_settings
 from turbo.log import METRICS
 
 TABLE = Path(__file__).with_name("study.toml")
@@ -81,6 +81,4 @@ def write_runs(folder: Path, runs: Sequence[StudyRun]) -> None:
             for record in run.records:
                 values = (record.get(name) for name in COLUMNS)
                 writer.writerow([*first, *("" if v is None else f"{v:.6g}" for v in values)])
-    lines = (f"{json.dumps(run.name)}: {json.dumps(run.settings)}" for run in runs)
-    text = "{\n" + ",\n".join(lines) + "\n}\n"
-    (folder / "settings.json").write_text(text, encoding="utf-8")
+    write_settings(folder / "settings.json", {run.name: run.settings for run in runs})

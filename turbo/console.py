@@ -266,13 +266,15 @@ def count(number: int, thing: str) -> str:
 def counting(phases: Phases, wanted: bool, stderr: bool = False) -> Iterator[None]:
     """Where it is wanted, and standard output, or error, is a terminal, a bar of the phase.
 
-    What is printed to standard output meanwhile appears above that of standard output alone.
+    What is printed to either meanwhile appears above it, if it goes to a terminal too, but for
+    standard output above a bar in standard error, which may be a file's or a pipe's.
     """
     console = Console(stderr=stderr, **PLAIN)
     if not wanted or not console.is_terminal or console.is_dumb_terminal:
         yield
         return
     options = dict(refresh_per_second=2, transient=True, redirect_stdout=not stderr)
+    options["redirect_stderr"] = sys.stderr.isatty()  # else an error would miss its file
     with Live(get_renderable=lambda: under_way(phases), console=console, **options):
         yield
 

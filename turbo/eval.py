@@ -8,6 +8,7 @@ restricted to. With `--against` another one plays the same deals, and the differ
 Left out: evaluation during training (`turbo.scribe`), plots.
 """
 
+import gc
 import json
 import math
 import sys
@@ -75,7 +76,7 @@ class EvalConfig:
     seed: int = 0
     """seed of the deals and of sampling; never one that training draws"""
     teacher: bool = False
-    """evaluate the run's merged teacher instead of its policy"""
+    """evaluate the run's merged teacher instead of its policy (of --against it is the policy)"""
     against: Annotated[str, tyro.conf.arg(metavar="RUN_OR_MODEL")] = ""
     """another run's policy, or a model, that plays the same deals: how much better the first one
     is, with the interval of paired deals, which is narrower than those of the two suggest"""
@@ -205,13 +206,25 @@ def play(crew: Crew, c: EvalConfig, run: TrainConfig) -> dict | None:
 
 
 def opponent(c: EvalConfig, run: TrainConfig) -> tuple[EvalConfig, TrainConfig]:
-    """What plays against it, on the same deals; ValueError where there can be no such game."""
-    other = replace(c, source=c.against, against="", teacher=False, env=run.env)
-    other = replace(other, games=run.games, tasks=run.tasks)
+    """What plays against it, by the same rules; ValueError where there can be no such game."""
+    env = "" if checkpoint.run_of(Path(c.against)) else run.env  # a run has its own
+    other = replace(c, source=c.against, against="", teacher=False, env=env)
     try:
-        return other, check(other)
+        settings = check(other)
     except ValueError as error:
         raise ValueError(f"--against: {error}") from error
+    if settings.env != run.env:
+        raise ValueError(
+            f"--against: {c.source} plays {run.env}, {c.against} {settings.env}: give two that "
+            "play the same"
+        )
+    return other, settings
+
+
+def same_deals(settings: TrainConfig, run: TrainConfig) -> TrainConfig:
+    """The settings of one, with what the deals and their rules are of the other."""
+    rules = ("games", "tasks", "early_truncation")
+    return replace(settings, **{name: getattr(run, name) for name in rules})
 
 
 def compared(first: dict, second: dict) -> dict[str, float]:
@@ -258,7 +271,7 @@ def tell(figures: dict) -> None:
 
 def tell_difference(first: dict, second: dict) -> None:
     """Print how much better the first one did on the same deals, and on how many."""
-    d, low, high = (100 * x for x in compared(first, second).values())
+    d, low, high = (round(100 * x, 1) + 0.0 for x in compared(first, second).values())  # no -0.0
     pairs = list(zip(first["solved"], second["solved"], strict=True))
     more, less = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
     print(
@@ -279,7 +292,8 @@ def main(argv: list[str] | None = None) -> int:
         played = []
         for own, settings in sides:
             workers = own_workers(settings, max(1, c.episodes // 16))
-            played.append(run_crew(workers, play, own, settings))
+            played.append(run_crew(workers, play, own, same_deals(settings, run)))
+            gc.collect()  # a model refers to itself: the card is for the next one
             if not c.json:
                 tell(played[-1])
     except (ValueError, OSError) as error:

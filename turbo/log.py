@@ -80,7 +80,8 @@ METRICS: dict[str, Metric] = {
         "nats",
     ),
     "sampling_kl": Metric(
-        "approx_kl before the first step, or of --rescore: what sampling and training disagree by",
+        "approx_kl before the first step, of its minibatch, or with --rescore of all steps: what "
+        "sampling and training disagree by",
         "nats",
     ),
     "clip_fraction": Metric("share of the steps whose ratio lies outside the clip range", "0..1"),

@@ -11,10 +11,13 @@ from turbo.envs.make import is_name
 
 # Of what a resumed run may change, that which counts from then on: its length, what it keeps
 LASTING = ("updates", "save_every", "keep", "max_faults")
-# All that it may change
-FREE = {*LASTING, "resume", "out", "overwrite", "minutes"}
-FREE |= {"quiet", "json", "tensorboard", "wandb", "trackio"}
-FREE |= {"micro_tokens", "gpu", "decode_graphs"}  # of the card
+# On what no outcome depends: where a run is kept, what it tells, and what suits its machine
+_APART = {*LASTING[1:], "resume", "out", "overwrite", "quiet", "json"}
+_APART |= {"tensorboard", "wandb", "trackio", "micro_tokens", "gpu", "decode_graphs"}
+INDIFFERENT = _APART | {"workers", "teacher_url", "teacher_key_env", "teacher_concurrency"}
+INDIFFERENT |= {"teacher_timeout", "teacher_price_in", "teacher_price_out"}
+# What a resumed run may change
+FREE = _APART | {"updates", "minutes"}
 
 
 def from_saved(saved: object, source: str) -> TrainConfig:

@@ -54,8 +54,8 @@ class ViewConfig:
     """run directories of `turbo.train`, up to six to compare, such as seeds, of which the first two
     show their episodes; they are only read, and may still be training"""
     mean: bool = False
-    """show runs that differ in their seed alone as one: their means, and of three seeds or more
-    the 95 % intervals (Student's t)"""
+    """show runs that differ in their seed alone as one, of as many seeds as there are: means, and
+    of three or more 95 % intervals (Student's t); the episodes are those of the first seed"""
     out: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """file to write (empty: view.html in the first run's directory)"""
     serve: Annotated[int | None, tyro.conf.arg(metavar="PORT")] = None

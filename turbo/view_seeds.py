@@ -8,12 +8,14 @@ Left out: what is shown of one run (`turbo.view_data`).
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from turbo import checkpoint
+from turbo.config import TrainConfig
 from turbo.log import METRICS
 from turbo.measure import mean_interval
-from turbo.saved import FREE
+from turbo.saved import INDIFFERENT
 from turbo.view_data import number
 
 ENDS = ("_low", "_high")  # of an interval: those of single runs mean nothing over seeds
@@ -27,9 +29,10 @@ def by_seed(runs: Sequence[Path]) -> list[list[Path]]:
     """
     groups: dict[str, dict[object, Path]] = {}  # setting -> seed -> run
     for run in runs:
-        settings = {str(k): v for k, v in checkpoint.read_run(run)["config"].items()}
-        seed = settings.pop("seed", None)
-        same = sorted((k, v) for k, v in settings.items() if k not in FREE)
+        own = {str(k): v for k, v in checkpoint.read_run(run)["config"].items()}
+        settings = asdict(TrainConfig()) | own  # an older run knows fewer
+        seed = settings.pop("seed")
+        same = sorted((k, v) for k, v in settings.items() if k not in INDIFFERENT)
         group = groups.setdefault(repr(same), {})
         if seed in group:
             raise ValueError(f"--mean: {group[seed]} and {run} have one seed, {seed}: give one")
@@ -42,10 +45,14 @@ def merged(runs: Sequence[dict]) -> dict:
     first, *others = runs
     if not others:
         return first
+    lengths = [len(run["curves"].get("update", [])) for run in runs]
+    shortest = runs[lengths.index(min(lengths))]["settings"].get("seed")
     return first | {
         "name": f"{first['name']} and {len(others)} more",
         "settings": first["settings"] | {"seed": [r["settings"].get("seed") for r in runs]},
         "seeds": len(runs),
+        "shortest": shortest if min(lengths) < max(lengths) else None,  # seed that ends first
+        "ceilings": [c for c in first["ceilings"] if all(c in run["ceilings"] for run in others)],
         "curves": means([run["curves"] for run in runs]),
         "evaluations": means([run["evaluations"] for run in runs]),
     }
@@ -75,6 +82,4 @@ def over_seeds(values: Sequence[object], unit: str) -> tuple[float | None, ...]:
     mean, low, high = mean_interval(values)
     if len(values) < LEAST:
         return mean, None, None
-    if min(values) >= 0:
-        low = max(low, 0.0)
-    return mean, low, min(high, 1.0) if unit == "0..1" else high
+    return (mean, max(low, 0.0), min(high, 1.0)) if unit == "0..1" else (mean, low, high)

@@ -217,8 +217,8 @@ def test_data_that_the_table_no_longer_asks_for_are_not_dropped(tmp_path, table,
     write_runs(tmp_path / "out", [run, good])
     before = (tmp_path / "out" / "runs.csv").read_bytes()
     assert main(tmp_path, "--no-train") == 1
-    told = f"1 runs of {tmp_path / 'out'} are not of the table any more, such as {p.name} (kl_coef"
-    assert told in capsys.readouterr().err
+    told = f"error: 1 runs of {tmp_path / 'out'} are not of the table any more, such as {p.name} "
+    assert told + "(kl_coef 0.123, now" in capsys.readouterr().err
     assert (tmp_path / "out" / "runs.csv").read_bytes() == before
 
 

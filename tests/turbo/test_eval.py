@@ -8,6 +8,7 @@ import tiny_models
 from safetensors.torch import load_file, save_file
 
 from turbo import checkpoint, eval
+from turbo.config import TrainConfig
 from turbo.eval import JSON_KEYS
 from turbo.hub import model_sha256
 from turbo.measure import interval, paired_interval
@@ -152,6 +153,15 @@ def test_two_on_the_same_deals(runs, capsys):
     assert f"; {more} are won more often by the first, {less} by the second" in lines[-1]
 
 
+def test_both_play_by_the_rules_of_the_first():
+    """Of ALFWorld, whose games and tasks a run has of its own, and of truncation."""
+    run = TrainConfig("alfworld", games="", tasks="", early_truncation=False, max_new_tokens=7)
+    other = TrainConfig("alfworld", games="/data/X", tasks="look_at_obj_in_light")
+    both = eval.same_deals(other, run)
+    assert (both.games, both.tasks, both.early_truncation) == ("", "", False)
+    assert both.max_new_tokens == other.max_new_tokens and eval.same_deals(run, run) == run
+
+
 def test_opponents_that_cannot_be_are_refused(runs, tmp_path, capsys):
     words = "error: --against: 'nowhere' is neither a folder nor `tiny`"
     assert refused(capsys, runs["kl"], *FAST.split(), "--against", "nowhere").startswith(words)
@@ -160,6 +170,10 @@ def test_opponents_that_cannot_be_are_refused(runs, tmp_path, capsys):
     checkpoint.create_run(other, config, model_sha256(config))
     told = refused(capsys, runs["kl"], *FAST.split(), "--against", other)
     assert told == f"error: --against: {other} has no checkpoint yet: train it first"
+    Run(config, other, Crew()).save()
+    flags = FAST.replace("--env numberline ", "").split()
+    told = refused(capsys, runs["kl"], *flags, "--against", other)
+    assert told.endswith(f"{other} ezpoints: give two that play the same")
     told = refused(capsys, "tiny", "--split", "pool", "--against", "tiny")
     assert told == "error: --split pool is of one run: leave it out, or --against"
 

@@ -19,10 +19,12 @@ from turbo.measure import (
     interval,
     interval_of_deals,
     mean,
+    mean_interval,
     outcomes,
     paired_interval,
     rate,
     self_bleu,
+    student,
     thought,
     thoughts,
 )
@@ -237,6 +239,17 @@ def test_the_interval_of_paired_deals():
         apart = math.sqrt(one.var() / 100 + two.var() / 100)
         narrower += high - low < 2 * 1.96 * apart
     assert 0.93 < held / 1000 < 0.98 and narrower == 1000
+
+
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(1, 12.706), (9, 2.262), (10, 2.228), (19, 2.093), (29, 2.045), (120, 1.980)]
+)
+def test_students_t_from_the_tables(freedom, t):
+    assert student(freedom) == pytest.approx(t, abs=2e-3)
+    values = [0.0, 1.0] * ((freedom + 1) // 2) + [0.5] * ((freedom + 1) % 2)
+    middle, low, high = mean_interval(values)
+    spread = np.std(values, ddof=1) / math.sqrt(len(values))
+    assert middle == 0.5 and (high - low) / 2 == pytest.approx(t * spread, rel=1e-3)
 
 
 def test_samples_of_a_deal_are_counted_by_deal(fitted):

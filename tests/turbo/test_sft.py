@@ -16,7 +16,7 @@ from turbo.envs.formula import aim_of
 from turbo.flags import conclude
 from turbo.model import load
 from turbo.parallel import Crew
-from turbo.sft_config import sft_defaults, written
+from turbo.sft_config import sft_defaults, warm_cosine, written
 
 
 @pytest.mark.parametrize("game", ["points24", "ezpoints", "numberline", "blackjack"])
@@ -201,3 +201,10 @@ def test_a_warm_start_that_does_not_know_its_game_is_told_of():
     said = written(c, 0.2).splitlines()
     assert said[0] == written(c, 0.9)
     assert said[1].startswith("warning: only 20% of its answers are legal: it needs more --steps")
+
+
+def test_the_rate_rises_and_falls():
+    shares = [warm_cosine(step, 100, warm=10) for step in range(100)]
+    assert shares[0] == pytest.approx(0.1) and max(shares) == shares[9] > 0.97
+    assert shares[50] == pytest.approx(0.5) and shares[99] == 0.02
+    assert shares[10:] == sorted(shares[10:], reverse=True)

@@ -161,6 +161,22 @@ def test_the_server(served):
     assert ask(server, "/config.json")[0] == ask(server, "/../config.json")[0] == 404
 
 
+def test_the_server_shows_seeds_as_one(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("checkpoints"))
+    record = json.loads((other / "config.json").read_text())
+    record["config"]["seed"] = 7
+    (other / "config.json").write_text(json.dumps(record))
+    server = view.Server([run, other], 10, 0, mean=True)
+    try:
+        status, _, body = server.answer("/data.json")
+        (shown,) = json.loads(body)["runs"]
+        assert status == 200 and shown["seeds"] == 2 and shown["settings"]["seed"] == [0, 7]
+        assert shown["name"] == f"{run.name} and 1 more" in server.answer("/")[2]
+    finally:
+        server.http.server_close()
+
+
 def test_foreign_names_are_refused(served):
     """A page elsewhere whose name was made to lead here."""
     _, server = served

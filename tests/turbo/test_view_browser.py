@@ -351,7 +351,7 @@ def test_seeds_as_one_line_with_a_band(driver, run, tmp_path):
     assert text(driver, ".run h1") == [f"A{run.name} and 2 more", "Bother"]
     assert "mean over seeds 0, 1, 2" in text(driver, ".run p")[0]
     notes = dict(zip(text(driver, ".card h3"), text(driver, ".card figcaption p"), strict=True))
-    assert "95 % intervals (Wilson; over seeds: Student's t)" in notes["Success"]
+    assert "Bands and bars are 95 % intervals (Wilson; over seeds: Student's t)" in notes["Success"]
     assert "95 % intervals (over seeds: Student's t)" in notes["Return"]
     assert "intervals" not in notes["Thought collapse"]  # three lines of a run: no bands
     bands = driver.execute_script(

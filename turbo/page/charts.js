@@ -113,21 +113,25 @@ function present(chart, run) {
   return enough ? { lines, points } : { lines: [], points: [] };
 }
 
-// The names of a line's interval, where it has one. Over seeds every metric may, drawn where it is
-// alone.
-function bandOf(s, run, part) {
+// A line's interval, its low and high values, or nothing. Over seeds every metric may have one, drawn
+// where it is alone; it ends where the chart does.
+function bandOf(chart, s, run, part) {
   const alone = run.seeds && part.lines.length === 1;
   const names = s.band || (alone ? [`${s.name}_low`, `${s.name}_high`] : []);
-  return names.length && someKnown(run.curves[names[0]]) ? names : [];
+  if (!names.length || !someKnown(run.curves[names[0]])) return null;
+  const { floor = -Infinity, roof = Infinity } = chart;
+  const within = (v) => known(v) ? Math.min(Math.max(v, floor), roof) : v;
+  return names.map((name) => run.curves[name].map(within));
 }
 
 // What a chart shows, and what its bands are.
 function noteOf(chart, runs, parts) {
-  const banded = runs.filter((run, r) => parts[r].lines.some((s) => bandOf(s, run, parts[r]).length));
+  const banded = runs.filter((run, r) => parts[r].lines.some((s) => bandOf(chart, s, run, parts[r])));
   const kinds = [];
   if (banded.some((run) => !run.seeds)) kinds.push("Wilson");
   if (banded.some((run) => run.seeds)) kinds.push("over seeds: Student's t");
-  return chart.note + (kinds.length ? ` Bands are 95 % intervals (${kinds.join("; ")}).` : "");
+  const what = parts.some((p) => p.points.some((s) => s.bar)) ? "Bands and bars" : "Bands";
+  return chart.note + (kinds.length ? ` ${what} are 95 % intervals (${kinds.join("; ")}).` : "");
 }
 
 function extent(values, floor, roof) {
@@ -232,7 +236,7 @@ function drawChart(chart, runs, choose) {
   runs.forEach((run, r) => {
     for (const s of parts[r].lines) {
       updates.push(...run.curves.update);
-      values.push(...[s.name, ...bandOf(s, run, parts[r])].flatMap((n) => run.curves[n]));
+      values.push(...run.curves[s.name], ...(bandOf(chart, s, run, parts[r]) || []).flat());
     }
     for (const s of parts[r].points) {
       updates.push(...run.evaluations.update);
@@ -247,7 +251,7 @@ function drawChart(chart, runs, choose) {
   const picture = g("svg", { viewBox: size, role: "img", "aria-label": told }, axes.frame);
   const keys = [];
   tops.forEach((top) => drawCeiling(picture, keys, axes, chart, top));
-  runs.forEach((run, r) => drawRun(picture, keys, axes, run, r, runs.length, parts[r]));
+  runs.forEach((run, r) => drawRun(chart, picture, keys, axes, run, r, runs.length, parts[r]));
   const noted = { ...chart, note: noteOf(chart, runs, parts) };
   return card(noted, picture, keys, hover(chart, picture, axes, runs, parts, choose));
 }
@@ -272,13 +276,13 @@ function drawCeiling(picture, keys, axes, chart, top) {
   keys.push(key(label, "ceiling"));
 }
 
-function drawRun(picture, keys, axes, run, r, count, part) {
+function drawRun(chart, picture, keys, axes, run, r, count, part) {
   const name = count > 1 ? `${LETTERS[r]} ` : "";
   part.lines.forEach((s, place) => {
     const xs = run.curves.update, style = look(r, place, count);
-    const band = bandOf(s, run, part);
-    if (band.length) {
-      const [low, high] = band.map((n) => run.curves[n]);
+    const band = bandOf(chart, s, run, part);
+    if (band) {
+      const [low, high] = band;
       picture.append(g("path", { d: area(xs, low, high, axes), class: `band ${style}` }));
     }
     picture.append(g("path", { d: path(xs, run.curves[s.name], axes), class: `line ${style}` }));

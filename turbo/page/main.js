@@ -41,7 +41,8 @@ function drawHead(data, live) {
     const own = success(""), teacher = success("teacher_");
     const facts = [
       `${run.env}, guidance ${s.guidance ?? "unknown"}, ` +
-        (run.seeds ? `mean over seeds ${s.seed.join(", ")}` : `seed ${s.seed ?? "unknown"}`),
+        (run.seeds ? `mean over seeds ${s.seed.join(", ")}` : `seed ${s.seed ?? "unknown"}`) +
+        (known(run.shortest) ? `, as far as seed ${run.shortest} is` : ""),
       `${last(run.curves.update) ?? 0} of ${s.updates ?? "?"} updates, ` +
         `${plain(last(run.curves.env_steps))} steps, ${duration(last(run.curves.elapsed))}`,
       own ? `success on fresh deals ${own}` : null, teacher ? `merged teacher ${teacher}` : null,
