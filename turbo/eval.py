@@ -222,8 +222,8 @@ def opponent(c: EvalConfig, run: TrainConfig) -> tuple[EvalConfig, TrainConfig]:
 
 
 def same_deals(settings: TrainConfig, run: TrainConfig) -> TrainConfig:
-    """The settings of one, with what the deals and their rules are of the other."""
-    rules = ("games", "tasks", "early_truncation")
+    """The settings of one, with the deals, their rules and the share of the card of the other."""
+    rules = ("games", "tasks", "early_truncation", "gpu")
     return replace(settings, **{name: getattr(run, name) for name in rules})
 
 

@@ -44,8 +44,8 @@ def open_model(c: TrainConfig) -> VisionLanguageModel:
         c.engine, c.device, c.quantize, c.gradient_checkpointing, c.decode_graphs, c.play
     )
     dtype = pick_dtype(c.dtype, device)
-    if device.type == "cuda":
-        share = c.gpu * memory.GB / torch.cuda.mem_get_info()[1] if c.gpu else 1.0
+    if c.gpu and device.type == "cuda":
+        share = c.gpu * memory.GB / torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     if c.random_weights:
         vlm = random_model(c.model, dtype, engine)

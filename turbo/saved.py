@@ -9,10 +9,11 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from turbo.config import TrainConfig
 from turbo.envs.make import is_name
 
+_KEPT = ("save_every", "keep", "max_faults")
 # Of what a resumed run may change, that which counts from then on: its length, what it keeps
-LASTING = ("updates", "save_every", "keep", "max_faults")
+LASTING = ("updates", *_KEPT)
 # On what no outcome depends: where a run is kept, what it tells, and what suits its machine
-_APART = {*LASTING[1:], "resume", "out", "overwrite", "quiet", "json"}
+_APART = {*_KEPT, "resume", "out", "overwrite", "quiet", "json"}
 _APART |= {"tensorboard", "wandb", "trackio", "micro_tokens", "gpu", "decode_graphs"}
 INDIFFERENT = _APART | {"workers", "teacher_url", "teacher_key_env", "teacher_concurrency"}
 INDIFFERENT |= {"teacher_timeout", "teacher_price_in", "teacher_price_out"}

@@ -35,9 +35,9 @@ from turbo.demos import (
 )
 from turbo.envs.make import make
 from turbo.families import without_bars
-from turbo.finetune import UNFINISHED, fine_tune
+from turbo.finetune import UNFINISHED, fine_tune, settings
 from turbo.flags import conclude, flag, read_flags
-from turbo.hub import own_workers
+from turbo.hub import model_folder, own_workers
 from turbo.measure import evaluate
 from turbo.model import VisionLanguageModel, Weights, pick_dtype
 from turbo.parallel import Crew, cores, run_crew
@@ -332,6 +332,8 @@ def main(argv: list[str] | None = None) -> int:
         with writing(out):
             try_folder(out)
         find_alfworld(c)
+        if c.model:
+            model_folder(settings(c))  # what is to be fetched has bars of its own
         if c.deals < (c.workers or cores()):
             raise ValueError(f"--deals {c.deals} is less than the number of workers")
     except (ValueError, OSError) as error:
