@@ -138,8 +138,11 @@ def failure(records: Records, c: TrainConfig) -> Advice | None:
 
 
 def large_steps(records: Records, c: TrainConfig) -> Advice | None:
-    """Updates that leave the region in which PPO's objective means anything."""
-    clipped, kl = levels(records, "clip_fraction"), levels(records, "approx_kl")
+    """Updates that leave the region in which PPO's objective means anything.
+
+    The first one may, since the optimizer knows no gradients yet: it is left out.
+    """
+    clipped, kl = (levels(records[1:], name) for name in ("clip_fraction", "approx_kl"))
     if not clipped or not kl or (clipped[-1] <= LARGE_CLIP and kl[-1] <= LARGE_KL):
         return None
     return Advice(

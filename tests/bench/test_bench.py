@@ -196,9 +196,8 @@ def test_training_is_skipped_where_it_is_complete(tmp_path, monkeypatch, capsys)
     assert learn.main([*arguments, "--no-train"]) == 0
     assert len(called) == 1
     assert "left out" in capsys.readouterr().err
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        f"ezpoints.{suffix}" for suffix in ("csv", "md", "png")
-    ]
+    names = ["ezpoints.csv", "ezpoints.md", "ezpoints.png", "settings.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
 
 
 def test_what_runs_recorded_is_gathered_and_drawn(tmp_path):
