@@ -273,9 +273,14 @@ def counting(phases: Phases, wanted: bool, stderr: bool = False) -> Iterator[Non
     if not wanted or not console.is_terminal or console.is_dumb_terminal:
         yield
         return
-    options = dict(refresh_per_second=2, transient=True, redirect_stdout=not stderr)
-    options["redirect_stderr"] = sys.stderr.isatty()  # else an error would miss its file
-    with Live(get_renderable=lambda: under_way(phases), console=console, **options):
+    with Live(
+        get_renderable=lambda: under_way(phases),
+        console=console,
+        refresh_per_second=2,
+        transient=True,
+        redirect_stdout=not stderr,
+        redirect_stderr=sys.stderr.isatty(),  # else an error would miss its file
+    ):
         yield
 
 

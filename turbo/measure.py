@@ -18,12 +18,13 @@ from turbo.parallel import Crew
 from turbo.phases import Phases
 from turbo.rollout import Episode, RolloutOptions, Step, Table
 
-# Student's t, 97.5 %, for 1, 2, ... degrees of freedom
+Z = 1.959964  # of the normal distribution, 97.5 %
+# The same of Student's t, for 1, 2, ... degrees of freedom
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
-def interval(successes: float, n: float, z: float = 1.959964) -> tuple[float, float]:
+def interval(successes: float, n: float, z: float = Z) -> tuple[float, float]:
     """Wilson's 95 % interval of a proportion (Wilson 1927); (0, 1) when nothing was counted."""
     if n == 0:
         return 0.0, 1.0
@@ -58,7 +59,7 @@ def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[fl
     differences = [a - b for a, b in zip(first, second, strict=True)]
     n, total = len(differences), sum(differences)
     squares = sum(d * d for d in differences) + 1
-    half = 1.959964 * math.sqrt(squares - total * total / (n + 2)) / (n + 2)
+    half = Z * math.sqrt(squares - total * total / (n + 2)) / (n + 2)
     centre = total / (n + 2)
     return total / n, max(-1.0, centre - half), min(1.0, centre + half)
 
@@ -76,13 +77,13 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return middle, middle - half, middle + half
 
 
-def student(freedom: int, z: float = 1.959964) -> float:
+def student(freedom: int) -> float:
     """Student's t, 97.5 %; beyond the table by its expansion about the normal (Fisher 1926)."""
     if freedom <= len(T975):
         return T975[freedom - 1]
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
+    first, second = (Z**3 + Z) / 4, (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96
+    third = (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384
+    return Z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def mean(values: Sequence[float]) -> float:
